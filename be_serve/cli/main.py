@@ -1,0 +1,73 @@
+"""`be-serve VERB ...`: finds the verb's module and turns user errors into one line."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+import click
+
+from be_serve import __version__
+from be_serve.core.errors import BEError
+
+# verb -> (module, one-line help): modules load when their verb runs, so `--help` stays quick.
+_VERBS = {
+    "train": ("be_serve.cli.train", "Train a token for a system prompt."),
+    "train-ae": ("be_serve.cli.train_ae", "Train the universal [AE] token of a model (stage 0)."),
+    "from-text": ("be_serve.cli.from_text", "Write a prompt's own embeddings as a token."),
+    "eval": ("be_serve.cli.eval", "Measure a token beside no prompt and the full prompt."),
+    "inspect": ("be_serve.cli.inspect", "Show and check a token file."),
+    "serve": ("be_serve.cli.serve", "Serve a model on vLLM with the be_id plugin."),
+    "register": ("be_serve.cli.register", "Upload a token to a running server."),
+    "list": ("be_serve.cli.list", "List a server's tokens."),
+    "show": ("be_serve.cli.show", "Show one token of a server."),
+    "remove": ("be_serve.cli.remove", "Remove a token from a server."),
+    "bench": ("be_serve.cli.bench", "Measure time to first token."),
+    "model": ("be_serve.cli.model", "Prepare a model and print its folder and fingerprint."),
+}
+
+
+class _LazyGroup(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_VERBS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in _VERBS:
+            return None
+        command: click.Command = importlib.import_module(_VERBS[name][0]).command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(verb, text) for verb, (_, text) in _VERBS.items()])
+
+
+@click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, package_name="be-serve")
+def cli() -> None:
+    """Replace a long system prompt by one learned input embedding."""
+
+
+def main() -> None:
+    """Console entry point. Exit status 2 for user errors, 130 after Ctrl-C."""
+    try:
+        cli(standalone_mode=False)
+    except BEError as exc:
+        click.secho(f"be-serve: {exc.message}", fg="red", err=True)
+        sys.exit(2)
+    except click.ClickException as exc:
+        exc.show()
+        sys.exit(exc.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("be-serve: interrupted.", err=True)
+        sys.exit(130)
+    except ModuleNotFoundError as exc:
+        extra = {"torch": "train", "transformers": "train", "vllm": "serve", "matplotlib": "bench"}.get(exc.name or "")
+        if extra is None:
+            raise
+        click.secho(f"be-serve: this verb needs {exc.name}: pip install 'be-serve[{extra}]'.", fg="red", err=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

