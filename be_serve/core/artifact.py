@@ -94,6 +94,18 @@ class Manifest(BaseModel):
         except BEError as exc:
             raise ValueError(exc.message) from exc
 
+    def check_model(self, fingerprint: Fingerprint, hidden_size: int, *, served: str) -> None:
+        """Raise WrongModel, naming both fingerprints, unless the token was made for this model."""
+        differing = self.base_model.fingerprint.differing(fingerprint)
+        if self.hidden_size != hidden_size:
+            differing.append(f"hidden_size {self.hidden_size} != {hidden_size}")
+        if differing:
+            raise WrongModel(
+                f"Token {self.id!r} was made for {self.base_model.name} (fingerprint "
+                f"{self.base_model.fingerprint}), here is {served} (fingerprint {fingerprint}); they differ in: "
+                f"{', '.join(differing)}. Train the token on the model it is to run on."
+            )
+
 
 def tensor_sha256(vectors: Vectors) -> str:
     """SHA-256 (hex) of the vectors as little-endian float32, row by row."""
@@ -184,17 +196,8 @@ class Token:
         return cls.from_bytes(read_limited(path, max_bytes), max_bytes=max_bytes)
 
     def check_model(self, fingerprint: Fingerprint, hidden_size: int, *, served: str) -> None:
-        """Raise WrongModel unless the token was made for this model (ARCHITECTURE: never on another)."""
-        made_for = self.manifest.base_model
-        differing = made_for.fingerprint.differing(fingerprint)
-        if self.manifest.hidden_size != hidden_size:
-            differing.append(f"hidden_size {self.manifest.hidden_size} != {hidden_size}")
-        if differing:
-            raise WrongModel(
-                f"Token {self.manifest.id!r} was made for {made_for.name} (fingerprint {made_for.fingerprint}), "
-                f"this server runs {served} (fingerprint {fingerprint}); they differ in: {', '.join(differing)}. "
-                "Train the token on the served model."
-            )
+        """As `Manifest.check_model`."""
+        self.manifest.check_model(fingerprint, hidden_size, served=served)
 
 
 def file_digest(data: bytes) -> str:

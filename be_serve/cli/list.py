@@ -1,0 +1,34 @@
+"""`be-serve list`: a server's tokens."""
+
+from __future__ import annotations
+
+import click
+
+from be_serve.cli.remote import server_options
+
+
+@click.command("list")
+@click.option("--json", "as_json", is_flag=True, help="Print the manifests as JSON.")
+@server_options
+def command(as_json: bool, url: str, api_key: str, vllm_api_key: str | None) -> None:
+    """List the tokens of a running server."""
+    import json
+
+    from be_serve.client import BEClient
+
+    with BEClient(url, api_key=api_key, vllm_api_key=vllm_api_key) as client:
+        tokens = client.list()
+    if as_json:
+        click.echo(json.dumps(tokens))
+        return
+    if not tokens:
+        click.echo("No tokens. Upload one with: be-serve register FILE")
+        return
+    click.echo(f"{'id':<32} {'ver':>3} {'k':>5} {'prompt':>7} {'rho':>6}  {'match':<5}  model")
+    for token in tokens:
+        rho = token["quality"].get("rho")
+        shown = f"{rho:.3f}" if isinstance(rho, (int, float)) else "-"
+        click.echo(
+            f"{token['id']:<32} {token['version']:>3} {token['k']:>5} {token['prompt']['tokens']:>7} {shown:>6}  "
+            f"{'yes' if token['match'] else 'no':<5}  {token['base_model']['name']}"
+        )

@@ -1,0 +1,42 @@
+"""`be-serve register FILE`: upload a token to a running server."""
+
+from __future__ import annotations
+
+import click
+
+from be_serve.cli.remote import server_options
+
+
+@click.command("register")
+@click.argument("file", type=click.Path(dir_okay=False))
+@click.option("--id", "be_id", help="Register under this id instead of the one in the file.")
+@click.option("--match", is_flag=True, help="Also answer requests whose system message is the prompt itself.")
+@click.option("--replace", is_flag=True, help="Make another file under the id a new version.")
+@click.option("--json", "as_json", is_flag=True, help="Print the server's answer as JSON.")
+@server_options
+def command(
+    file: str,
+    be_id: str | None,
+    match: bool,
+    replace: bool,
+    as_json: bool,
+    url: str,
+    api_key: str,
+    vllm_api_key: str | None,
+) -> None:
+    """Upload the token FILE; no restart is needed."""
+    import json
+
+    from be_serve.client import BEClient
+
+    with BEClient(url, api_key=api_key, vllm_api_key=vllm_api_key) as client:
+        manifest, created = client.register(file, be_id=be_id, match=match, replace=replace)
+    if as_json:
+        click.echo(json.dumps({**manifest, "created": created}))
+        return
+    what = "Registered" if created else "Already registered:"
+    click.echo(
+        f"{what} {manifest['id']} version {manifest['version']}: k={manifest['k']} in place of "
+        f"{manifest['prompt']['tokens']} tokens, digest {manifest['digest'][:16]}. "
+        f'Send {{"be_id": "{manifest["id"]}"}} with a chat request.'
+    )

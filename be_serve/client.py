@@ -1,0 +1,94 @@
+"""HTTP client of the admin routes: what `register`, `list`, `show` and `remove` call."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import httpx
+
+from be_serve.core.artifact import read_limited
+from be_serve.core.errors import BEError, InputError
+from be_serve.core.ids import validate_be_id
+
+
+class ServerRefused(BEError):
+    """The server answered with an error; its message is kept."""
+
+    code = "be_server_refused"
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(f"The server answered {status}: {message}")
+        self.http_status = status
+
+
+class BEClient:
+    """Administer a server's tokens.
+
+        with BEClient("http://127.0.0.1:8000", api_key="...") as client:
+            client.register("captain.safetensors", match=True)
+
+    `api_key` is the server's admin key. Raises ServerRefused for any refusal and
+    InputError where the server cannot be reached.
+    """
+
+    def __init__(self, url: str, *, api_key: str, vllm_api_key: str | None = None, timeout: float = 60.0) -> None:
+        headers = {"X-BE-Key": api_key}
+        if vllm_api_key:
+            headers["Authorization"] = f"Bearer {vllm_api_key}"
+        self._url = url.rstrip("/").removesuffix("/v1")
+        try:
+            self._http = httpx.Client(base_url=self._url, headers=headers, timeout=timeout)
+        except httpx.InvalidURL as exc:
+            raise InputError(f"--url {url!r} is no URL: {exc}.") from exc
+
+    def register(
+        self, file: str | Path, *, be_id: str | None = None, match: bool = False, replace: bool = False
+    ) -> tuple[dict[str, Any], bool]:
+        """Upload a token file. Returns its manifest, and whether it was new (False: already there)."""
+        data = read_limited(file)
+        params = {"match": str(match).lower(), "replace": str(replace).lower()}
+        if be_id is not None:
+            params["id"] = validate_be_id(be_id, param="--id")
+        response = self._call("POST", "/v1/be/tokens", params=params, content=data)
+        return response.json(), response.status_code == 201
+
+    def list(self) -> list[dict[str, Any]]:
+        """Manifests of all tokens."""
+        data: list[dict[str, Any]] = self._call("GET", "/v1/be/tokens").json()["data"]
+        return data
+
+    def show(self, be_id: str) -> dict[str, Any]:
+        """The manifest of one token."""
+        manifest: dict[str, Any] = self._call("GET", f"/v1/be/tokens/{validate_be_id(be_id, param='ID')}").json()
+        return manifest
+
+    def remove(self, be_id: str) -> None:
+        """Remove a token with all its versions."""
+        self._call("DELETE", f"/v1/be/tokens/{validate_be_id(be_id, param='ID')}")
+
+    def __enter__(self) -> BEClient:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._http.close()
+
+    def _call(self, method: str, path: str, **options: Any) -> httpx.Response:
+        try:
+            response = self._http.request(method, path, **options)
+        except httpx.TransportError as exc:
+            raise InputError(f"No answer from {self._url}: {exc}. Is the server up, and the URL right?") from exc
+        if response.is_success:
+            return response
+        raise ServerRefused(response.status_code, _message(response))
+
+
+def _message(response: httpx.Response) -> str:
+    try:
+        error = response.json()["error"]
+        return str(error["message"] if isinstance(error, dict) else error)
+    except (ValueError, KeyError, TypeError):
+        return response.text[:300] or response.reason_phrase

@@ -1,0 +1,186 @@
+"""The in-memory view of the registry that requests are answered from.
+
+Resolving an id touches no database: a thread polls the registry's revision and
+fetches only what changed. Vectors are loaded on first use into a byte-bounded LRU.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+from be_serve.core.artifact import Token, file_digest
+from be_serve.core.errors import BEError, RegistryError, TokenConflict, TokenNotFound
+from be_serve.registry.store import Record, Registry
+
+logger = logging.getLogger("vllm.be_serve.registry")
+V = TypeVar("V")
+
+
+class ByteLRU(Generic[V]):
+    """A least-recently-used cache bounded by the sum of its values' sizes in bytes."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.used = 0
+        self._lock = threading.Lock()
+        self._items: OrderedDict[str, tuple[V, int]] = OrderedDict()
+
+    def get(self, key: str) -> V | None:
+        """The value, now the most recently used; None where it is not held."""
+        with self._lock:
+            found = self._items.get(key)
+            if found is None:
+                return None
+            self._items.move_to_end(key)
+            return found[0]
+
+    def put(self, key: str, value: V, size: int) -> None:
+        """Hold a value of `size` bytes; one larger than the capacity is not held."""
+        with self._lock:
+            if key in self._items:
+                self.used -= self._items.pop(key)[1]
+            if size > self.capacity:
+                return
+            self._items[key] = (value, size)
+            self.used += size
+            while self.used > self.capacity:
+                _, (_, freed) = self._items.popitem(last=False)
+                self.used -= freed
+
+
+class TokenIndex(Generic[V]):
+    """Tokens by id and by prompt digest.
+
+    `prepare` turns a checked Token into what the server injects (a tensor in the
+    serving dtype); its result is cached. `check` raises for a token that this
+    server must not serve; such a token is listed, and refused when it is used.
+    """
+
+    def __init__(
+        self,
+        registry: Registry,
+        *,
+        prepare: Callable[[Token], V],
+        check: Callable[[Token], None],
+        cache_bytes: int = 256 * 1024 * 1024,
+        poll_seconds: float = 0.5,
+    ) -> None:
+        self._registry = registry
+        self._prepare = prepare
+        self._check = check
+        self._cache: ByteLRU[V] = ByteLRU(cache_bytes)
+        self._poll_seconds = poll_seconds
+        self._lock = threading.Lock()
+        self._revision = 0
+        self._records: dict[str, Record] = {}
+        self._matches: dict[str, str] = {}
+        self._static: dict[str, tuple[Record, V]] = {}
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        self.healthy = True
+
+    def add_static(self, be_id: str, data: bytes) -> None:
+        """Add a token that lives in this process only (`--be-token`)."""
+        token = Token.from_bytes(data)
+        self._check(token)
+        record = Record(be_id, 1, file_digest(data), token.manifest, None, "server")
+        self._static[be_id] = (record, self._prepare(token))
+
+    def start(self) -> None:
+        """Read the registry once (raising where it cannot be read) and poll it from now on."""
+        self.refresh()
+        self._thread = threading.Thread(target=self._poll, name="be-registry-poll", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Stop polling."""
+        self._stop.set()
+
+    def refresh(self) -> None:
+        """Take over all changes since the last refresh. Raises RegistryError."""
+        with self._lock:
+            revision, changes = self._registry.changes(self._revision)
+            if revision < self._revision:  # the database was replaced by an older copy
+                self._records, self._matches = {}, {}
+                revision, changes = self._registry.changes(0)
+            for change in changes:
+                old = self._records.pop(change.id, None)
+                if old is not None and old.match_sha256 and self._matches.get(old.match_sha256) == old.id:
+                    del self._matches[old.match_sha256]
+            for change in changes:
+                if change.record is not None:
+                    self._records[change.id] = change.record
+                    if change.record.match_sha256:
+                        self._matches[change.record.match_sha256] = change.id
+            self._revision = revision
+
+    def get(self, be_id: str) -> Record:
+        """The record of an id. Raises TokenNotFound."""
+        if be_id in self._static:
+            return self._static[be_id][0]
+        record = self._records.get(be_id)
+        if record is None:
+            raise TokenNotFound(f"No token {be_id!r} is registered on this server.", param="be_id")
+        return record
+
+    def match(self, sha256: str) -> Record | None:
+        """The token registered to answer for the prompt of this digest, if any."""
+        be_id = self._matches.get(sha256)
+        return self._records.get(be_id) if be_id is not None else None
+
+    @property
+    def has_matches(self) -> bool:
+        """Whether any token is registered with `match`: else no request needs hashing."""
+        return bool(self._matches)
+
+    def records(self) -> list[Record]:
+        """All records, sorted by id."""
+        merged = {**self._records, **{be_id: record for be_id, (record, _) in self._static.items()}}
+        return [merged[be_id] for be_id in sorted(merged)]
+
+    def cached(self, record: Record) -> V | None:
+        """The prepared vectors if they are in memory."""
+        if record.source == "server":
+            return self._static[record.id][1]
+        return self._cache.get(record.digest)
+
+    def load(self, record: Record) -> V:
+        """The prepared vectors, read from the registry where needed; blocks on the database.
+
+        Raises TokenNotFound where it was removed meanwhile, InvalidArtifact where it
+        does not fit this server.
+        """
+        found = self.cached(record)
+        if found is not None:
+            return found
+        # Loaded outside any lock: two threads may load one token twice, which is harmless.
+        data = self._registry.read_artifact(record.id, record.version)
+        token = Token.from_bytes(data)
+        self._check(token)
+        value = self._prepare(token)
+        self._cache.put(record.digest, value, len(data))
+        return value
+
+    def refuse_static(self, be_id: str) -> None:
+        """Raise TokenConflict for an id that `--be-token` holds."""
+        if be_id in self._static:
+            raise TokenConflict(f"Token {be_id!r} was given to this server by --be-token; restart it to change that.")
+
+    def _poll(self) -> None:
+        while not self._stop.wait(self._poll_seconds):
+            try:
+                self.refresh()
+            except RegistryError as exc:
+                if self.healthy:
+                    logger.error("%s Known tokens go on answering; changes wait for the registry.", exc.message)
+                self.healthy = False
+            except BEError as exc:
+                logger.error("Registry: %s", exc.message)
+            else:
+                if not self.healthy:
+                    logger.info("The registry answers again.")
+                self.healthy = True

@@ -1,0 +1,263 @@
+"""The registry in a SQL database: SQLite (WAL) by default, PostgreSQL where several hosts share it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from sqlalchemy import Engine, create_engine, delete, event, insert, inspect, select, update
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError, IntegrityError, SQLAlchemyError
+from sqlalchemy.orm import Session
+
+from be_serve.core.artifact import Manifest, Token, file_digest
+from be_serve.core.errors import RegistryError, SchemaMismatch, TokenConflict, TokenNotFound
+from be_serve.core.ids import validate_be_id
+from be_serve.registry.schema import SCHEMA_VERSION, Base, Meta, TokenRow, VersionRow
+
+
+@dataclass(frozen=True)
+class Record:
+    """One registered version, without its vectors."""
+
+    id: str
+    version: int
+    digest: str
+    manifest: Manifest
+    match_sha256: str | None = None
+    source: Literal["registry", "server"] = "registry"
+    """`server`: given on the command line by `--be-token`, in memory only."""
+
+    def public(self) -> dict[str, Any]:
+        """The record as the HTTP API shows it: the manifest and its digest, never a vector."""
+        manifest = self.manifest.model_dump(mode="json")
+        manifest["id"] = self.id
+        return {
+            "object": "be.token",
+            **manifest,
+            "version": self.version,
+            "digest": self.digest,
+            "match": self.match_sha256 is not None,
+            "source": self.source,
+        }
+
+
+@dataclass(frozen=True)
+class PutResult:
+    """Outcome of a registration."""
+
+    record: Record
+    created: bool
+    """False where the same digest was already registered under the id."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """The present state of an id that changed: its record, or None where it was removed."""
+
+    id: str
+    record: Record | None
+
+
+class Registry:
+    """Tokens in a SQL database.
+
+        registry = Registry("sqlite:///tokens.db")
+        registry.put(Path("captain.safetensors").read_bytes())
+        registry.read_artifact("captain", 1)
+
+    A registered version never changes. Every method opens its own transaction and
+    may be called from any thread. Raises RegistryError where the database fails.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self._engine = _create_engine(url)
+        with self._errors():
+            self._prepare()
+
+    def put(self, data: bytes, *, be_id: str | None = None, match: bool = False, replace: bool = False) -> PutResult:
+        """Register a token file's bytes under `be_id`, or the id in its manifest.
+
+        The same digest again is no error and changes only `match`. Raises
+        InvalidArtifact, TokenConflict (another digest without `replace`, or a prompt
+        that another token already matches).
+        """
+        token = Token.from_bytes(data)
+        token_id = validate_be_id(be_id if be_id is not None else token.manifest.id, param="id")
+        digest = file_digest(data)
+        wanted = token.manifest.prompt.sha256 if match else None
+        with self._errors(), Session(self._engine) as session, session.begin():
+            revision = self._next_revision(session)
+            row = session.get(TokenRow, token_id)
+            current = session.get(VersionRow, (token_id, row.version)) if row and not row.removed else None
+            if current is not None and current.digest == digest:
+                assert row is not None
+                if match and row.match_sha256 is None:
+                    self._claim_match(session, token_id, wanted)
+                    row.match_sha256, row.revision = wanted, revision
+                return PutResult(_record(row, current), created=False)
+            if current is not None and not replace:
+                raise TokenConflict(
+                    f"Token {token_id!r} is registered with digest {current.digest}; this file has {digest}. "
+                    "Send replace=true to make it a new version, or choose another id."
+                )
+            self._claim_match(session, token_id, wanted)
+            if row is None:
+                row = TokenRow(id=token_id, version=1, revision=revision, removed=False, match_sha256=wanted)
+                session.add(row)
+            else:
+                row.version, row.revision, row.removed = row.version + 1, revision, False
+                # A replaced token goes on answering for its prompt if the prompt is the same.
+                row.match_sha256 = wanted or (
+                    row.match_sha256 if row.match_sha256 == token.manifest.prompt.sha256 else None
+                )
+            session.flush()
+            session.execute(
+                insert(VersionRow).values(
+                    id=token_id,
+                    version=row.version,
+                    digest=digest,
+                    manifest=token.manifest.model_dump_json(),
+                    artifact=data,
+                    created_at=datetime.now(UTC),
+                )
+            )
+            version = session.get_one(VersionRow, (token_id, row.version))
+            return PutResult(_record(row, version), created=True)
+
+    def remove(self, be_id: str) -> None:
+        """Remove a token with all its versions. Raises TokenNotFound."""
+        with self._errors(), Session(self._engine) as session, session.begin():
+            revision = self._next_revision(session)
+            row = session.get(TokenRow, be_id)
+            if row is None or row.removed:
+                raise TokenNotFound(f"No token {be_id!r} is registered.")
+            # The row stays as a tombstone: it tells other replicas, and version numbers never repeat.
+            row.removed, row.match_sha256, row.revision = True, None, revision
+            session.execute(delete(VersionRow).where(VersionRow.id == be_id))
+
+    def changes(self, since: int = 0) -> tuple[int, list[Change]]:
+        """The revision now, and the present state of every id that changed after revision `since`."""
+        with self._errors(), Session(self._engine) as session:
+            revision = session.scalar(select(Meta.revision).where(Meta.id == 1)) or 0
+            if revision == since:
+                return revision, []
+            rows = session.execute(
+                select(TokenRow, VersionRow)
+                .outerjoin(VersionRow, (VersionRow.id == TokenRow.id) & (VersionRow.version == TokenRow.version))
+                .where(TokenRow.revision > since)
+            ).all()
+            found = [
+                Change(row.id, None if row.removed or version is None else _record(row, version))
+                for row, version in rows
+            ]
+            return revision, found
+
+    def read_artifact(self, be_id: str, version: int) -> bytes:
+        """The bytes of a registered version. Raises TokenNotFound."""
+        with self._errors(), Session(self._engine) as session:
+            query = select(VersionRow.artifact).where(VersionRow.id == be_id, VersionRow.version == version)
+            data = session.scalar(query)
+        if data is None:
+            raise TokenNotFound(f"No token {be_id!r} is registered.")
+        return bytes(data)
+
+    def close(self) -> None:
+        """Give back all connections."""
+        self._engine.dispose()
+
+    def _prepare(self) -> None:
+        """Create the tables in an empty database; refuse one made by another schema version."""
+        if not inspect(self._engine).has_table(Meta.__tablename__):
+            try:
+                Base.metadata.create_all(self._engine)
+            except SQLAlchemyError:
+                # Another process created them in the same moment, or the next lines say what is wrong.
+                if not inspect(self._engine).has_table(VersionRow.__tablename__):
+                    raise
+        with Session(self._engine) as session:
+            if session.get(Meta, 1) is None:
+                try:
+                    session.add(Meta(id=1, schema_version=SCHEMA_VERSION, revision=0))
+                    session.commit()
+                except IntegrityError:
+                    session.rollback()
+            found = session.get_one(Meta, 1).schema_version
+        if found != SCHEMA_VERSION:
+            raise SchemaMismatch(
+                f"The registry {_safe(self.url)} has schema version {found}, this be-serve reads {SCHEMA_VERSION}. "
+                + ("Upgrade be-serve." if found > SCHEMA_VERSION else "Export its tokens and register them again.")
+            )
+
+    def _next_revision(self, session: Session) -> int:
+        """Take the next revision. The row's lock makes writers queue, so revisions commit in order."""
+        session.execute(update(Meta).where(Meta.id == 1).values(revision=Meta.revision + 1))
+        return session.scalars(select(Meta.revision).where(Meta.id == 1)).one()
+
+    def _claim_match(self, session: Session, be_id: str, sha256: str | None) -> None:
+        if sha256 is None:
+            return
+        query = select(TokenRow.id).where(TokenRow.match_sha256 == sha256, TokenRow.id != be_id)
+        holder = session.scalar(query)
+        if holder is not None:
+            raise TokenConflict(
+                f"Token {holder!r} already answers for this prompt: register without match, or remove {holder!r}.",
+                param="match",
+            )
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except SQLAlchemyError as exc:
+            cause = getattr(exc, "orig", None) or exc
+            raise RegistryError(f"The registry {_safe(self.url)} failed: {cause}.") from exc
+
+
+def _record(row: TokenRow, version: VersionRow) -> Record:
+    manifest = Manifest.model_validate_json(version.manifest)
+    return Record(row.id, version.version, version.digest, manifest, row.match_sha256)
+
+
+def _safe(url: str) -> str:
+    """The URL without its password."""
+    return make_url(url).render_as_string(hide_password=True)
+
+
+def _create_engine(url: str) -> Engine:
+    try:
+        parsed = make_url(url)
+    except ArgumentError as exc:
+        raise RegistryError(
+            f"{url!r} is no database URL. Use sqlite:////absolute/path.db or postgresql+psycopg://user@host/db."
+        ) from exc
+    if parsed.get_backend_name() != "sqlite":
+        try:
+            return create_engine(parsed, pool_pre_ping=True)
+        except (ModuleNotFoundError, SQLAlchemyError) as exc:
+            raise RegistryError(f"Cannot use {_safe(url)}: {exc}. For PostgreSQL: be-serve[postgres].") from exc
+    if parsed.database and parsed.database != ":memory:":
+        try:
+            Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
+        except OSError as exc:
+            raise RegistryError(f"Cannot create the folder of {parsed.database}: {exc.strerror}.") from exc
+    engine = create_engine(parsed, connect_args={"timeout": 15})
+
+    @event.listens_for(engine, "connect")
+    def _configure(connection: Any, _record: Any) -> None:
+        connection.isolation_level = None  # transactions are begun by the listener below
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute("PRAGMA synchronous=FULL")  # registrations are rare and must survive a power cut
+        connection.execute("PRAGMA foreign_keys=ON")
+
+    @event.listens_for(engine, "begin")
+    def _begin(connection: Any) -> None:
+        # IMMEDIATE would also serialise readers' begins; WAL readers need no lock, writers queue on be_meta.
+        connection.exec_driver_sql("BEGIN")
+
+    return engine

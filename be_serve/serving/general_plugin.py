@@ -1,0 +1,20 @@
+"""Entry point of `vllm.general_plugins`: runs in every process of every vLLM on the machine.
+
+Does nothing unless VLLM_PLUGINS names `be_serve`, and may run twice.
+"""
+
+from __future__ import annotations
+
+import os
+
+
+def register() -> None:
+    """Patch what must be patched on the engine's side, and insist on the endpoint plugin."""
+    if "be_serve" not in os.environ.get("VLLM_PLUGINS", "").split(","):
+        return
+    from be_serve.serving import vllm_compat
+
+    vllm_compat.check_version()
+    vllm_compat.require_endpoint_plugin()
+    if vllm_compat.on_cpu():
+        vllm_compat.patch_cpu_seed()

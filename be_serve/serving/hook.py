@@ -1,0 +1,163 @@
+"""What happens to a chat request: guard, resolve, render with a slot, inject. No vLLM here."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from be_serve.core.artifact import Placement
+from be_serve.core.errors import BEError, InvalidArtifact, TokenNotFound, UnsupportedRequest
+from be_serve.core.slots import Slot, SlotRenderer, new_marker
+from be_serve.registry import Record, TokenIndex
+from be_serve.serving.metrics import Metrics
+from be_serve.serving.middleware import RequestContext, current
+from be_serve.serving.requests import BEFields, refuse_raw_embeddings
+from be_serve.serving.resolve import Resolution, Resolver
+
+logger = logging.getLogger("vllm.be_serve.hook")
+
+
+@dataclass
+class Rendering:
+    """One request on its way through vLLM's renderer."""
+
+    record: Record
+    rows: Any
+    """Vectors [k, hidden_size] in the serving dtype."""
+    marker: str
+    messages: list[dict[str, Any]]
+    template_kwargs: dict[str, Any]
+    started: float
+    spent: float = 0.0
+    slot: Slot | None = None
+
+    @property
+    def placement(self) -> Placement:
+        return self.record.manifest.placement
+
+    @property
+    def k(self) -> int:
+        return self.record.manifest.k
+
+
+class ChatHook:
+    """Serves a token in place of the system message. One instance a server process."""
+
+    def __init__(
+        self,
+        *,
+        resolver: Resolver,
+        index: TokenIndex[Any],
+        slots: SlotRenderer,
+        inject: Callable[[dict[str, Any], Slot, Any], dict[str, Any]],
+        vocab_size: int,
+        metrics: Metrics,
+    ) -> None:
+        self._resolver = resolver
+        self._index = index
+        self._slots = slots
+        self._inject = inject
+        self._vocab_size = vocab_size
+        self._metrics = metrics
+
+    async def begin(self, request: Any, messages: Sequence[Any], tools: Any) -> Rendering | None:
+        """The rendering of a request that a token answers; None for a plain one.
+
+        Raises BEError for everything that must be refused, counted.
+        """
+        context = current.get()
+        try:
+            refuse_raw_embeddings(messages, tools)
+            if context is None or not context.supported:
+                return None
+            rendering = await self._begin(context, request, messages)
+        except BEError as exc:
+            self._metrics.refused(exc)
+            raise
+        if rendering is None:
+            self._metrics.requests.labels(path=context.path, how="plain").inc()
+        return rendering
+
+    async def _begin(self, context: RequestContext, request: Any, messages: Sequence[Any]) -> Rendering | None:
+        started = time.perf_counter()
+        fields = BEFields.parse(request.model_extra)
+        model = getattr(request, "model", None)
+        resolution = self._resolver.resolve(fields, model, [dict(m) for m in messages])
+        if resolution is None:
+            return None
+        try:
+            self._refuse_options(request)
+            rows = await self._vectors(resolution.record)
+        except (InvalidArtifact, TokenNotFound, UnsupportedRequest) as exc:
+            if resolution.how != "match":
+                raise
+            logger.warning("Serving the full prompt: token %s cannot answer: %s", resolution.record.id, exc.message)
+            return None
+        rendering = self._mark(resolution, rows, started)
+        self._metrics.requests.labels(path=context.path, how=resolution.how).inc()
+        context.headers["x-be-id"] = resolution.record.id
+        context.headers["x-be-digest"] = resolution.record.digest
+        if resolution.how == "match":
+            context.headers["x-be-match"] = "exact"
+        rendering.spent = time.perf_counter() - started
+        return rendering
+
+    def _mark(self, resolution: Resolution, rows: Any, started: float) -> Rendering:
+        marker = new_marker()
+        manifest = resolution.record.manifest
+        marked = self._slots.mark(resolution.messages, marker, placement=manifest.placement, append=resolution.append)
+        return Rendering(resolution.record, rows, marker, marked, dict(manifest.template_kwargs), started)
+
+    async def _vectors(self, record: Record) -> Any:
+        found = self._index.cached(record)
+        self._metrics.cache.labels(result="hit" if found is not None else "miss").inc()
+        return found if found is not None else await asyncio.to_thread(self._index.load, record)
+
+    def cut(self, rendering: Rendering, text: Any) -> list[int]:
+        """Token ids of the rendered chat with placeholders in the slot. Runs in the renderer's thread pool."""
+        if not isinstance(text, str):
+            raise UnsupportedRequest("This model's tokenizer renders no text; tokens cannot be placed in it.")
+        started = time.perf_counter()
+        slot = self._slots.cut(text, rendering.marker, placement=rendering.placement)
+        highest = max((*slot.before, *slot.after), default=0)
+        if highest >= self._vocab_size:
+            raise UnsupportedRequest(f"The chat contains the id {highest}, outside the model's vocabulary.")
+        rendering.slot = slot
+        rendering.spent += time.perf_counter() - started
+        return slot.ids(rendering.k)
+
+    def finish(self, rendering: Rendering, engine_input: Mapping[str, Any]) -> dict[str, Any]:
+        """The engine input with the vectors in it. Raises UnsupportedRequest where the slot was cut away."""
+        started = time.perf_counter()
+        slot = rendering.slot
+        if slot is None or engine_input.get("type") != "token":
+            raise UnsupportedRequest("A token cannot stand beside images, audio or reused prompt ids yet.")
+        if len(engine_input["prompt_token_ids"]) != len(slot.before) + rendering.k + len(slot.after):
+            raise UnsupportedRequest(
+                "`truncate_prompt_tokens` would cut the token away; leave it out.", param="truncate_prompt_tokens"
+            )
+        injected = self._inject(dict(engine_input), slot, rendering.rows)
+        self._metrics.injection.observe(rendering.spent + time.perf_counter() - started)
+        return injected
+
+    @staticmethod
+    def _refuse_options(request: Any) -> None:
+        """Options whose answer would be wrong beside a vector, which is no vocabulary token."""
+        if getattr(request, "prompt_logprobs", None) is not None or getattr(request, "echo", False):
+            raise UnsupportedRequest(
+                "`prompt_logprobs` and `echo` cannot be answered for a token: it has no text.", param="prompt_logprobs"
+            )
+        if getattr(request, "use_beam_search", False):
+            raise UnsupportedRequest("Beam search cannot be used with a token.", param="use_beam_search")
+        if getattr(request, "chat_template", None) is not None:
+            raise UnsupportedRequest(
+                "A token is made for the server's chat template; send no `chat_template` with it.",
+                param="chat_template",
+            )
+        transfer = getattr(request, "kv_transfer_params", None)
+        if isinstance(transfer, dict) and transfer.get("prompt_token_ids") is not None:
+            raise UnsupportedRequest("Reused prompt ids cannot be combined with a token.", param="kv_transfer_params")

@@ -1,0 +1,45 @@
+"""Prometheus metrics under `be_serve_`, beside vLLM's own on /metrics."""
+
+from __future__ import annotations
+
+from prometheus_client import Counter, Gauge, Histogram
+
+from be_serve.core.errors import BEError
+
+_SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5)
+
+
+class Metrics:
+    """The plugin's collectors; one instance a process (Prometheus refuses a second registration)."""
+
+    def __init__(self) -> None:
+        self.requests = Counter(
+            "be_serve_requests",
+            "Chat requests by how their token was named: be_id, alias, match, or plain for none.",
+            ["path", "how"],
+        )
+        self.injection = Histogram(
+            "be_serve_injection_seconds",
+            "Time from the parsed request to the engine input, less vLLM's own rendering.",
+            buckets=_SECONDS,
+        )
+        self.cache = Counter(
+            "be_serve_registry_lookups", "Vectors found in memory (hit) or read from the registry (miss).", ["result"]
+        )
+        self.refusals = Counter("be_serve_refusals", "Requests refused by the plugin, by error code.", ["code"])
+        self.tokens = Gauge("be_serve_tokens", "Tokens this server can name.", multiprocess_mode="livemostrecent")
+
+    def refused(self, exc: BEError) -> None:
+        """Count a refusal."""
+        self.refusals.labels(code=exc.code).inc()
+
+
+_instance: Metrics | None = None
+
+
+def metrics() -> Metrics:
+    """The process's metrics, made on first use: multiprocess mode must be set up before."""
+    global _instance
+    if _instance is None:
+        _instance = Metrics()
+    return _instance

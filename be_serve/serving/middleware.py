@@ -1,0 +1,137 @@
+"""A small ASGI middleware: per-request context, our response headers, refusals elsewhere.
+
+Which token answered is known deep inside vLLM's handlers, whose responses stay
+stock; a context variable carries it out to the response headers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+from be_serve.core.errors import BEError, UnsupportedRequest
+from be_serve.core.ids import split_alias
+from be_serve.serving.metrics import Metrics
+from be_serve.serving.requests import FIELDS
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+
+# The endpoints that honour a token.
+SUPPORTED = frozenset({"/v1/chat/completions", "/v1/chat/completions/batch", "/v1/responses", "/tokenize"})
+_MARK = b'"be_'
+
+
+@dataclass
+class RequestContext:
+    """One HTTP request: shared, not copied, with the tasks that handle it."""
+
+    path: str
+    headers: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def supported(self) -> bool:
+        return self.path in SUPPORTED
+
+
+current: ContextVar[RequestContext | None] = ContextVar("be_serve_request", default=None)
+
+
+def error_body(exc: BEError) -> dict[str, Any]:
+    """An error in OpenAI's shape, as vLLM prints its own: `code` is the HTTP status."""
+    return {"error": {"message": exc.message, "type": type(exc).__name__, "param": exc.param, "code": exc.http_status}}
+
+
+class BEMiddleware:
+    """Sets `current`, adds `x-be-*` headers, and refuses tokens where they would be ignored."""
+
+    def __init__(self, app: Any, *, base_models: Callable[[], Sequence[str]], metrics: Callable[[], Metrics]) -> None:
+        self._app = app
+        self._base_models = base_models
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "POST":
+            await self._app(scope, receive, send)
+            return
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        context = RequestContext(path)
+        if not context.supported and not path.startswith("/v1/be/") and _is_json(scope):
+            body, receive = await _read_ahead(receive)
+            try:
+                self._refuse_ignored(path, body)
+            except BEError as exc:
+                self._metrics().refused(exc)
+                await _respond(send, exc)
+                return
+
+        async def send_with_headers(message: MutableMapping[str, Any]) -> None:
+            if message["type"] == "http.response.start" and context.headers:
+                extra = [(k.encode("latin-1"), v.encode("latin-1")) for k, v in context.headers.items()]
+                message = {**message, "headers": [*message.get("headers", []), *extra]}
+            await send(message)
+
+        token = current.set(context)
+        try:
+            await self._app(scope, receive, send_with_headers)
+        finally:
+            current.reset(token)
+
+    def _refuse_ignored(self, path: str, body: bytes) -> None:
+        """Raise where a body names a token on an endpoint that would silently ignore it."""
+        names = list(self._base_models())
+        if _MARK not in body and not any(f"{name}:".encode() in body for name in names):
+            return  # the common case costs one substring search
+        try:
+            data = json.loads(body)
+        except (ValueError, RecursionError):
+            return  # malformed JSON is the endpoint's to refuse
+        if not isinstance(data, dict):
+            return
+        arguments = data.get("vllm_xargs")
+        places = [data, arguments if isinstance(arguments, dict) else {}]
+        named = [name for name in FIELDS if any(place.get(name) is not None for place in places)]
+        model = data.get("model")
+        if isinstance(model, str) and split_alias(model, names) is not None:
+            named.append("model")
+        # be_match false asks for what happens here anyway.
+        if named == ["be_match"] and data.get("be_match") is False:
+            return
+        if named:
+            raise UnsupportedRequest(
+                f"{path} cannot use a token, and `{named[0]}` names one or is meant for one. "
+                f"Use one of: {', '.join(sorted(SUPPORTED))}.",
+                param=named[0],
+            )
+
+
+def _is_json(scope: Scope) -> bool:
+    content_type: bytes = next((v for k, v in scope["headers"] if k == b"content-type"), b"application/json")
+    return b"multipart" not in content_type and b"octet-stream" not in content_type
+
+
+async def _read_ahead(receive: Receive) -> tuple[bytes, Receive]:
+    """The whole body, and a `receive` that gives it again."""
+    messages: list[MutableMapping[str, Any]] = []
+    while True:
+        message = await receive()
+        messages.append(message)
+        if message["type"] != "http.request" or not message.get("more_body", False):
+            break
+    queue = list(messages)
+
+    async def replay() -> MutableMapping[str, Any]:
+        return queue.pop(0) if queue else await receive()
+
+    return b"".join(m.get("body", b"") for m in messages), replay
+
+
+async def _respond(send: Send, exc: BEError) -> None:
+    body = json.dumps(error_body(exc)).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": exc.http_status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

@@ -1,0 +1,93 @@
+"""Entry point of `vllm.endpoint_plugins`: puts the parts together in each API server process."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from argparse import Namespace
+from functools import partial
+from typing import Any
+
+from be_serve.core.errors import BEError
+from be_serve.core.fingerprint import fingerprint_folder
+from be_serve.core.slots import SlotRenderer
+from be_serve.serving import inject_prompt_embeds, routes, vllm_compat
+from be_serve.serving.hook import ChatHook
+from be_serve.serving.metrics import metrics
+from be_serve.serving.middleware import BEMiddleware
+from be_serve.serving.resolve import Resolver
+from be_serve.serving.service import ServedModel, Service
+from be_serve.serving.settings import Settings
+
+logger = logging.getLogger("vllm.be_serve")
+
+
+class BEEndpointPlugin:
+    """vLLM's EndpointPlugin protocol. Loaded only where VLLM_PLUGINS names `be_serve`."""
+
+    name = vllm_compat.PLUGIN_NAME
+    required_tasks = ("generate",)
+
+    def __init__(self) -> None:
+        vllm_compat.check_version()
+        self._settings = Settings.from_env()
+
+    def attach_router(self, app: Any) -> None:
+        """Add the admin routes, the error shape and the middleware."""
+        app.include_router(routes.router)
+        app.add_exception_handler(BEError, routes.be_error_handler)
+        app.add_middleware(BEMiddleware, base_models=partial(vllm_compat.base_models, app.state), metrics=metrics)
+
+    async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
+        """Hook into the running server. Raises BEError: a server must not start without its tokens."""
+        vllm_compat.check_server(state)
+        model = await asyncio.to_thread(_served_model, engine_client, state)
+        vllm_compat.close_raw_embeddings(state, engine_client)
+        dtype = engine_client.model_config.dtype
+        service = Service(
+            self._settings,
+            model,
+            metrics(),
+            prepare=partial(inject_prompt_embeds.prepare, dtype=dtype),
+            vllm_has_api_key=bool(args.api_key or os.environ.get("VLLM_API_KEY")),
+        )
+        await asyncio.to_thread(service.start)
+        online = state.online_renderer
+        resolver = Resolver(
+            service.index,
+            partial(vllm_compat.base_models, state),
+            match=self._settings.match,
+            usable=service.usable,
+        )
+        hook = ChatHook(
+            resolver=resolver,
+            index=service.index,
+            slots=SlotRenderer(online.renderer.get_tokenizer(), chat_template=online.chat_template),
+            inject=inject_prompt_embeds.inject,
+            vocab_size=model.vocab_size,
+            metrics=metrics(),
+        )
+        vllm_compat.install_chat_hook(state, hook)
+        vllm_compat.install_aliases(state, lambda: [r for r in service.index.records() if service.usable(r)])
+        state.be_serve = service
+        logger.info(
+            "be-serve: %d tokens for %s (fingerprint %s), injection %s, administration %s.",
+            len(service.index.records()),
+            model.name,
+            model.fingerprint,
+            self._settings.injection,
+            "on" if self._settings.admin_key else "off",
+        )
+
+
+def _served_model(engine_client: Any, state: Any) -> ServedModel:
+    config = engine_client.model_config
+    folder = vllm_compat.model_folder(engine_client)
+    return ServedModel(
+        name=vllm_compat.base_models(state)[0],
+        fingerprint=fingerprint_folder(folder, chat_template=state.online_renderer.chat_template),
+        hidden_size=config.get_hidden_size(),
+        vocab_size=config.get_vocab_size(),
+        dtype=str(config.dtype).removeprefix("torch."),
+    )

@@ -1,0 +1,82 @@
+"""The request fields of ours: what a client may send beside the OpenAI ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from be_serve.core.errors import RequestError, UnsupportedRequest
+from be_serve.core.ids import validate_be_id
+
+FIELDS = ("be_id", "be_system", "be_match")
+# vLLM's own marker for client-sent embeddings. With the engine able to take embeddings,
+# its text form would become an id outside the vocabulary.
+EMBEDS_MARKER = "<prompt_embeds>"
+
+
+@dataclass(frozen=True)
+class BEFields:
+    """`be_id`, `be_system` and `be_match` of one request, validated."""
+
+    be_id: str | None = None
+    append: bool = False
+    match: bool = True
+
+    @classmethod
+    def parse(cls, extra: Mapping[str, Any] | None) -> BEFields:
+        """Read the fields from a request's extra fields. Raises RequestError.
+
+        `null` counts as absent for each of them.
+        """
+        given = {name: extra[name] for name in FIELDS if extra and extra.get(name) is not None}
+        if not given:
+            return _NONE
+        be_id = validate_be_id(given["be_id"]) if "be_id" in given else None
+        system = given.get("be_system")
+        if system not in (None, "append"):
+            raise RequestError('`be_system` must be "append" or absent.', param="be_system")
+        match = given.get("be_match", True)
+        if not isinstance(match, bool):
+            raise RequestError("`be_match` must be true or false.", param="be_match")
+        return cls(be_id=be_id, append=system == "append", match=match)
+
+
+_NONE = BEFields()
+
+
+def refuse_raw_embeddings(messages: Any, tools: Any) -> None:
+    """Refuse client-sent embeddings in any form, as parts or as their marker in text.
+
+    Raises UnsupportedRequest. Stock vLLM refuses the parts without
+    `--enable-prompt-embeds`; with it in use for tokens, both must be refused here.
+    """
+    for value in _leaves([messages, tools]):
+        if isinstance(value, str):
+            if EMBEDS_MARKER in value:
+                raise UnsupportedRequest(
+                    f"The text {EMBEDS_MARKER} is reserved on this server; remove it from messages and tools."
+                )
+        elif isinstance(value, Mapping) and value.get("type") == "prompt_embeds":
+            raise UnsupportedRequest(
+                "Raw prompt embeddings are not accepted on this server. Register a token and send its `be_id`."
+            )
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    """All strings and mappings below `value`; mapping keys included, they are rendered too."""
+    stack = [value]
+    while stack:
+        item = stack.pop()
+        if isinstance(item, str):
+            yield item
+        elif isinstance(item, Mapping):
+            yield item
+            stack.extend(item.keys())
+            stack.extend(item.values())
+        elif isinstance(item, (list, tuple)):
+            stack.extend(item)
+        elif hasattr(item, "model_dump"):
+            stack.append(item.model_dump())
+        elif item is not None and not isinstance(item, (int, float, bool, bytes)) and hasattr(item, "__iter__"):
+            stack.extend(item)  # pydantic keeps some lists as lazy iterables

@@ -1,0 +1,112 @@
+"""From a request to the token that answers it, or to none. Pure: no I/O, no vLLM."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from be_serve.core.errors import NameConflict, RequestError, SystemConflict
+from be_serve.core.ids import split_alias, validate_be_id
+from be_serve.core.prompts import prompt_sha256
+from be_serve.core.slots import SYSTEM_ROLES, text_of
+from be_serve.registry import Record, TokenIndex
+from be_serve.serving.requests import BEFields
+
+Message = dict[str, Any]
+How = Literal["be_id", "alias", "match"]
+
+
+@dataclass(frozen=True)
+class Resolution:
+    """The token of a request, and the chat without the system text it replaces."""
+
+    record: Record
+    how: How
+    messages: list[Message]
+    append: str | None = None
+
+
+class Resolver:
+    """Applies the naming rules: `be_id`, then the alias, then (opt-in) the exact prompt."""
+
+    def __init__(
+        self,
+        index: TokenIndex[Any],
+        base_models: Callable[[], Sequence[str]],
+        *,
+        match: bool = True,
+        usable: Callable[[Record], bool] = lambda record: True,
+    ) -> None:
+        self._index = index
+        self._base_models = base_models
+        self._match = match
+        self._usable = usable
+
+    def resolve(self, fields: BEFields, model: str | None, messages: Sequence[Message]) -> Resolution | None:
+        """Return the token to use, or None for a plain request.
+
+        Raises InvalidBeId, NameConflict, TokenNotFound, SystemConflict, RequestError.
+        """
+        be_id, how = self._named(fields, model)
+        if be_id is None:
+            if fields.append:
+                raise RequestError("`be_system` needs a `be_id`.", param="be_system")
+            return self._matched(fields, messages)
+        record = self._index.get(be_id)
+        chat, append = self._without_system(record, messages, append=fields.append)
+        return Resolution(record, how, chat, append)
+
+    def _named(self, fields: BEFields, model: str | None) -> tuple[str | None, How]:
+        alias = split_alias(model, self._base_models())
+        if alias is None:
+            return fields.be_id, "be_id"
+        alias_id = validate_be_id(alias[1], param="model")
+        if fields.be_id is not None and fields.be_id != alias_id:
+            raise NameConflict(
+                f"`model` names the token {alias_id!r} and `be_id` names {fields.be_id!r}; send one of them.",
+                param="be_id",
+            )
+        return alias_id, "be_id" if fields.be_id is not None else "alias"
+
+    def _matched(self, fields: BEFields, messages: Sequence[Message]) -> Resolution | None:
+        if not (self._match and fields.match and self._index.has_matches) or not messages:
+            return None
+        systems = [m for m in messages if m.get("role") in SYSTEM_ROLES]
+        if len(systems) != 1 or systems[0] is not messages[0]:
+            return None
+        text = text_of(messages[0].get("content"))
+        if not text:
+            return None
+        record = self._index.match(prompt_sha256(text))
+        # A request that names no token must be answered as without the plugin, never refused for a token's sake.
+        if record is None or not self._usable(record):
+            return None
+        return Resolution(record, "match", list(messages[1:]))
+
+    def _without_system(
+        self, record: Record, messages: Sequence[Message], *, append: bool
+    ) -> tuple[list[Message], str | None]:
+        """Drop the leading system turn the token stands for; keep other system text only to append it."""
+        count = next((i for i, m in enumerate(messages) if m.get("role") not in SYSTEM_ROLES), len(messages))
+        head, chat = messages[:count], list(messages[count:])
+        others: list[str] = []
+        for message in head:
+            text = text_of(message.get("content"))
+            if text is None:
+                raise SystemConflict("A system message beside a token must be text.", param="messages")
+            if text.strip() and prompt_sha256(text) != record.manifest.prompt.sha256:
+                others.append(text)
+        if any(m.get("role") in SYSTEM_ROLES for m in chat):
+            raise SystemConflict(
+                "A system message in the middle of the chat cannot stand beside a token; put it first, "
+                'with `"be_system": "append"`.',
+                param="messages",
+            )
+        if others and not append:
+            raise SystemConflict(
+                f"Token {record.id!r} replaces the system message, and this request brings another one. "
+                'Remove it, or send `"be_system": "append"` to place it behind the token.',
+                param="messages",
+            )
+        return chat, "\n\n".join(others) if others else None

@@ -1,0 +1,134 @@
+"""The admin routes under /v1/be/tokens: register, list, show, remove."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Header, Query, Request
+from fastapi.responses import JSONResponse
+
+from be_serve.core.errors import ArtifactTooLarge, BEError, Forbidden, NotAuthenticated, TokenNotFound
+from be_serve.serving.middleware import error_body
+from be_serve.serving.service import Service
+
+router = APIRouter(tags=["be-serve"])
+
+
+def service(request: Request) -> Service:
+    """The plugin's service on this app."""
+    found: Service = request.app.state.be_serve
+    return found
+
+
+async def be_error_handler(_request: Request, exc: BEError) -> JSONResponse:
+    """Answer a BEError in OpenAI's shape with its own status."""
+    headers = {"WWW-Authenticate": "Bearer"} if exc.http_status == 401 else None
+    return JSONResponse(error_body(exc), status_code=exc.http_status, headers=headers)
+
+
+def require_admin(
+    request: Request,
+    x_be_key: Annotated[str | None, Header(description="The admin key (BE_ADMIN_KEY).")] = None,
+    authorization: Annotated[str | None, Header(description="`Bearer KEY`, where vLLM has no --api-key.")] = None,
+) -> None:
+    """Let only the admin key pass. Raises Forbidden or NotAuthenticated."""
+    state = service(request)
+    expected = state.settings.admin_key
+    if expected is None:
+        raise Forbidden("Token administration is off: start the server with --be-admin-key or BE_ADMIN_KEY.")
+    given = x_be_key
+    if given is None and authorization is not None and not state.vllm_has_api_key:
+        scheme, _, value = authorization.partition(" ")
+        given = value.strip() if scheme.lower() == "bearer" else None
+    if not given:
+        where = "`X-BE-Key`" if state.vllm_has_api_key else "`X-BE-Key` or `Authorization: Bearer`"
+        raise NotAuthenticated(f"Send the admin key as {where}.")
+    if not hmac.compare_digest(given.encode(), expected.encode()):
+        raise Forbidden("That is not the admin key.")
+
+
+Admin = Depends(require_admin)
+_RESPONSES: dict[int | str, dict[str, Any]] = {
+    401: {"description": "No admin key in the request."},
+    403: {"description": "Wrong admin key, or administration is off."},
+}
+
+
+@router.post(
+    "/v1/be/tokens",
+    dependencies=[Admin],
+    status_code=201,
+    summary="Register a token",
+    responses={
+        **_RESPONSES,
+        200: {"description": "The same file was already registered under this id."},
+        409: {"description": "Another file under the id and no `replace`, or the prompt is matched by another token."},
+        413: {"description": "Larger than --be-max-upload."},
+        422: {"description": "Not a valid token file, or made for another model."},
+    },
+    openapi_extra={
+        "requestBody": {
+            "required": True,
+            "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
+        }
+    },
+)
+async def register_token(
+    request: Request,
+    be_id: Annotated[str | None, Query(alias="id", description="The id; default: the one in the file.")] = None,
+    match: Annotated[bool, Query(description="Answer for the prompt's own text, too.")] = False,
+    replace: Annotated[bool, Query(description="Make another file under the id a new version.")] = False,
+) -> JSONResponse:
+    """Body: the bytes of a `.safetensors` token file. Nothing in it is executed."""
+    state = service(request)
+    data = await _read_body(request, state.settings.max_upload)
+    result = await asyncio.to_thread(state.register, data, be_id=be_id, match=match, replace=replace)
+    return JSONResponse(result.record.public(), status_code=201 if result.created else 200)
+
+
+@router.get("/v1/be/tokens", dependencies=[Admin], summary="List tokens", responses=_RESPONSES)
+async def list_tokens(request: Request) -> dict[str, Any]:
+    """Manifests of all tokens; vectors are never returned."""
+    return {"object": "list", "data": [record.public() for record in service(request).index.records()]}
+
+
+@router.get(
+    "/v1/be/tokens/{be_id}",
+    dependencies=[Admin],
+    summary="Show a token",
+    responses={**_RESPONSES, 404: {"description": "No such token."}},
+)
+async def show_token(request: Request, be_id: str) -> dict[str, Any]:
+    """The manifest of one token."""
+    return service(request).index.get(be_id).public()
+
+
+@router.delete(
+    "/v1/be/tokens/{be_id}",
+    dependencies=[Admin],
+    summary="Remove a token",
+    responses={**_RESPONSES, 404: {"description": "No such token."}},
+)
+async def remove_token(request: Request, be_id: str) -> dict[str, Any]:
+    """Remove a token with all its versions; it stops answering at once on this server process."""
+    if not 0 < len(be_id) <= 64:
+        raise TokenNotFound(f"No token {be_id[:64]!r} is registered.")
+    await asyncio.to_thread(service(request).remove, be_id)
+    return {"id": be_id, "deleted": True}
+
+
+async def _read_body(request: Request, limit: int) -> bytes:
+    """The request body, at most `limit` bytes. Raises ArtifactTooLarge before reading more."""
+    refusal = ArtifactTooLarge(f"The token file is larger than {limit} bytes (--be-max-upload).")
+    length = request.headers.get("content-length", "")
+    if length.isdigit() and int(length) > limit:
+        raise refusal
+    chunks, size = [], 0
+    async for chunk in request.stream():
+        size += len(chunk)
+        if size > limit:
+            raise refusal
+        chunks.append(chunk)
+    return b"".join(chunks)

@@ -1,0 +1,82 @@
+"""What one server process knows about its tokens: the model, the registry, the index."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from be_serve.core.artifact import Token, check_vectors, read_limited
+from be_serve.core.errors import WrongModel
+from be_serve.core.fingerprint import Fingerprint
+from be_serve.registry import PutResult, Record, Registry, TokenIndex
+from be_serve.serving.metrics import Metrics
+from be_serve.serving.settings import Settings
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """The model behind this server, as far as a token must fit it."""
+
+    name: str
+    fingerprint: Fingerprint
+    hidden_size: int
+    vocab_size: int
+    dtype: str
+    """Serving dtype by its torch name: bfloat16, float16 or float32."""
+
+
+class Service:
+    """Registration and look-up against one served model."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        model: ServedModel,
+        metrics: Metrics,
+        *,
+        prepare: Any,
+        vllm_has_api_key: bool,
+    ) -> None:
+        self.settings = settings
+        self.model = model
+        self.metrics = metrics
+        self.vllm_has_api_key = vllm_has_api_key
+        self.registry = Registry(settings.registry)
+        self.index: TokenIndex[Any] = TokenIndex(
+            self.registry, prepare=prepare, check=self.check, cache_bytes=settings.cache_bytes
+        )
+        metrics.tokens.set_function(lambda: len(self.index.records()))
+
+    def start(self) -> None:
+        """Load `--be-token` files and the registry. Raises BEError: a server must not start half right."""
+        for be_id, path in self.settings.tokens.items():
+            self.index.add_static(be_id, read_limited(path))
+        self.index.start()
+
+    def check(self, token: Token) -> None:
+        """Raise WrongModel or InvalidArtifact for a token this server must not serve."""
+        token.check_model(self.model.fingerprint, self.model.hidden_size, served=self.model.name)
+        check_vectors(token.vectors, dtype=self.model.dtype)
+
+    def usable(self, record: Record) -> bool:
+        """Whether a record was made for this server's model."""
+        try:
+            record.manifest.check_model(self.model.fingerprint, self.model.hidden_size, served=self.model.name)
+        except WrongModel:
+            return False
+        return True
+
+    def register(self, data: bytes, *, be_id: str | None, match: bool, replace: bool) -> PutResult:
+        """Check a token file against the model and store it. Blocks; raises BEError."""
+        token = Token.from_bytes(data, max_bytes=self.settings.max_upload)
+        self.check(token)
+        self.index.refuse_static(be_id if be_id is not None else token.manifest.id)
+        result = self.registry.put(data, be_id=be_id, match=match, replace=replace)
+        self.index.refresh()
+        return result
+
+    def remove(self, be_id: str) -> None:
+        """Remove a token. Blocks; raises TokenNotFound, TokenConflict."""
+        self.index.refuse_static(be_id)
+        self.registry.remove(be_id)
+        self.index.refresh()

