@@ -155,7 +155,8 @@ class Token:
         manifest = self.manifest.model_copy(update={"tensor_sha256": tensor_sha256(self.vectors)})
         return save_safetensors(
             {TENSOR_NAME: np.ascontiguousarray(self.vectors)},
-            metadata={MANIFEST_KEY: manifest.model_dump_json(), "format": "pt"},
+            # One key only: safetensors writes several in random order, and the digest is of the bytes.
+            metadata={MANIFEST_KEY: manifest.model_dump_json()},
         )
 
     def save(self, path: str | Path) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from be_serve.core.artifact import Placement
-from be_serve.core.errors import BEError, InvalidArtifact, TokenNotFound, UnsupportedRequest
+from be_serve.core.errors import BEError, InvalidArtifact, RequestError, TokenNotFound, UnsupportedRequest
 from be_serve.core.slots import Slot, SlotRenderer, new_marker
 from be_serve.registry import Record, TokenIndex
 from be_serve.serving.metrics import Metrics
@@ -55,6 +55,7 @@ class ChatHook:
         slots: SlotRenderer,
         inject: Callable[[dict[str, Any], Slot, Any], dict[str, Any]],
         vocab_size: int,
+        max_chars: int,
         metrics: Metrics,
     ) -> None:
         self._resolver = resolver
@@ -62,6 +63,7 @@ class ChatHook:
         self._slots = slots
         self._inject = inject
         self._vocab_size = vocab_size
+        self._max_chars = max_chars
         self._metrics = metrics
 
     async def begin(self, request: Any, messages: Sequence[Any], tools: Any) -> Rendering | None:
@@ -121,6 +123,12 @@ class ChatHook:
         """Token ids of the rendered chat with placeholders in the slot. Runs in the renderer's thread pool."""
         if not isinstance(text, str):
             raise UnsupportedRequest("This model's tokenizer renders no text; tokens cannot be placed in it.")
+        if len(text) > self._max_chars:  # vLLM's own bound, before any tokenizer works on it
+            raise RequestError(
+                f"The chat has {len(text)} characters, more than any {self._max_chars} that fit this model's context. "
+                "Please reduce the length of the messages.",
+                param="messages",
+            )
         started = time.perf_counter()
         slot = self._slots.cut(text, rendering.marker, placement=rendering.placement)
         highest = max((*slot.before, *slot.after), default=0)

@@ -66,6 +66,7 @@ class BEEndpointPlugin:
             slots=SlotRenderer(online.renderer.get_tokenizer(), chat_template=online.chat_template),
             inject=inject_prompt_embeds.inject,
             vocab_size=model.vocab_size,
+            max_chars=vllm_compat.max_prompt_chars(state),
             metrics=metrics(),
         )
         vllm_compat.install_chat_hook(state, hook)

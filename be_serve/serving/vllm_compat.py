@@ -179,6 +179,12 @@ def close_raw_embeddings(state: Any, engine_client: Any) -> None:
     base.validate_token_ids = validate_token_ids
 
 
+def max_prompt_chars(state: Any) -> int:
+    """Most characters that can fit the context: vLLM's bound before tokenisation."""
+    base = state.online_renderer.renderer
+    return int(base.model_config.max_model_len * base.get_tokenizer().max_chars_per_token)
+
+
 def model_folder(engine_client: Any) -> Path:
     """The folder of the served model's files, from the local cache where it is a hub name."""
     config = engine_client.model_config

@@ -1,0 +1,42 @@
+"""What the training verbs share: tables for people and the name of a run folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import textwrap
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from trainer.config import TrainConfig
+    from trainer.evaluate import Evaluation
+
+
+def short_digest(settings: TrainConfig) -> str:
+    """Eight hex digits of the settings and of the files they name."""
+    sha = hashlib.sha256(json.dumps(settings.model_dump(), sort_keys=True).encode())
+    for name in (settings.prompt_file, settings.queries, settings.ae):
+        if name and Path(name).is_file():
+            sha.update(hashlib.sha256(Path(name).read_bytes()).digest())
+    return sha.hexdigest()[:8]
+
+
+def print_evaluation(evaluation: Evaluation) -> None:
+    """Print the arms as a table and the samples side by side."""
+    click.echo(f"\n{evaluation.n_queries} held-out queries, {evaluation.n_tokens} tokens of the full prompt's answers")
+    click.echo(f"{'arm':<18}{'KL(full||arm)':>14}{'top-1':>8}{'first KL':>10}{'NLL':>8}")
+    for name, row in evaluation.arms.items():
+        label = f"{name} (k={evaluation.k})" if name == "be" else name
+        click.echo(f"{label:<18}{row['kl']:>14.4f}{row['top1']:>8.3f}{row['first_token_kl']:>10.4f}{row['nll']:>8.3f}")
+    click.echo(f"rho = KL(be) / KL(none) = {evaluation.rho:.3f} (0: the full prompt, 1: no prompt)")
+    for sample in evaluation.samples:
+        click.echo()
+        for name, text in sample.items():
+            click.echo(
+                textwrap.fill(
+                    " ".join(text.split()), 100, initial_indent=f"{name:>8}: ", subsequent_indent=" " * 10
+                )
+            )

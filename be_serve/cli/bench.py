@@ -1,0 +1,208 @@
+"""`be-serve bench ttft`: time to first token, beside the full prompt cold and cached."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from benchmarks.analysis import Run
+
+
+@click.group("bench")
+def command() -> None:
+    """Measure a server from the client's side."""
+
+
+def _parse_cases(_: click.Context, __: click.Parameter, value: str) -> tuple[tuple[int, int], ...]:
+    cases = []
+    for part in value.split(","):
+        prompt, colon, question = part.strip().partition(":")
+        if not (colon and prompt.isdecimal() and question.isdecimal() and int(prompt) and int(question)):
+            raise click.BadParameter(f"{part!r} is not PROMPT:QUESTION in tokens, such as 1584:58.")
+        cases.append((int(prompt), int(question)))
+    if len(set(cases)) < len(cases):
+        raise click.BadParameter("a case is given twice.")
+    return tuple(cases)
+
+
+def _split(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(word for value in values for word in shlex.split(value))
+
+
+@command.command("ttft")
+@click.option("--model", default="builtin:smollm2-135m-instruct", show_default=True, help="Model name or folder.")
+@click.option("--revision", help="Revision of a Hugging Face model.")
+@click.option("--url", help="A running server with the plugin. Without it, servers are started and stopped.")
+@click.option("--baseline-url", help="A running stock vLLM, for the plain and full-prompt arms beside --url.")
+@click.option("--be-id", help="A token that the server at --url already has; give its size with --k.")
+@click.option("--token", "token_file", type=click.Path(path_type=Path), help="Token file to measure with.")
+@click.option("--k", default=1, show_default=True, type=click.IntRange(1, 4096), help="Vectors of the token.")
+@click.option(
+    "--cases",
+    default="337:26,1584:58,3000:58",
+    show_default=True,
+    callback=_parse_cases,
+    help="PROMPT:QUESTION lengths in tokens.",
+)
+@click.option("--prompt-file", type=click.Path(path_type=Path), help="Your own prompt in place of built-in text.")
+@click.option(
+    "--question-tokens",
+    default=58,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Length of the questions beside --prompt-file.",
+)
+@click.option("--rounds", default=100, show_default=True, type=click.IntRange(min=1), help="Timed rounds.")
+@click.option("--warmup", default=3, show_default=True, type=click.IntRange(min=1), help="Rounds before, not counted.")
+@click.option("--quick", is_flag=True, help="10 rounds of the paper's two cases, for a first look.")
+@click.option("--max-tokens", default=2, show_default=True, type=click.IntRange(min=1), help="Length of an answer.")
+@click.option("--seed", default=0, show_default=True, help="Seed of texts, order and bootstrap.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder for results and logs [runs/bench-ttft-DATE].")
+@click.option(
+    "--server-arg",
+    "server_args",
+    multiple=True,
+    callback=_split,
+    metavar="'--FLAG VALUE'",
+    help="vLLM flag for both servers started here; repeatable, overrides ours.",
+)
+@click.option(
+    "--plugin-arg",
+    "plugin_args",
+    multiple=True,
+    callback=_split,
+    metavar="'--FLAG VALUE'",
+    help="Flag for the plugin server alone, such as --be-injection; repeatable.",
+)
+@click.option(
+    "--kv-gib",
+    default=1,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="KV cache of each server started here on a CPU.",
+)
+@click.option("--start-timeout", default=600.0, show_default=True, help="Seconds until a server must be up.")
+@click.option(
+    "--freeze/--no-freeze",
+    default=True,
+    show_default=True,
+    help="Suspend the idle one of the servers started here while the other is timed.",
+)
+@click.option("--pause", default=0.0, show_default=True, help="Seconds of rest before each request.")
+@click.option("--admin-key", envvar="BE_ADMIN_KEY", help="Admin key of --url, to register a token [env BE_ADMIN_KEY].")
+@click.option("--api-key", envvar="VLLM_API_KEY", help="vLLM's own key of the servers [env VLLM_API_KEY].")
+@click.option("--check", is_flag=True, help="Exit with status 1 where a bound is missed or not measured.")
+@click.pass_context
+def ttft(
+    ctx: click.Context,
+    model: str,
+    revision: str | None,
+    url: str | None,
+    baseline_url: str | None,
+    be_id: str | None,
+    token_file: Path | None,
+    k: int,
+    cases: tuple[tuple[int, int], ...],
+    prompt_file: Path | None,
+    question_tokens: int,
+    rounds: int,
+    warmup: int,
+    quick: bool,
+    max_tokens: int,
+    seed: int,
+    out: Path | None,
+    server_args: tuple[str, ...],
+    plugin_args: tuple[str, ...],
+    kv_gib: int,
+    start_timeout: float,
+    freeze: bool,
+    pause: float,
+    admin_key: str | None,
+    api_key: str | None,
+    check: bool,
+) -> None:
+    """Time to first token of a [BE] token, measured beside five other ways of asking.
+
+    Starts a server with the plugin and a stock one (or takes --url and
+    --baseline-url), sends the arms interleaved, and writes a table, ttft.json with
+    every sample, and ttft.png. The last line printed is one JSON object.
+    """
+    given = {name for name in ctx.params if ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE}
+    if baseline_url and not url:
+        raise click.UsageError("--baseline-url goes with --url; without both, servers are started.")
+    if be_id and (not url or token_file):
+        raise click.UsageError("--be-id names a token of the server at --url; it does not go with --token.")
+    if prompt_file and "cases" in given:
+        raise click.UsageError("--prompt-file is measured at its own length; use --question-tokens, not --cases.")
+    if quick:
+        rounds = rounds if "rounds" in given else 10
+        warmup = warmup if "warmup" in given else 1
+        cases = cases if "cases" in given else cases[:2]
+    if prompt_file:
+        cases = ((0, question_tokens),)
+
+    import asyncio
+
+    from be_serve.core.artifact import Token
+    from be_serve.core.prompts import read_prompt_file
+    from be_serve.models import resolve_model
+    from benchmarks.servers import ServerOptions
+    from benchmarks.ttft import TTFTOptions, measure_ttft
+
+    token = Token.load(token_file) if token_file else None
+    resolved = resolve_model(model, revision=revision) if not (url and (be_id or token)) else None
+    options = TTFTOptions(
+        model=model,
+        out=(out or Path("runs") / f"bench-ttft-{datetime.now():%Y%m%d-%H%M%S}").resolve(),
+        servers=ServerOptions(model, server_args, plugin_args, kv_gib, start_timeout),
+        folder=resolved.path if resolved else None,
+        revision=resolved.revision if resolved else revision,
+        url=url,
+        baseline_url=baseline_url,
+        be_id=be_id,
+        token=token,
+        admin_key=admin_key,
+        api_key=api_key,
+        k=token.manifest.k if token else k,
+        rounds=rounds,
+        warmup=warmup,
+        cases=cases,
+        prompt=read_prompt_file(prompt_file) if prompt_file else None,
+        max_tokens=max_tokens,
+        seed=seed,
+        freeze=freeze,
+        pause=pause,
+    )
+    try:
+        run = asyncio.run(measure_ttft(options, lambda line: click.echo(line, err=True)))
+    except asyncio.CancelledError:  # SIGTERM before the first round
+        raise click.Abort from None
+    if status := _report(run, options.out, check):
+        sys.exit(status)
+
+
+def _report(run: Run, out: Path, check: bool) -> int:
+    """Write and print the result; the exit status."""
+    from benchmarks.analysis import analyse
+    from benchmarks.plot import draw
+    from benchmarks.report import summary, table, write_json
+
+    figures = analyse(run)
+    json_path, png_path = out / "ttft.json", out / "ttft.png"
+    write_json(run, figures, json_path)
+    if run.samples:
+        draw(run, figures, png_path)
+    click.echo(table(run, figures))
+    click.echo(summary(run, figures, json_path=json_path, png_path=png_path if run.samples else None))
+    if run.stopped:
+        click.secho(f"be-serve: {run.stopped}", fg="red", err=True)
+        return 2
+    if run.interrupted:
+        return 130
+    return int(check and not all(verdict["pass"] for verdict in figures["verdicts"]))

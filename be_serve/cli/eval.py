@@ -1,0 +1,79 @@
+"""`be-serve eval T.safetensors`: a token beside no prompt, a summary and the full prompt."""
+
+from __future__ import annotations
+
+import json
+
+import click
+
+
+@click.command("eval")
+@click.argument("token_file")
+@click.option("--prompt", "prompt_file", required=True, help="File with the prompt that the token replaces.")
+@click.option("--queries", required=True, help="JSONL of queries that the token was not trained on.")
+@click.option("--model", help="[default: the model named in the token file]")
+@click.option("--summary", help="A short text of the same intent, as an arm of its own.")
+@click.option("--max-queries", type=click.IntRange(1), help="Use the first queries only.")
+@click.option("--samples", type=click.IntRange(0), default=3, show_default=True, help="Answers shown side by side.")
+@click.option("--serving-dtype", type=click.Choice(["bfloat16", "float16", "float32"]), default="bfloat16")
+@click.option("--device", default="auto", show_default=True)
+@click.option("--dtype", type=click.Choice(["auto", "bfloat16", "float16", "float32"]), default="auto")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line.")
+def command(
+    token_file: str,
+    prompt_file: str,
+    queries: str,
+    model: str | None,
+    summary: str | None,
+    max_queries: int | None,
+    samples: int,
+    serving_dtype: str,
+    device: str,
+    dtype: str,
+    as_json: bool,
+) -> None:
+    """Measure TOKEN_FILE: KL(full || arm) in nats a token on the full prompt's own greedy answers."""
+    from be_serve.cli._training import print_evaluation
+    from be_serve.core.artifact import Token, check_vectors
+    from be_serve.core.prompts import prompt_sha256, read_prompt_file
+    from be_serve.models import resolve_model
+
+    token = Token.load(token_file)
+    check_vectors(token.vectors, dtype=serving_dtype)
+    prompt = read_prompt_file(prompt_file)
+    if prompt_sha256(prompt) != token.manifest.prompt.sha256:
+        click.echo("Note: this is not the prompt that the token was made for (its SHA-256 differs).", err=True)
+    made_for = token.manifest.base_model
+    found = resolve_model(model or made_for.name, revision=None if model else made_for.revision)
+
+    import torch
+    from tqdm import tqdm
+
+    from trainer.evaluate import evaluate
+    from trainer.model import FrozenModel
+    from trainer.queries import read_queries
+    from trainer.teacher import Teacher
+
+    chats = read_queries(queries)[:max_queries]
+    frozen = FrozenModel.load(
+        found.path,
+        name=found.name,
+        device=device,
+        dtype=dtype,
+        template_kwargs=token.manifest.template_kwargs,
+    )
+    token.check_model(frozen.fingerprint, frozen.hidden_size, served=found.name)
+    with tqdm(total=len(chats) * (7 if summary else 6), desc="evaluating") as bar:
+        evaluation = evaluate(
+            Teacher(frozen, prompt),
+            chats,
+            torch.from_numpy(token.vectors.copy()),
+            placement=token.manifest.placement,
+            summary=summary,
+            serving_dtype=serving_dtype,
+            samples=samples,
+            progress=lambda count: bar.update(count) and None,
+        )
+    print_evaluation(evaluation)
+    if as_json:
+        click.echo(json.dumps(evaluation.to_json(), ensure_ascii=False))

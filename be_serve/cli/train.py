@@ -1,0 +1,109 @@
+"""`be-serve train PROMPT_FILE`: train a token for a system prompt."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from be_serve.core.errors import InputError
+from be_serve.core.ids import validate_be_id
+
+
+@click.command("train")
+@click.argument("prompt_file", required=False)
+@click.option("--model", help="Hugging Face name, local folder or builtin:NAME. [default: the built-in model]")
+@click.option("-o", "--output", help="Token file to write. [default: <prompt file>.safetensors here]")
+@click.option("--id", "be_id", help="be_id of the token. [default: the output file's name]")
+@click.option("--queries", help="JSONL of unlabeled queries. [default: the model writes its own]")
+@click.option("--tokens", type=click.IntRange(1, 16), help="Number of vectors k. [default: 4]")
+@click.option("--placement", type=click.Choice(["system", "block", "prefix"]), help="[default: system]")
+@click.option("--recipe", type=click.Choice(["default", "paper"]), help="Set of defaults to start from.")
+@click.option("--init", help="search, text:<words>, mean or random. [default: search]")
+@click.option("--steps", type=click.IntRange(0), help="Steps of distillation.")
+@click.option("--batch-size", type=click.IntRange(1), help="Queries a step.")
+@click.option("--lr", type=float, help="Peak learning rate.")
+@click.option("--tau", type=float, help="Distillation temperature (Eq. 3).")
+@click.option("--lambda", "lam", type=float, help="Weight of distillation (Eq. 4); below 1 needs --ae.")
+@click.option("--ae", help="[AE] file made by `be-serve train-ae`; turns the joint loss on (lambda 0.9).")
+@click.option("--reconstruct-steps", type=click.IntRange(0), help="Steps of reconstruction alone before distillation.")
+@click.option("--response-tokens", type=click.IntRange(1), help="Response tokens that count, each query.")
+@click.option("--temperature", type=float, help="Sampling temperature of the teacher; 0 is greedy.")
+@click.option("--gold", is_flag=True, default=None, help="Train on the file's `answer` fields.")
+@click.option("--max-queries", type=click.IntRange(2), help="Use at most this many queries of the file.")
+@click.option("--synthesise", type=click.IntRange(8), help="How many queries to write without --queries.")
+@click.option("--held-out", type=click.IntRange(1), help="Queries kept for the final evaluation.")
+@click.option("--summary", help="A short text of the same intent, evaluated beside the token.")
+@click.option("--seed", type=int, help="The same seed gives the same token. [default: 0]")
+@click.option("--device", help="auto, cpu, cuda, ... [default: auto]")
+@click.option("--dtype", type=click.Choice(["auto", "bfloat16", "float16", "float32"]), help="Of the frozen model.")
+@click.option("--with-prompt", is_flag=True, default=None, help="Write the prompt's text into the token file.")
+@click.option("--config", help="Settings of an earlier run (run.yaml); options given here go before them.")
+@click.option("--run-dir", help="Run folder. [default: runs/<id>-<digest of the settings>]")
+@click.option("--resume", help="Continue the run in this folder.")
+@click.option("--fresh", is_flag=True, help="Forget a checkpoint that the run folder holds.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line.")
+def command(
+    config: str | None,
+    run_dir: str | None,
+    resume: str | None,
+    fresh: bool,
+    as_json: bool,
+    summary: str | None,
+    recipe: str | None,
+    **options: Any,
+) -> None:
+    """Train a token that replaces the system prompt in PROMPT_FILE.
+
+    The same command, given again, continues an interrupted run; --fresh begins anew.
+    """
+    from be_serve.cli._training import print_evaluation, short_digest
+    from be_serve.models import DEFAULT_MODEL, resolve_model
+    from trainer.config import RECIPES, make_config, read_yaml
+
+    given = {name: value for name, value in options.items() if value is not None}
+    if "be_id" in given:
+        given["id"] = validate_be_id(given.pop("be_id"), param="--id")
+    if resume:
+        config, run_dir = str(Path(resume) / "run.yaml"), resume
+    values = {**RECIPES[recipe or "default"], **(read_yaml(config) if config else {}), **given}
+    if "prompt_file" not in values:
+        raise InputError("Give a prompt file: be-serve train PROMPT_FILE.")
+    for name in ("prompt_file", "queries", "ae", "output"):
+        if name in given:
+            values[name] = str(Path(given[name]).absolute())
+    values.setdefault("model", DEFAULT_MODEL)
+    values.setdefault("output", str(Path.cwd() / (Path(values["prompt_file"]).stem + ".safetensors")))
+    if "id" not in values:
+        values["id"] = validate_be_id(Path(values["output"]).name.removesuffix(".safetensors"), param="--output")
+    if "ae" in given and "lam" not in values:
+        values["lam"] = 0.9
+    settings = make_config(values)
+    found = resolve_model(settings.model)
+    folder = Path(run_dir) if run_dir else Path("runs") / f"{settings.id}-{short_digest(settings)}"
+
+    from trainer.model import FrozenModel
+    from trainer.run import Run
+
+    model = FrozenModel.load(
+        found.path, name=found.name, revision=found.revision, device=settings.device, dtype=settings.dtype
+    )
+    if fresh:
+        (folder / "checkpoint.safetensors").unlink(missing_ok=True)
+
+    def say(text: str) -> None:
+        click.echo(text, err=True)
+
+    try:
+        result = Run(settings, model, folder, summary=summary, say=say).execute()
+    except KeyboardInterrupt:
+        say(f"Stopped; the state is in {folder}. Continue with: be-serve train --resume {folder}")
+        raise
+    shown = {"output": settings.output, **result.to_json()}
+    print_evaluation(result.evaluation)
+    seconds = ", ".join(f"{name} {value:.1f} s" for name, value in result.seconds.items())
+    click.echo(f"\nToken:  {settings.output}\nRun:    {folder} (log.jsonl, curves.png, run.yaml)\nTime:   {seconds}")
+    if as_json:
+        click.echo(json.dumps(shown, ensure_ascii=False))

@@ -1,0 +1,201 @@
+"""The registry on a real SQLite file."""
+
+from __future__ import annotations
+
+import signal
+import sqlite3
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+
+import pytest
+
+from be_serve.core.errors import InvalidArtifact, RegistryError, SchemaMismatch, TokenConflict, TokenNotFound
+from be_serve.registry import Registry, TokenIndex
+from be_serve.registry.index import ByteLRU
+from tests.factories import make_token
+
+
+@pytest.fixture
+def url(tmp_path):
+    return f"sqlite:///{tmp_path / 'registry.db'}"
+
+
+@pytest.fixture
+def registry(url):
+    return Registry(url)
+
+
+def index_of(registry, **options):
+    return TokenIndex(registry, prepare=lambda t: t.vectors, check=lambda t: None, **options)
+
+
+def test_versions_are_immutable_and_idempotent_by_digest(registry):
+    first, second = make_token(seed=1).to_bytes(), make_token(seed=2).to_bytes()
+    put = registry.put(first)
+    assert (put.created, put.record.version) == (True, 1)
+    assert registry.put(first).created is False
+    with pytest.raises(TokenConflict, match="replace=true"):
+        registry.put(second)
+    assert registry.put(second, replace=True).record.version == 2
+    assert registry.read_artifact("harbor", 1) == first
+    assert registry.read_artifact("harbor", 2) == second
+
+
+def test_one_token_a_prompt(registry):
+    registry.put(make_token("a").to_bytes(), match=True)
+    with pytest.raises(TokenConflict, match="'a'"):
+        registry.put(make_token("b", seed=1).to_bytes(), match=True)
+    assert registry.put(make_token("b", seed=1).to_bytes()).created
+    registry.remove("a")
+    put = registry.put(make_token("b", seed=1).to_bytes(), match=True)
+    assert put.created is False
+    assert put.record.match_sha256 is not None
+
+
+def test_a_replaced_token_keeps_its_match_only_for_the_same_prompt(registry):
+    registry.put(make_token(seed=1).to_bytes(), match=True)
+    assert registry.put(make_token(seed=2).to_bytes(), replace=True).record.match_sha256 is not None
+    other = make_token(seed=3, prompt="Another prompt.").to_bytes()
+    assert registry.put(other, replace=True).record.match_sha256 is None
+
+
+def test_removal_deletes_the_vectors_and_numbers_go_on(registry):
+    registry.put(make_token().to_bytes())
+    registry.remove("harbor")
+    with pytest.raises(TokenNotFound):
+        registry.read_artifact("harbor", 1)
+    with pytest.raises(TokenNotFound):
+        registry.remove("harbor")
+    assert registry.put(make_token(seed=4).to_bytes()).record.version == 2
+
+
+def test_damaged_bytes_leave_nothing(registry):
+    with pytest.raises(InvalidArtifact):
+        registry.put(make_token().to_bytes()[:-3])
+    assert registry.changes(0)[1] == []
+
+
+def test_index_follows_another_process(url):
+    writer, reader = Registry(url), Registry(url)
+    index = index_of(reader, poll_seconds=0.05)
+    index.start()
+    try:
+        writer.put(make_token().to_bytes(), match=True)
+        sha = make_token().manifest.prompt.sha256
+        _eventually(lambda: index.match(sha) is not None)
+        assert index.load(index.get("harbor")).shape == (2, 8)
+        writer.put(make_token(seed=5).to_bytes(), replace=True)
+        _eventually(lambda: index.get("harbor").version == 2)
+        assert (index.load(index.get("harbor")) == make_token(seed=5).vectors).all()
+        writer.remove("harbor")
+        _eventually(lambda: index.records() == [])
+        assert index.match(sha) is None
+    finally:
+        index.stop()
+
+
+def test_static_tokens_stay_out_of_the_registry(registry):
+    index = index_of(registry)
+    index.add_static("fixed", make_token().to_bytes())
+    assert index.get("fixed").source == "server"
+    assert index.load(index.get("fixed")).shape == (2, 8)
+    with pytest.raises(TokenConflict):
+        index.refuse_static("fixed")
+    assert registry.changes(0)[1] == []
+
+
+def test_concurrent_writers_lose_nothing(url):
+    Registry(url)
+    failures = []
+
+    def work(worker: int) -> None:
+        try:
+            mine = Registry(url)
+            for i in range(10):
+                mine.put(make_token(f"w{worker}-{i}", seed=i).to_bytes())
+        except Exception as exc:
+            failures.append(exc)
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
+    [t.start() for t in threads]
+    [t.join() for t in threads]
+    assert failures == []
+    revision, changes = Registry(url).changes(0)
+    assert len(changes) == 40
+    assert revision == 40
+
+
+def test_kill_9_in_a_registration_leaves_it_whole_or_absent(url, tmp_path):
+    """A process that registers without pause is killed at a random moment, several times."""
+    script = textwrap.dedent("""
+        import sys, itertools
+        from be_serve.registry import Registry
+        from tests.factories import make_token
+        registry = Registry(sys.argv[1])
+        print("ready", flush=True)
+        for i in itertools.count():
+            registry.put(make_token(f"{sys.argv[2]}-{i}", k=16, hidden_size=4096, seed=i).to_bytes())
+    """)
+    for run, delay in enumerate((0.02, 0.11, 0.23)):
+        child = subprocess.Popen(
+            [sys.executable, "-c", script, url, f"run{run}"], stdout=subprocess.PIPE, text=True, cwd=_root()
+        )
+        assert child.stdout.readline() == "ready\n"
+        time.sleep(delay)
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+        registry = Registry(url)
+        for change in registry.changes(0)[1]:
+            index_of(registry).load(change.record)  # every listed token is whole
+    registry.put(make_token("after").to_bytes())
+    path = url.removeprefix("sqlite:///")
+    assert sqlite3.connect(path).execute("PRAGMA integrity_check").fetchone() == ("ok",)
+
+
+def test_a_newer_schema_is_refused(url, registry):
+    registry.close()
+    with sqlite3.connect(url.removeprefix("sqlite:///")) as db:
+        db.execute("UPDATE be_meta SET schema_version = 99")
+    with pytest.raises(SchemaMismatch, match="Upgrade be-serve"):
+        Registry(url)
+
+
+@pytest.mark.parametrize("bad", ["nonsense", "sqlite:////proc/none/x.db", "postgresql+nodriver://h/db"])
+def test_bad_urls_say_so(bad):
+    with pytest.raises(RegistryError):
+        Registry(bad)
+
+
+def test_passwords_stay_out_of_messages():
+    with pytest.raises(RegistryError) as caught:
+        Registry("postgresql+psycopg://user:s3cret@127.0.0.1:1/db?connect_timeout=1")
+    assert "s3cret" not in caught.value.message
+
+
+def test_lru_is_bounded_by_bytes():
+    lru = ByteLRU(100)
+    lru.put("a", 1, 60)
+    lru.put("b", 2, 40)
+    assert lru.get("a") == 1
+    lru.put("c", 3, 30)  # evicts b, the least recently used
+    assert lru.get("b") is None
+    assert lru.get("a") == 1
+    assert lru.used == 90
+    lru.put("huge", 4, 101)
+    assert lru.get("huge") is None
+
+
+def _eventually(condition, seconds: float = 5.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it never became true"
+        time.sleep(0.02)
+
+
+def _root():
+    from pathlib import Path
+
+    return Path(__file__).parents[2]

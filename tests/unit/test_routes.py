@@ -1,0 +1,163 @@
+"""The admin routes and the middleware on a real FastAPI app and registry, without vLLM."""
+
+from __future__ import annotations
+
+import httpx
+import pytest
+from fastapi import FastAPI, Request
+from fastapi.testclient import TestClient
+
+from be_serve.client import BEClient, ServerRefused
+from be_serve.core.errors import ArtifactTooLarge, BEError, InputError
+from be_serve.core.fingerprint import Fingerprint
+from be_serve.serving import routes
+from be_serve.serving.metrics import metrics
+from be_serve.serving.middleware import BEMiddleware, current
+from be_serve.serving.service import ServedModel, Service
+from be_serve.serving.settings import Settings
+from tests.factories import FINGERPRINT, make_token
+
+KEY = {"X-BE-Key": "secret"}
+
+
+def make_app(tmp_path, *, admin_key="secret", vllm_key=False, max_upload=100_000) -> FastAPI:
+    app = FastAPI()
+    app.include_router(routes.router)
+    app.add_exception_handler(BEError, routes.be_error_handler)
+    app.add_middleware(BEMiddleware, base_models=lambda: ["tiny"], metrics=metrics)
+    settings = Settings(registry=f"sqlite:///{tmp_path / 'r.db'}", admin_key=admin_key, max_upload=max_upload)
+    model = ServedModel("tiny", FINGERPRINT, 8, 100, "bfloat16")
+    service = Service(settings, model, metrics(), prepare=lambda t: t.vectors, vllm_has_api_key=vllm_key)
+    service.index.refresh()
+    app.state.be_serve = service
+
+    @app.post("/v1/completions")
+    @app.post("/v1/chat/completions")
+    async def echo(request: Request):
+        context = current.get()
+        context.headers["x-be-id"] = "seen"
+        return {"body": await request.json(), "supported": context.supported}
+
+    return app
+
+
+@pytest.fixture
+def http(tmp_path):
+    return TestClient(make_app(tmp_path))
+
+
+def test_register_list_show_remove(http):
+    data = make_token().to_bytes()
+    answer = http.post("/v1/be/tokens?match=true", content=data, headers=KEY)
+    assert answer.status_code == 201
+    assert answer.json()["id"] == "harbor"
+    assert answer.json()["match"] is True
+    assert http.post("/v1/be/tokens", content=data, headers=KEY).status_code == 200
+    assert http.post("/v1/be/tokens", content=make_token(seed=9).to_bytes(), headers=KEY).status_code == 409
+    replaced = http.post("/v1/be/tokens?replace=true", content=make_token(seed=9).to_bytes(), headers=KEY)
+    assert (replaced.status_code, replaced.json()["version"]) == (201, 2)
+    assert http.post("/v1/be/tokens?id=second", content=data, headers=KEY).json()["id"] == "second"
+    conflict = http.post("/v1/be/tokens?id=second&match=true", content=data, headers=KEY)
+    assert conflict.status_code == 409
+    listed = http.get("/v1/be/tokens", headers=KEY).json()
+    assert [t["id"] for t in listed["data"]] == ["harbor", "second"]
+    assert "vectors" not in str(listed)
+    assert http.get("/v1/be/tokens/harbor", headers=KEY).json()["version"] == 2
+    assert http.delete("/v1/be/tokens/harbor", headers=KEY).json() == {"id": "harbor", "deleted": True}
+    assert http.get("/v1/be/tokens/harbor", headers=KEY).status_code == 404
+    assert http.delete("/v1/be/tokens/harbor", headers=KEY).status_code == 404
+
+
+def test_refused_uploads_name_the_reason(http):
+    stranger = Fingerprint(config="x", tokenizer="t0", chat_template="p0", embedding="e0")
+    wrong = http.post("/v1/be/tokens", content=make_token(fingerprint=stranger).to_bytes(), headers=KEY)
+    assert wrong.status_code == 422
+    message = wrong.json()["error"]["message"]
+    assert str(stranger) in message
+    assert str(FINGERPRINT) in message
+    for bad in (b"", b"junk", make_token().to_bytes()[:-1]):
+        answer = http.post("/v1/be/tokens", content=bad, headers=KEY)
+        assert answer.status_code == 422
+        assert answer.json()["error"]["code"] == 422
+    assert http.post("/v1/be/tokens?id=Bad", content=make_token().to_bytes(), headers=KEY).status_code == 400
+    big = http.post("/v1/be/tokens", content=b"x" * 100_001, headers=KEY)
+    assert big.status_code == 413
+    chunked = http.post("/v1/be/tokens", content=iter([b"x" * 60_000, b"x" * 60_000]), headers=KEY)
+    assert chunked.status_code == 413
+    assert http.get("/v1/be/tokens", headers=KEY).json()["data"] == []
+
+
+def test_keys(tmp_path):
+    open_app = TestClient(make_app(tmp_path / "a"))
+    assert open_app.get("/v1/be/tokens").status_code == 401
+    assert open_app.get("/v1/be/tokens", headers={"X-BE-Key": "wrong"}).status_code == 403
+    assert open_app.get("/v1/be/tokens", headers={"Authorization": "Bearer secret"}).status_code == 200
+    assert open_app.get("/v1/be/tokens", headers={"Authorization": "Basic secret"}).status_code == 401
+    behind_vllm_key = TestClient(make_app(tmp_path / "b", vllm_key=True))
+    assert behind_vllm_key.get("/v1/be/tokens", headers={"Authorization": "Bearer secret"}).status_code == 401
+    assert behind_vllm_key.get("/v1/be/tokens", headers=KEY).status_code == 200
+    closed = TestClient(make_app(tmp_path / "c", admin_key=None))
+    assert closed.get("/v1/be/tokens", headers=KEY).status_code == 403
+
+
+def test_openapi_lists_the_routes(http):
+    paths = http.get("/openapi.json").json()["paths"]
+    assert set(paths["/v1/be/tokens"]) == {"post", "get"}
+    assert set(paths["/v1/be/tokens/{be_id}"]) == {"get", "delete"}
+
+
+def test_endpoints_that_would_ignore_a_token_refuse_it(http):
+    for body in ({"be_id": "x"}, {"model": "tiny:x"}, {"be_system": "append"}, {"vllm_xargs": {"be_id": "x"}}):
+        answer = http.post("/v1/completions", json={"prompt": "hi", **body})
+        assert answer.status_code == 400, body
+        assert "cannot use a token" in answer.json()["error"]["message"]
+    for body in ({}, {"be_id": None}, {"be_match": False}, {"prompt": 'say "be_id" and tiny:x'}):
+        answer = http.post("/v1/completions", json=body)
+        assert answer.json() == {"body": body, "supported": False}
+
+
+def test_headers_come_out_of_the_handler(http):
+    answer = http.post("/v1/chat/completions", json={"be_id": "x"})
+    assert answer.json()["supported"] is True
+    assert answer.headers["x-be-id"] == "seen"
+
+
+def test_client_speaks_to_the_routes(tmp_path, monkeypatch):
+    app = TestClient(make_app(tmp_path))
+    monkeypatch.setattr(httpx, "Client", lambda base_url, headers, timeout: _bound(app, headers))
+    file = tmp_path / "harbor.safetensors"
+    make_token().save(file)
+    with BEClient("http://testserver/v1/", api_key="secret") as client:
+        manifest, created = client.register(file, match=True)
+        assert (manifest["id"], created) == ("harbor", True)
+        assert client.register(file)[1] is False
+        assert [t["id"] for t in client.list()] == ["harbor"]
+        assert client.show("harbor")["k"] == 2
+        client.remove("harbor")
+        with pytest.raises(ServerRefused, match="404"):
+            client.show("harbor")
+        with pytest.raises(InputError, match="No token file"):
+            client.register(tmp_path / "none.safetensors")
+    with BEClient("http://testserver", api_key="wrong") as client, pytest.raises(ServerRefused, match="403"):
+        client.list()
+
+
+def test_client_says_when_nobody_answers():
+    with BEClient("http://127.0.0.1:9", api_key="k") as client, pytest.raises(InputError, match="No answer"):
+        client.list()
+
+
+def test_settings(tmp_path):
+    settings = Settings.from_env({"BE_TOKEN": "a=/x\nb=/y=z", "BE_MATCH": "0", "BE_ADMIN_KEY": "k"})
+    assert {i: str(p) for i, p in settings.tokens.items()} == {"a": "/x", "b": "/y=z"}
+    assert (settings.match, settings.admin_key) == (False, "k")
+    for env in ({"BE_TOKEN": "a"}, {"BE_MATCH": "maybe"}, {"BE_MAX_UPLOAD": "-1"}, {"BE_INJECTION": "magic"}):
+        with pytest.raises((InputError, BEError)):
+            Settings.from_env(env)
+    assert ArtifactTooLarge.http_status == 413
+
+
+def _bound(app: TestClient, headers: dict) -> TestClient:
+    client = TestClient(app.app)
+    client.headers.update(headers)
+    return client
