@@ -9,12 +9,14 @@ from __future__ import annotations
 import asyncio
 import json
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 from urllib.parse import urlsplit
 
 from tests.conftest import make_tokenizer
 
 MODEL = "fake:tiny"
+_tokenizer = cache(lambda: make_tokenizer("chatml"))
 
 
 @dataclass
@@ -36,7 +38,7 @@ class FakeServer:
     connections: int = 0
 
     def __post_init__(self) -> None:
-        self._tokenizer = make_tokenizer("chatml")
+        self._tokenizer = _tokenizer()
         self._cached: dict[str, list[int]] = {}
         self.deleted: list[str] = []
 

@@ -1,0 +1,209 @@
+"""From raw samples to the figures that are reported, as plain data ready for JSON."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from datetime import datetime
+from typing import Any
+
+from benchmarks import stats
+from benchmarks.arms import RATIOS, Arm, Case
+from benchmarks.client import Sample
+
+# The project's bounds: (what, case or None for every case, ratio, end of the interval or None, limit).
+_BOUNDS: tuple[tuple[str, int | None, str, str | None, float], ...] = (
+    ("[BE] / full prompt cold", 1584, "be/full_cold", None, 0.15),
+    ("[BE] / full prompt cached", 1584, "be/full_warm", None, 0.75),
+    ("[BE] / k-token prompt, upper end of the interval", None, "be/floor", "upper", 1.10),
+)
+
+
+@dataclass
+class Run:
+    """What was measured, and where."""
+
+    model: str
+    k: int
+    seed: int
+    rounds: int
+    """Rounds asked for; fewer may have been measured."""
+    max_tokens: int
+    arms: tuple[Arm, ...]
+    started: datetime
+    command: list[str]
+    cases: list[Case] = field(default_factory=list)
+    samples: dict[tuple[str, str], dict[int, Sample]] = field(default_factory=dict)
+    """(case, arm) -> round -> sample; warm-up rounds are not kept."""
+    interrupted: bool = False
+    stopped: str = ""
+    """Why the run ended early, where a server failed."""
+    notes: list[str] = field(default_factory=list)
+    servers: dict[str, dict[str, Any]] = field(default_factory=dict)
+    token: dict[str, Any] = field(default_factory=dict)
+    hardware: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def of(self, case: Case, arm: Arm) -> dict[int, Sample]:
+        return self.samples.get((case.name, arm.name), {})
+
+    @property
+    def rounds_measured(self) -> int:
+        """Rounds in which every arm of every case was asked."""
+        asked = [set(self.of(case, arm)) for case in self.cases for arm in self.arms]
+        return len(set.intersection(*asked)) if asked else 0
+
+
+def analyse(run: Run) -> dict[str, Any]:
+    """All reported figures: per case and arm, ratios with intervals, Eq. 5 and 6, verdicts."""
+    fit = _fit(run)
+    cases = [_case(run, case, fit) for case in run.cases]
+    return {
+        "cases": cases,
+        "fit": asdict(fit) if fit else None,
+        "verdicts": _verdicts(cases),
+        "failed": sum(arm["failed"] for case in cases for arm in case["arms"].values()),
+    }
+
+
+def _good(samples: dict[int, Sample]) -> dict[int, Sample]:
+    return {number: sample for number, sample in samples.items() if sample.ok}
+
+
+def _case(run: Run, case: Case, fit: stats.LinearFit | None) -> dict[str, Any]:
+    arms = {arm.name: _arm(run, case, arm) for arm in run.arms}
+    return {
+        "case": case.name,
+        "prompt_tokens": case.prompt_tokens,
+        "question_tokens": case.question_tokens,
+        "template_tokens": case.template_tokens,
+        "k": case.k,
+        "arms": arms,
+        "ratios": _ratios(run, case),
+        "model": _cost_model(case, arms, fit),
+    }
+
+
+def _arm(run: Run, case: Case, arm: Arm) -> dict[str, Any]:
+    """One arm of one case under the field names of `vllm bench serve`.
+
+    `duration` is the sum of the arm's own request times: requests went one at a
+    time, between those of other arms. Raw series are in seconds, as there.
+    """
+    everything = run.of(case, arm)
+    good = list(_good(everything).values())
+    duration = sum(s.e2e for s in good)
+    inputs, outputs = sum(s.prompt_tokens for s in good), sum(s.completion_tokens for s in good)
+    tpots = [(s.e2e - s.ttft) / (s.completion_tokens - 1) for s in good if s.completion_tokens > 1]
+    known = [s.cached_tokens for s in good if s.cached_tokens is not None]
+    per_second = (1 / duration) if duration else 0.0
+    return {
+        "date": run.started.strftime("%Y%m%d-%H%M%S"),
+        "endpoint_type": "openai-chat",
+        "backend": "openai-chat",
+        "label": arm.name,
+        "model_id": run.model,
+        "tokenizer_id": run.model,
+        "num_prompts": len(everything),
+        "request_rate": "inf",
+        "burstiness": 1.0,
+        "max_concurrency": 1,
+        "duration": duration,
+        "completed": len(good),
+        "failed": len(everything) - len(good),
+        "total_input_tokens": inputs,
+        "total_output_tokens": outputs,
+        "request_throughput": len(good) * per_second,
+        "output_throughput": outputs * per_second,
+        "total_token_throughput": (inputs + outputs) * per_second,
+        **stats.describe([s.ttft * 1e3 for s in good], "ttft"),
+        **stats.describe([t * 1e3 for t in tpots], "tpot"),
+        **stats.describe([t * 1e3 for s in good for t in s.itls], "itl"),
+        **stats.describe([s.e2e * 1e3 for s in good], "e2el"),
+        "server": arm.server,
+        "warm": arm.warm,
+        # Median; None where the server does not tell (vLLM: --enable-prompt-tokens-details).
+        "cached_tokens": int(sorted(known)[len(known) // 2]) if known else None,
+        "rounds": list(everything),
+        "input_lens": [s.prompt_tokens for s in everything.values()],
+        "output_lens": [s.completion_tokens for s in everything.values()],
+        "ttfts": [s.ttft for s in everything.values()],
+        "itls": [s.itls for s in everything.values()],
+        "latencies": [s.e2e for s in everything.values()],
+        "start_times": [s.started for s in everything.values()],
+        "generated_texts": [s.text for s in everything.values()],
+        "errors": [s.error for s in everything.values()],
+    }
+
+
+def _ratios(run: Run, case: Case) -> dict[str, dict[str, Any]]:
+    """Paired ratios of TTFT over the rounds in which both arms were answered."""
+    arms = {arm.name: _good(run.of(case, arm)) for arm in run.arms}
+    out = {}
+    for above, below in RATIOS:
+        rounds = sorted(arms.get(above, {}).keys() & arms.get(below, {}).keys())
+        if rounds:
+            ratio = stats.paired_ratio(
+                [arms[above][r].ttft for r in rounds], [arms[below][r].ttft for r in rounds], seed=run.seed
+            )
+            out[f"{above}/{below}"] = asdict(ratio)
+    return out
+
+
+def _fit(run: Run) -> stats.LinearFit | None:
+    """Eq. 6's alpha and beta from the medians of the plain, uncached arms of the stock server, all cases."""
+    stock = [a for a in run.arms if a.content != "token" and not a.warm]
+    if any(a.server == "stock" for a in stock):
+        stock = [a for a in stock if a.server == "stock"]
+    tokens, medians = [], []
+    for case in run.cases:
+        for arm in stock:
+            if good := _good(run.of(case, arm)):
+                tokens.append(float(case.input_tokens(arm)))
+                medians.append(stats.describe([s.ttft * 1e3 for s in good.values()])["median_ttft_ms"])
+    return stats.fit_linear(tokens, medians) if tokens else None
+
+
+def _cost_model(case: Case, arms: dict[str, Any], fit: stats.LinearFit | None) -> dict[str, Any]:
+    """The paper's bound for this case, and what the fitted cost model makes of it.
+
+    The chat template's tokens are prefilled in every arm, so they count as fixed
+    cost: alpha here is the fit's alpha + beta * template_tokens.
+    """
+    norm = stats.norm_flops(case.k, case.question_tokens, case.prompt_tokens)
+    out: dict[str, Any] = {"norm_flops": norm, "speedup_bound": 1 / norm}
+    if fit is None:
+        return out
+    alpha = fit.alpha_ms + fit.beta_ms_per_token * case.template_tokens
+    length = case.prompt_tokens + case.question_tokens
+    fraction = stats.overhead_fraction(alpha, fit.beta_ms_per_token, length)
+    out |= {
+        "overhead_fraction": fraction,
+        "predicted_ratio": stats.predicted_ratio(fraction, norm),
+        "predicted_be_ttft_ms": fit.predict(case.template_tokens + case.k + case.question_tokens),
+    }
+    if arms["be"]["completed"]:
+        out["measured_be_ttft_ms"] = arms["be"]["median_ttft_ms"]
+    return out
+
+
+def _verdicts(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each bound with the measured value; `pass` is None where the case was not measured."""
+    out = []
+    for what, prompt, ratio, end, limit in _BOUNDS:
+        chosen: list[Any] = [c for c in cases if prompt is None or c["prompt_tokens"] == prompt]
+        for case in chosen or [None]:
+            found = case["ratios"].get(ratio) if case else None
+            value = None
+            if found:
+                value = found["of_medians_ci95"][1] if end == "upper" else found["of_medians"]
+            out.append(
+                {
+                    "bound": what,
+                    "case": case["case"] if case else f"{prompt}:*",
+                    "limit": limit,
+                    "value": value,
+                    "pass": None if value is None else value <= limit,
+                }
+            )
+    return out

@@ -1,0 +1,111 @@
+"""The arms of the TTFT benchmark: what each sends, where to, and what may be cached.
+
+    none          stock    empty system turn                              cold
+    floor_stock   stock    plain prompt of k tokens                       cold
+    floor         plugin   plain prompt of k tokens                       cold
+    be            plugin   k vectors by `be_id`                           cold
+    full_warm     stock    full prompt, its prefix cached beforehand      warm
+    full_cold     stock    full prompt                                    cold
+
+"Cold" is a `cache_salt` of the request's own: vLLM's prefix cache then finds nothing.
+"Warm" is one salt for all the run's requests of that case, so that the prompt's
+blocks are found and a former run's are not. In a round all arms of a case ask the
+same question; it is new in every round, so of a warm request the prompt alone is cached.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from benchmarks.prompts import Chat
+
+ServerName = Literal["plugin", "stock"]
+Content = Literal["none", "floor", "token", "full"]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way of asking the same question."""
+
+    name: str
+    server: ServerName
+    content: Content
+    label: str
+    """How tables and charts name it."""
+    warm: bool = False
+
+
+ARMS = (
+    Arm("none", "stock", "none", "no prompt"),
+    Arm("floor_stock", "stock", "floor", "k-token prompt, stock"),
+    Arm("floor", "plugin", "floor", "k-token prompt"),
+    Arm("be", "plugin", "token", "[BE] token"),
+    Arm("full_warm", "stock", "full", "full prompt, cached", warm=True),
+    Arm("full_cold", "stock", "full", "full prompt, cold"),
+)
+
+RATIOS = (("be", "full_cold"), ("be", "full_warm"), ("be", "floor"), ("floor", "floor_stock"))
+
+
+@dataclass(frozen=True)
+class Case:
+    """A system prompt and a question length, with the texts to measure them."""
+
+    prompt: str
+    prompt_tokens: int
+    """L_p of Eq. 5: tokens of the system prompt."""
+    question_tokens: int
+    """L_q of Eq. 5: tokens of the question."""
+    template_tokens: int
+    """What the chat template adds; the same in every arm."""
+    floor: str
+    k: int
+    questions: tuple[str, ...]
+    """One for each round, warm-up rounds first."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.prompt_tokens}:{self.question_tokens}"
+
+    def system_tokens(self, arm: Arm) -> int:
+        """Tokens that this arm puts into the system turn."""
+        return {"none": 0, "floor": self.k, "token": self.k, "full": self.prompt_tokens}[arm.content]
+
+    def input_tokens(self, arm: Arm) -> int:
+        """What the server should report as `usage.prompt_tokens`."""
+        return self.template_tokens + self.system_tokens(arm) + self.question_tokens
+
+
+def arms_for(plugin_only: bool) -> tuple[Arm, ...]:
+    """The arms; with no stock server the plain ones run on the plugin server too, and say so."""
+    if not plugin_only:
+        return ARMS
+    return tuple(Arm(a.name, "plugin", a.content, a.label, a.warm) for a in ARMS if a.name != "floor_stock")
+
+
+def request_body(
+    arm: Arm, case: Case, question: str, *, model: str, chat: Chat, be_id: str, salt: str, max_tokens: int
+) -> dict[str, Any]:
+    """The JSON body of one request of an arm."""
+    prompt = {"none": None, "token": None, "floor": case.floor, "full": case.prompt}[arm.content]
+    body: dict[str, Any] = {
+        "model": model,
+        "messages": chat.messages(prompt, question),
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "temperature": 0,
+        "max_tokens": max_tokens,
+        # An answer that ends at once would have no content to time.
+        "ignore_eos": True,
+        "skip_special_tokens": False,
+        "cache_salt": salt,
+    }
+    if chat.template_kwargs:
+        body["chat_template_kwargs"] = chat.template_kwargs
+    if arm.content == "token":
+        body["messages"] = [{"role": "user", "content": question}]
+        body["be_id"] = be_id
+    elif arm.server == "plugin":
+        body["be_match"] = False
+    return body

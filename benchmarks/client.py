@@ -1,0 +1,180 @@
+"""One keep-alive connection to one server, and the clock around a streamed chat.
+
+TTFT runs from just before the request is written to the arrival of the bytes that
+hold the first event with content. The time is taken before those bytes are parsed.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from time import perf_counter_ns
+from typing import Any
+
+import httpx
+
+from be_serve.core.errors import BEError
+
+_TIMEOUT = httpx.Timeout(600.0, connect=10.0)
+
+
+class ServerError(BEError):
+    """A server could not be started, reached, or refused a request of the benchmark."""
+
+    http_status = 503
+    code = "be_bench_server"
+
+
+@dataclass
+class Sample:
+    """One streamed chat completion. Times in seconds; `error` is empty where it succeeded."""
+
+    started: float
+    ttft: float = 0.0
+    e2e: float = 0.0
+    itls: list[float] = field(default_factory=list)
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int | None = None
+    text: str = ""
+    error: str = ""
+
+    @property
+    def ok(self) -> bool:
+        return not self.error
+
+
+class ServerClient:
+    """Client of one OpenAI-compatible server, one request at a time.
+
+    async with ServerClient("http://127.0.0.1:8000") as client:
+        sample = await client.chat({"model": ..., "messages": [...], "stream": True})
+    """
+
+    def __init__(self, url: str, *, api_key: str | None = None) -> None:
+        self.url = url.rstrip("/").removesuffix("/v1")
+        # Compressed chunks would hide when an event arrived.
+        headers = {"Accept-Encoding": "identity"}
+        if api_key:
+            headers["Authorization"] = f"Bearer {api_key}"
+        limits = httpx.Limits(max_connections=1, max_keepalive_connections=1, keepalive_expiry=None)
+        # `trust_env=False`: a proxy in the environment must not stand between client and server.
+        self._http = httpx.AsyncClient(
+            base_url=self.url, headers=headers, timeout=_TIMEOUT, limits=limits, trust_env=False
+        )
+
+    async def __aenter__(self) -> ServerClient:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._http.aclose()
+
+    async def healthy(self) -> bool:
+        """Whether `GET /health` answers 200; also opens or keeps the connection warm."""
+        try:
+            return (await self._http.get("/health")).status_code == 200
+        except httpx.HTTPError:
+            return False
+
+    async def call(self, method: str, path: str, **options: Any) -> Any:
+        """The JSON answer of a call. Raises ServerError with the server's own message."""
+        try:
+            response = await self._http.request(method, path, **options)
+        except httpx.HTTPError as exc:
+            raise ServerError(f"{method} {self.url}{path} failed: {exc or type(exc).__name__}.") from exc
+        if response.is_error:
+            raise ServerError(
+                f"{method} {self.url}{path} answered {response.status_code}: {server_message(response.content)}"
+            )
+        return response.json() if response.content else None
+
+    async def model_id(self) -> str:
+        """Name of the served base model: the first that is no adapter or alias of another."""
+        models = (await self.call("GET", "/v1/models"))["data"]
+        base = [m["id"] for m in models if not m.get("parent")]
+        if not base:
+            raise ServerError(f"{self.url}/v1/models lists no model.")
+        return str(base[0])
+
+    async def version(self) -> str | None:
+        """vLLM's version as the server states it, None where it does not."""
+        try:
+            return str((await self.call("GET", "/version"))["version"])
+        except (ServerError, KeyError, TypeError, ValueError):
+            return None
+
+    async def chat(self, body: dict[str, Any]) -> Sample:
+        """Stream one chat completion and time it. Failures are in the sample, not raised."""
+        request = self._http.build_request("POST", "/v1/chat/completions", json=body)
+        begin = perf_counter_ns()
+        sample = Sample(started=begin / 1e9)
+        try:
+            response = await self._http.send(request, stream=True)
+            try:
+                if response.status_code != 200:
+                    sample.error = f"HTTP {response.status_code}: {server_message(await response.aread())}"
+                else:
+                    await _read_events(response, sample, begin)
+            finally:
+                await response.aclose()
+        except (httpx.HTTPError, ValueError, LookupError) as exc:  # the last two: not the events we know
+            sample.error = f"{type(exc).__name__}: {exc}".rstrip(": ")
+        return sample
+
+
+async def _read_events(response: httpx.Response, sample: Sample, begin: int) -> None:
+    """Fill `sample` from a stream of server-sent events; `begin` is the start in nanoseconds."""
+    pending, done, last = b"", False, 0
+    async for received in response.aiter_raw():
+        now = perf_counter_ns()
+        *lines, pending = (pending + received).split(b"\n")
+        for line in lines:
+            if not line.startswith(b"data:"):
+                continue
+            data = line[5:].strip()
+            if data == b"[DONE]":
+                done = True
+                sample.e2e = (now - begin) / 1e9
+                continue
+            event = json.loads(data)
+            if "error" in event:
+                sample.error = f"in the stream: {server_message(data)}"
+                return
+            if content := _content(event):
+                sample.text += content
+                if last:
+                    sample.itls.append((now - last) / 1e9)
+                else:
+                    sample.ttft = (now - begin) / 1e9
+                last = now
+            if usage := event.get("usage"):
+                sample.prompt_tokens = usage["prompt_tokens"]
+                sample.completion_tokens = usage.get("completion_tokens") or 0
+                details = usage.get("prompt_tokens_details") or {}
+                sample.cached_tokens = details.get("cached_tokens")
+    if not done:
+        sample.error = "the stream ended before [DONE]"
+    elif not last:
+        sample.error = "the stream held no content"
+
+
+def _content(event: dict[str, Any]) -> str:
+    """Text of an event's first choice; a thinking model's reasoning counts as content."""
+    choices = event.get("choices")
+    if not choices:
+        return ""
+    delta = choices[0].get("delta") or {}
+    return str(delta.get("content") or delta.get("reasoning") or delta.get("reasoning_content") or "")
+
+
+def server_message(body: bytes) -> str:
+    """The message in an error body of OpenAI's or FastAPI's shape, else the body's head."""
+    try:
+        data = json.loads(body)
+        error = data.get("error", data)
+        message = error.get("message") or error.get("detail") if isinstance(error, dict) else error
+        if message:
+            return str(message)
+    except (ValueError, AttributeError):
+        pass
+    return body.decode("utf-8", "replace").strip()[:500] or "(empty body)"

