@@ -1,0 +1,56 @@
+# Every target sets up all that it needs. Settings: BE_ACCEL=cpu|cuda, PYTHON=..., MODEL=... (see scripts/install).
+.DEFAULT_GOAL := help
+BIN := .venv/bin
+
+# `make demo QUICK=1` takes the token shipped in examples/ in place of training one.
+QUICK ?=
+QUICK_FLAG = $(if $(filter-out 0 no false,$(QUICK)),--quick)
+MODEL ?=
+MODEL_FLAG = $(if $(MODEL),--model $(MODEL))
+# Tests marked gpu run where there is one.
+MARKS = $(shell nvidia-smi -L 2>/dev/null | grep -q '^GPU ' || echo '-m "not gpu"')
+
+.PHONY: help install demo test check format bench lock clean
+
+help:
+	@echo "make install        .venv with everything pinned; about 1.0 GB to download (CUDA: 4.1 GB)"
+	@echo "make demo           train, evaluate, serve, register, ask, measure: at most 25 minutes on 2 cores"
+	@echo "make demo QUICK=1   the same with the shipped token: at most 5 minutes"
+	@echo "make test           checks and all tests that this machine can run"
+	@echo "make check          ruff, mypy, import contracts"
+	@echo "make format         let ruff format and fix"
+	@echo "make bench          the full TTFT benchmark (BENCH_ARGS=...)"
+	@echo "make lock           resolve requirements/*.lock anew (LOCK_ARGS=...)"
+	@echo "make clean          remove caches and outputs; .venv and prepared models stay"
+
+install:
+	@scripts/install
+
+demo: install
+	$(BIN)/python scripts/demo $(QUICK_FLAG) $(MODEL_FLAG)
+
+check: install
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/mypy scripts/demo
+	$(BIN)/mypy scripts/lock
+	$(BIN)/lint-imports
+
+# Parts of a test run: make test TEST_ARGS="tests/unit -x".
+test: check
+	$(BIN)/python -m pytest $(MARKS) $(TEST_ARGS)
+
+format: install
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+bench: install
+	$(BIN)/be-serve bench ttft $(MODEL_FLAG) $(BENCH_ARGS)
+
+lock: install
+	$(BIN)/python scripts/lock $(LOCK_ARGS)
+
+clean:
+	rm -rf out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
