@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from typing import Any
 
+import numpy as np
+
 from benchmarks import stats
 from benchmarks.arms import RATIOS, Arm, Case
 from benchmarks.client import Sample
@@ -62,6 +64,8 @@ def analyse(run: Run) -> dict[str, Any]:
         "cases": cases,
         "fit": asdict(fit) if fit else None,
         "verdicts": _verdicts(cases),
+        "notes": _cache_notes(cases),
+        "round_trip_ms": _round_trip_ms(run),
         "failed": sum(arm["failed"] for case in cases for arm in case["arms"].values()),
     }
 
@@ -146,7 +150,8 @@ def _ratios(run: Run, case: Case) -> dict[str, dict[str, Any]]:
             ratio = stats.paired_ratio(
                 [arms[above][r].ttft for r in rounds], [arms[below][r].ttft for r in rounds], seed=run.seed
             )
-            out[f"{above}/{below}"] = asdict(ratio)
+            saved = np.median([arms[below][r].ttft for r in rounds]) - np.median([arms[above][r].ttft for r in rounds])
+            out[f"{above}/{below}"] = {**asdict(ratio), "saved_ms": float(saved) * 1e3}
     return out
 
 
@@ -185,6 +190,30 @@ def _cost_model(case: Case, arms: dict[str, Any], fit: stats.LinearFit | None) -
     if arms["be"]["completed"]:
         out["measured_be_ttft_ms"] = arms["be"]["median_ttft_ms"]
     return out
+
+
+def _cache_notes(cases: list[dict[str, Any]]) -> list[str]:
+    """What the server's count of cached tokens says against an arm's name."""
+    notes = []
+    for case in cases:
+        for name, arm in case["arms"].items():
+            cached = arm["cached_tokens"]
+            if cached is None:
+                continue
+            if arm["warm"] and cached < case["prompt_tokens"] / 2:
+                notes.append(
+                    f"{name} of case {case['case']} found only {cached} tokens in the cache: the prompt is shorter "
+                    "than a block (128 tokens on a CPU), or the cache is too small (--kv-gib)."
+                )
+            if not arm["warm"] and cached:
+                notes.append(f"{name} of case {case['case']} found {cached} tokens in the cache and was not cold.")
+    return notes
+
+
+def _round_trip_ms(run: Run) -> float | None:
+    """Median time of an empty request (`GET /health`): what network and client add to each figure."""
+    trips = [s.round_trip for rounds in run.samples.values() for s in _good(rounds).values()]
+    return float(np.median(trips)) * 1e3 if trips else None
 
 
 def _verdicts(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -35,6 +35,8 @@ class Sample:
     itls: list[float] = field(default_factory=list)
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    round_trip: float = 0.0
+    """Of an empty request to the same server just before: the part that network and client take."""
     cached_tokens: int | None = None
     text: str = ""
     error: str = ""

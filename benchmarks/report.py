@@ -27,7 +27,9 @@ def table(run: Run, figures: dict[str, Any]) -> str:
         lines += _align([("", *_HEAD), *rows], 3)
         lines += ["", *_ratio_lines(case), *_model_lines(case)]
     lines += ["", *_fit_lines(figures["fit"])]
-    lines += [f"Note: {note}" for note in run.notes]
+    if figures["round_trip_ms"] is not None:
+        lines.append(f"Network and client: an empty request takes {figures['round_trip_ms']:.1f} ms (median).")
+    lines += [f"Note: {note}" for note in (*run.notes, *figures["notes"])]
     lines += ["", "Bounds, stated for the default model on a CPU and at least 100 rounds:"]
     lines += [*(_verdict_line(v) for v in figures["verdicts"])]
     return "\n".join(lines)
@@ -65,7 +67,7 @@ def _align(rows: list[tuple[str, ...]], left: int) -> list[str]:
 
 def _ratio_lines(case: dict[str, Any]) -> list[str]:
     rows: list[tuple[str, ...]] = [
-        ("", "ratio of medians", "95 % interval", "median of ratios", "95 % interval", "rounds")
+        ("", "ratio of medians", "95 % interval", "median of ratios", "95 % interval", "saves ms", "rounds")
     ]
     for name, r in case["ratios"].items():
         rows.append(
@@ -75,6 +77,7 @@ def _ratio_lines(case: dict[str, Any]) -> list[str]:
                 _interval(r["of_medians_ci95"]),
                 f"{r['median_of_ratios']:.3f}",
                 _interval(r["median_of_ratios_ci95"]),
+                f"{r['saved_ms']:.1f}",
                 str(r["pairs"]),
             )
         )
@@ -133,9 +136,9 @@ def write_json(run: Run, figures: dict[str, Any], path: Path) -> None:
         "servers": run.servers,
         "hardware": run.hardware,
         "versions": run.versions,
-        "notes": run.notes,
         "arms": {a.name: {"server": a.server, "sends": a.content, "warm": a.warm, "label": a.label} for a in run.arms},
         **figures,
+        "notes": [*run.notes, *figures["notes"]],
     }
     write_atomically(path, (json.dumps(data, indent=1) + "\n").encode())
 

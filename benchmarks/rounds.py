@@ -10,6 +10,7 @@ import random
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from time import perf_counter
 from uuid import uuid4
 
 from benchmarks.analysis import Run
@@ -60,7 +61,12 @@ class Rounds:
             max_tokens=self.run.max_tokens,
         )
         await client.healthy()  # opens the connection again should the server have closed it
-        return await client.chat(body)
+        begin = perf_counter()
+        await client.healthy()
+        round_trip = perf_counter() - begin
+        sample = await client.chat(body)
+        sample.round_trip = round_trip
+        return sample
 
     async def warm_up(self) -> None:
         """Uncounted rounds: fill the warm arm's cache, check lengths and answers.

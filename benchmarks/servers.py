@@ -127,10 +127,12 @@ class Server:
             return
         self.thaw()
         self._signal(signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(timeout=_STOP_SECONDS)
-        self._signal(signal.SIGKILL)  # engine processes that outlived the API server
-        self._process.wait()
+        try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(timeout=_STOP_SECONDS)
+        finally:  # also after a second Ctrl-C
+            self._signal(signal.SIGKILL)  # engine processes that outlived the API server, too
+            self._process.wait()
 
     def _signal(self, number: signal.Signals) -> bool:
         assert self._process is not None

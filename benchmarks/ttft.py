@@ -137,6 +137,8 @@ def new_run(options: TTFTOptions) -> Run:
         versions=versions(),
         settings=_settings(options),
     )
+    if options.url is not None:
+        run.notes.append("hardware and versions are those of the client; the servers were running already.")
     if options.plugin_only:
         run.notes.append("no --baseline-url, so all arms ran on the plugin server, with its flags.")
     return run

@@ -56,10 +56,12 @@ async def test_known_costs_come_back(tmp_path, tiny_model_dir):
         run = await measure_ttft(options, silent)
         assert ours.deleted == list(ours.tokens) == [run.token["be_id"]]
     assert run.rounds_measured == 4
-    assert run.notes == []
+    assert run.notes == ["hardware and versions are those of the client; the servers were running already."]
     assert run.token["answers_as_its_text"] == {"120:26": True, "400:30": True}
     figures = analyse(run)
     assert figures["failed"] == 0
+    assert figures["notes"] == []
+    assert 0 < figures["round_trip_ms"] < 100
     # The fake's clock: 4 ms + .04 ms a token, and some time of the socket and the event loop.
     assert figures["fit"]["beta_ms_per_token"] == pytest.approx(0.04, rel=0.35)
     for case, prompt in zip(figures["cases"], (120, 400), strict=True):
@@ -204,6 +206,18 @@ async def test_verdicts_of_the_bounds(small_run):
         (pytest.approx(0.1 / 0.12), False),
         (pytest.approx(1.0), True),
     ]
+
+
+async def test_what_the_cache_says_against_an_arm(small_run):
+    key = small_run.cases[0].name
+    for sample in small_run.samples[key, "full_warm"].values():
+        sample.cached_tokens = 16
+    for sample in small_run.samples[key, "be"].values():
+        sample.cached_tokens = 32
+    notes = analyse(small_run)["notes"]
+    assert len(notes) == 2
+    assert "be of case 120:26 found 32 tokens" in notes[0]
+    assert "full_warm of case 120:26 found only 16" in notes[1]
 
 
 def test_max_model_len(tmp_path):
