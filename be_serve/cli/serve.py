@@ -74,6 +74,8 @@ def command(
     from be_serve.serving import vllm_compat
 
     vllm_compat.check_version()
+    if vllm_compat.is_cpu_build():
+        vllm_compat.spare_a_core(os.environ)
     if not be_off:
         # vLLM only logs a plugin that fails to load; import it here, where failing is loud.
         import be_serve.serving.plugin  # noqa: F401

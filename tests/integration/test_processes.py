@@ -1,0 +1,162 @@
+"""Several server processes on one registry, parity with Hugging Face in float32, and a crash."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sqlite3
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import numpy as np
+import pytest
+
+from be_serve.core.slots import SlotRenderer
+from tests.integration.conftest import KEY, PROMPT, chat
+from tests.integration.servers import ADMIN_KEY, COMMON_FLAGS, MODEL, Server, be_serve
+
+pytestmark = [pytest.mark.server, pytest.mark.model]
+
+USER = [{"role": "user", "content": "What is the sea like today?"}]
+QUESTIONS = ["What is the sea like today?", "Who are you?", "Tell me how to cook rice.", "Name three birds."]
+
+
+@pytest.fixture(scope="module")
+def registry_path(tmp_path_factory):
+    return tmp_path_factory.mktemp("shared") / "registry.db"
+
+
+@pytest.fixture(scope="module")
+def twins(registry_path, identity_token, odd_token):
+    """Two API server processes before one float32 engine, on one registry."""
+    command = be_serve("--dtype=float32", "--api-server-count=2", f"--be-registry=sqlite:///{registry_path}")
+    with Server(command, registry_path.with_name("twins.log"), {"BE_ADMIN_KEY": ADMIN_KEY}) as running:
+        for token in (identity_token, odd_token):
+            assert register(running, token).status_code in (200, 201)
+        wait_everywhere(running, "odd", 200)
+        wait_everywhere(running, "identity", 200)
+        yield running
+
+
+def register(server, token):
+    return httpx.post(f"{server.url}/v1/be/tokens", content=token.to_bytes(), headers=KEY, timeout=30)
+
+
+def seen(server, be_id: str, connections: int = 24) -> set[int]:
+    """Statuses of the id over many fresh connections, which the kernel spreads over the processes."""
+    return {httpx.get(f"{server.url}/v1/be/tokens/{be_id}", headers=KEY).status_code for _ in range(connections)}
+
+
+def wait_everywhere(server, be_id: str, status: int, seconds: float = 5.0) -> float:
+    started = time.monotonic()
+    while seen(server, be_id) != {status}:
+        assert time.monotonic() - started < seconds, f"not every process answers {status} for {be_id}"
+    return time.monotonic() - started
+
+
+def test_both_processes_see_a_change_within_a_second(twins, make_real_token, odd_token):
+    token = make_real_token("passing", odd_token.vectors, prompt="passing")
+    assert register(twins, token).status_code == 201
+    # 24 look-ups themselves take a part of the second that the contract gives.
+    assert wait_everywhere(twins, "passing", 200) < 2.0
+    assert httpx.delete(f"{twins.url}/v1/be/tokens/passing", headers=KEY).status_code == 200
+    assert wait_everywhere(twins, "passing", 404) < 2.0
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda i: chat(twins, USER, be_id="odd", max_tokens=4).text, range(16)))
+    assert len({httpx.Response(200, text=a).json()["choices"][0]["message"]["content"] for a in answers}) == 1
+
+
+def test_two_processes_cannot_both_register_an_id(twins, make_real_token, odd_token):
+    rivals = [make_real_token("rival", odd_token.vectors * (1 + i), prompt=f"r{i}") for i in range(6)]
+    with ThreadPoolExecutor(6) as pool:
+        statuses = sorted(r.status_code for r in pool.map(lambda t: register(twins, t), rivals))
+    assert statuses == [201] + [409] * 5
+    httpx.delete(f"{twins.url}/v1/be/tokens/rival", headers=KEY)
+
+
+@pytest.mark.parametrize("which", ["identity", "odd"])
+def test_parity_with_hugging_face(twins, which, identity_token, odd_token, model_dir, tokenizer):
+    """The same vectors and messages give the same greedy tokens, and log-probabilities within 1e-3."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
+    vectors = {"identity": identity_token, "odd": odd_token}[which].vectors
+    slots = SlotRenderer(tokenizer)
+    embed = model.get_input_embeddings()
+    worst = 0.0
+    for question in QUESTIONS:
+        messages = [{"role": "user", "content": question}]
+        slot = slots.render(messages)
+        rows_TH = torch.cat(
+            [embed(torch.tensor(slot.before)), torch.from_numpy(vectors), embed(torch.tensor(slot.after))]
+        )
+        answer = chat(
+            twins, messages, be_id=which, max_tokens=16, logprobs=True, top_logprobs=1, return_token_ids=True
+        ).json()["choices"][0]
+        ids = answer["token_ids"]
+        with torch.no_grad():
+            generated = model.generate(
+                inputs_embeds=rows_TH[None],
+                attention_mask=torch.ones(1, len(rows_TH), dtype=torch.long),
+                do_sample=False,
+                max_new_tokens=len(ids),
+                pad_token_id=tokenizer.eos_token_id,
+            )[0].tolist()
+            whole_TH = torch.cat([rows_TH, embed(torch.tensor(ids))])
+            logits_TV = model(inputs_embeds=whole_TH[None]).logits[0, len(rows_TH) - 1 : -1]
+        assert ids == generated
+        expected = logits_TV.log_softmax(-1)[torch.arange(len(ids)), torch.tensor(ids)].numpy()
+        served = np.array([entry["logprob"] for entry in answer["logprobs"]["content"]])
+        worst = max(worst, float(np.abs(expected - served[: len(expected)]).max()))
+    assert worst < 1e-3, f"log-probabilities differ by up to {worst:.2e}"
+
+
+def test_kill_9_during_an_upload_and_a_restart_by_vllms_own_entry(twins, registry_path, odd_token, tmp_path):
+    """Nothing half-registered survives the crash; a plain vLLM server with the plugin serves the rest."""
+    data = odd_token.to_bytes()
+    with socket.create_connection(("127.0.0.1", twins.port)) as upload:
+        upload.sendall(
+            f"POST /v1/be/tokens?id=halfway HTTP/1.1\r\nHost: x\r\nX-BE-Key: {ADMIN_KEY}\r\n"
+            f"Content-Length: {len(data)}\r\n\r\n".encode()
+            + data[: len(data) // 2]
+        )
+        time.sleep(0.3)
+        twins.kill()
+    assert sqlite3.connect(registry_path).execute("PRAGMA integrity_check").fetchone() == ("ok",)
+
+    model_dir = os.fspath(_model_dir())
+    command = [
+        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model_dir,
+        "--served-model-name", MODEL, "--enable-prompt-embeds", *COMMON_FLAGS,
+    ]  # fmt: skip
+    env = {
+        "VLLM_PLUGINS": "be_serve",
+        "BE_REGISTRY": f"sqlite:///{registry_path}",
+        "BE_ADMIN_KEY": ADMIN_KEY,
+    }
+    with Server(command, tmp_path / "plain-entry.log", env) as server:
+        listed = httpx.get(f"{server.url}/v1/be/tokens", headers=KEY).json()["data"]
+        assert [token["id"] for token in listed] == ["identity", "odd"]
+        full = chat(server, [{"role": "system", "content": PROMPT}, *USER])
+        token = chat(server, USER, be_id="identity")
+        assert token.status_code == 200
+        assert token.json()["choices"][0]["message"] == full.json()["choices"][0]["message"]
+
+
+def test_a_server_without_its_flag_refuses_to_start(tmp_path):
+    """A plain vLLM command that forgets --enable-prompt-embeds fails at once and says why."""
+    command = [
+        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", os.fspath(_model_dir()), *COMMON_FLAGS
+    ]  # fmt: skip
+    env = {"VLLM_PLUGINS": "be_serve", "BE_REGISTRY": f"sqlite:///{tmp_path / 'r.db'}"}
+    with pytest.raises(AssertionError, match="enable-prompt-embeds, which injection"):
+        Server(command, tmp_path / "log", env).__enter__()
+
+
+def _model_dir():
+    from be_serve.models import resolve_model
+
+    return resolve_model(MODEL).path
