@@ -29,13 +29,15 @@ class Run:
     seed: int
     rounds: int
     """Rounds asked for; fewer may have been measured."""
+    close: int
+    """Further passes a round over the arms in `CLOSE` alone."""
     max_tokens: int
     arms: tuple[Arm, ...]
     started: datetime
     command: list[str]
     cases: list[Case] = field(default_factory=list)
     samples: dict[tuple[str, str], dict[int, Sample]] = field(default_factory=dict)
-    """(case, arm) -> round -> sample; warm-up rounds are not kept."""
+    """(case, arm) -> pass -> sample; the warm-up is not kept. Pass n belongs to round n // (1 + close)."""
     interrupted: bool = False
     stopped: str = ""
     """Why the run ended early, where a server failed."""
@@ -51,7 +53,7 @@ class Run:
 
     @property
     def rounds_measured(self) -> int:
-        """Rounds in which every arm of every case was asked."""
+        """Rounds in which every arm of every case was asked: they have its full pass."""
         asked = [set(self.of(case, arm)) for case in self.cases for arm in self.arms]
         return len(set.intersection(*asked)) if asked else 0
 
@@ -128,7 +130,7 @@ def _arm(run: Run, case: Case, arm: Arm) -> dict[str, Any]:
         "warm": arm.warm,
         # Median; None where the server does not tell (vLLM: --enable-prompt-tokens-details).
         "cached_tokens": int(sorted(known)[len(known) // 2]) if known else None,
-        "rounds": list(everything),
+        "passes": list(everything),
         "input_lens": [s.prompt_tokens for s in everything.values()],
         "output_lens": [s.completion_tokens for s in everything.values()],
         "ttfts": [s.ttft for s in everything.values()],
@@ -141,17 +143,16 @@ def _arm(run: Run, case: Case, arm: Arm) -> dict[str, Any]:
 
 
 def _ratios(run: Run, case: Case) -> dict[str, dict[str, Any]]:
-    """Paired ratios of TTFT over the rounds in which both arms were answered."""
+    """Paired ratios of TTFT over the passes in which both arms were answered."""
     arms = {arm.name: _good(run.of(case, arm)) for arm in run.arms}
     out = {}
     for above, below in RATIOS:
-        rounds = sorted(arms.get(above, {}).keys() & arms.get(below, {}).keys())
-        if rounds:
-            ratio = stats.paired_ratio(
-                [arms[above][r].ttft for r in rounds], [arms[below][r].ttft for r in rounds], seed=run.seed
-            )
-            saved = np.median([arms[below][r].ttft for r in rounds]) - np.median([arms[above][r].ttft for r in rounds])
-            out[f"{above}/{below}"] = {**asdict(ratio), "saved_ms": float(saved) * 1e3}
+        shared = sorted(arms.get(above, {}).keys() & arms.get(below, {}).keys())
+        if shared:
+            a, b = ([arms[name][n].ttft for n in shared] for name in (above, below))
+            saved = float(np.median(b) - np.median(a)) * 1e3
+            ratio = stats.paired_ratio(a, b, rounds=[n // (1 + run.close) for n in shared], seed=run.seed)
+            out[f"{above}/{below}"] = {**asdict(ratio), "saved_ms": saved}
     return out
 
 

@@ -45,6 +45,9 @@ ARMS = (
     Arm("full_cold", "stock", "full", "full prompt, cold"),
 )
 
+CLOSE = ("floor", "be")
+"""Two arms a few per cent apart and quick to ask: asked more often, to tell them apart."""
+
 RATIOS = (("be", "full_cold"), ("be", "full_warm"), ("be", "floor"), ("floor", "floor_stock"))
 
 
@@ -62,7 +65,7 @@ class Case:
     floor: str
     k: int
     questions: tuple[str, ...]
-    """One for each round, warm-up rounds first."""
+    """One for each pass, those of the warm-up first."""
 
     @property
     def name(self) -> str:

@@ -29,16 +29,12 @@ _NAMES = {
 
 def draw(run: Run, figures: dict[str, Any], path: Path) -> None:
     """Write the PNG. TTFT on a logarithmic axis, in ms."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure  # no pyplot: it needs no display and loads in half the time
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     cases = figures["cases"]
-    figure, axes = plt.subplots(
-        1, len(cases), figsize=(1.6 + 4.6 * len(cases), 5.0), sharey=True, squeeze=False, layout="constrained"
-    )
+    figure = Figure(figsize=(1.6 + 4.6 * len(cases), 5.0), layout="constrained")
+    axes = figure.subplots(1, len(cases), sharey=True, squeeze=False)
     rng = np.random.default_rng(0)
     for axis, case in zip(axes[0], cases, strict=True):
         names = list(case["arms"])
@@ -48,15 +44,15 @@ def draw(run: Run, figures: dict[str, Any], path: Path) -> None:
             if not ttfts:
                 continue
             colour = _COLOURS[name]
-            jitter = x + rng.uniform(-0.22, 0.22, size=len(ttfts))
+            jitter = x + rng.uniform(-0.38, -0.04, size=len(ttfts))
             axis.scatter(jitter, ttfts, s=11, color=colour, alpha=0.35, linewidths=0, zorder=2)
             median = arm["p50_ttft_ms"]
-            axis.hlines(median, x - 0.34, x + 0.34, color=colour, linewidth=2.4, zorder=3)
+            axis.hlines(median, x - 0.42, x + 0.42, color=colour, linewidth=2.4, zorder=3)
             bold = "bold" if name == "be" else "normal"
             axis.annotate(
                 f"{median:,.0f}",
-                (x, max(ttfts)),
-                xytext=(0, 5),
+                (x + 0.22, median),  # beside the dots, above the bar
+                xytext=(0, 4),
                 textcoords="offset points",
                 ha="center",
                 color=colour,
@@ -85,10 +81,9 @@ def draw(run: Run, figures: dict[str, Any], path: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
         axis.margins(y=0.12)
     axes[0][0].set_ylabel("time to first token, ms (log scale)")
-    figure.suptitle(_title(run), fontsize=11, x=0.01, ha="left")
+    figure.suptitle(_title(run), fontsize=10.5, x=0.01, ha="left")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 def _gain(case: dict[str, Any]) -> str:
@@ -105,6 +100,6 @@ def _title(run: Run) -> str:
     hardware = run.hardware
     device = ", ".join(hardware.get("gpus", [])) or f"{hardware.get('cpu')} ({hardware.get('cores')} cores)"
     return (
-        f"{run.model} on {device}: {run.rounds_measured} interleaved rounds, "
-        f"dots are requests, bars and figures medians, {run.started:%Y-%m-%d}"
+        f"{run.model} on {device}\n"
+        f"{run.rounds_measured} interleaved rounds, {run.started:%Y-%m-%d}; dots are requests, bars and figures medians"
     )

@@ -67,7 +67,7 @@ def _align(rows: list[tuple[str, ...]], left: int) -> list[str]:
 
 def _ratio_lines(case: dict[str, Any]) -> list[str]:
     rows: list[tuple[str, ...]] = [
-        ("", "ratio of medians", "95 % interval", "median of ratios", "95 % interval", "saves ms", "rounds")
+        ("", "ratio of medians", "95 % interval", "median of ratios", "95 % interval", "saves ms", "pairs")
     ]
     for name, r in case["ratios"].items():
         rows.append(
@@ -126,6 +126,7 @@ def write_json(run: Run, figures: dict[str, Any], path: Path) -> None:
         "k": run.k,
         "rounds": run.rounds,
         "rounds_measured": run.rounds_measured,
+        "passes_per_round": 1 + run.close,
         "interrupted": run.interrupted,
         "stopped": run.stopped or None,
         "seed": run.seed,

@@ -1,4 +1,8 @@
-"""The rounds: every arm of every case once a round, in a new order, one request at a time."""
+"""The rounds: every arm of every case once a round, in a new order, one request at a time.
+
+After its full pass over the arms, each case of a round has `close` further passes over
+[BE] and its floor alone. A pass has a number of its own, and arms are compared within passes.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,7 @@ from time import perf_counter
 from uuid import uuid4
 
 from benchmarks.analysis import Run
-from benchmarks.arms import Arm, Case, ServerName, request_body
+from benchmarks.arms import CLOSE, Arm, Case, ServerName, request_body
 from benchmarks.client import Sample, ServerClient, ServerError
 from benchmarks.prompts import Chat
 from benchmarks.servers import Server
@@ -37,18 +41,21 @@ class Rounds:
     warmup: int = 1
     freeze: bool = True
     pause: float = 0.0
+    """Seconds of rest before a request to another server than the last one."""
     salt: str = field(default_factory=lambda: uuid4().hex)
     """Differs between runs, so that no run finds a former one's prompts in the cache."""
+    _last: ServerName | None = None
 
     async def ask(self, case: Case, arm: Arm, number: int) -> Sample:
-        """One request of an arm; `number` counts rounds from the first warm-up."""
+        """One request of an arm; `number` counts passes from the first warm-up."""
         for name, server in self.own.items():
             if name == arm.server:
                 server.thaw()
             elif self.freeze:
                 server.freeze()
-        if self.pause:
+        if self.pause and self._last not in (None, arm.server):
             await asyncio.sleep(self.pause)
+        self._last = arm.server
         client = self.clients[arm.server]
         body = request_body(
             arm,
@@ -110,27 +117,26 @@ class Rounds:
         from tqdm import tqdm
 
         run = self.run
-        rng = random.Random(f"order {run.seed}")  # noqa: S311
         failures = dict.fromkeys(self.clients, 0)
-        total = run.rounds * len(run.cases) * len(run.arms)
+        total, last = len(list(order(run))), None
         with (
             tqdm(total=total, unit="req", desc="TTFT", smoothing=0.02, mininterval=1.0, file=sys.stderr) as bar,
             _no_gc(),
         ):
             try:
-                for number in range(run.rounds):
-                    gc.collect()
-                    for case in rng.sample(run.cases, len(run.cases)):
-                        for arm in rng.sample(run.arms, len(run.arms)):
-                            sample = await self.ask(case, arm, self.warmup + number)
-                            run.samples.setdefault((case.name, arm.name), {})[number] = sample
-                            bar.update()
-                            failures[arm.server] = 0 if sample.ok else failures[arm.server] + 1
-                            if not sample.ok:
-                                tqdm.write(f"round {number}, {case.name}, {arm.name}: {sample.error}", file=sys.stderr)
-                            if failures[arm.server] == GIVE_UP_AFTER:
-                                run.stopped = self._why_stopped(arm.server, sample)
-                                return
+                for number, case, arm in order(run):
+                    if number != last:
+                        gc.collect()
+                        last = number
+                    sample = await self.ask(case, arm, self.warmup + number)
+                    run.samples.setdefault((case.name, arm.name), {})[number] = sample
+                    bar.update()
+                    failures[arm.server] = 0 if sample.ok else failures[arm.server] + 1
+                    if not sample.ok:
+                        tqdm.write(f"pass {number}, {case.name}, {arm.name}: {sample.error}", file=sys.stderr)
+                    if failures[arm.server] == GIVE_UP_AFTER:
+                        run.stopped = self._why_stopped(arm.server, sample)
+                        break
             except asyncio.CancelledError:
                 run.interrupted = True
                 if task := asyncio.current_task():
@@ -143,9 +149,24 @@ class Rounds:
         return f"The {name} server failed {GIVE_UP_AFTER} times in a row, last: {sample.error}{tail}"
 
 
+def order(run: Run) -> Iterator[tuple[int, Case, Arm]]:
+    """(pass, case, arm) of every request of a run, as the seed draws them.
+
+    The arms of one pass stand together, so that what is compared is close in time.
+    """
+    rng = random.Random(f"order {run.seed}")  # noqa: S311
+    close = [arm for arm in run.arms if arm.name in CLOSE]
+    for number in range(run.rounds):
+        for case in rng.sample(run.cases, len(run.cases)):
+            for further in range(1 + run.close):
+                arms = close if further else run.arms
+                for arm in rng.sample(arms, len(arms)):
+                    yield number * (1 + run.close) + further, case, arm
+
+
 @contextlib.contextmanager
 def _no_gc() -> Iterator[None]:
-    """No garbage collection inside a timed request; the loop collects between rounds."""
+    """No garbage collection inside a timed request; the loop collects between passes."""
     gc.disable()
     try:
         yield

@@ -39,11 +39,18 @@ class Ratio:
 
 
 def paired_ratio(
-    numerator: Sequence[float], denominator: Sequence[float], *, seed: int = 0, resamples: int = RESAMPLES
+    numerator: Sequence[float],
+    denominator: Sequence[float],
+    *,
+    rounds: Sequence[int] | None = None,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
 ) -> Ratio:
-    """Ratio of two arms, `numerator[i]` and `denominator[i]` from the same round.
+    """Ratio of two arms, `numerator[i]` and `denominator[i]` asked one after the other.
 
-    Rounds are resampled whole, so a slow minute of the machine stays in both arms.
+    `rounds[i]` is the round of pair i; by default each pair is a round of its own.
+    Rounds are resampled whole: a slow minute of the machine stays in both arms, and
+    pairs of one round, which resemble each other, do not pass for independent ones.
     Raises ValueError for unequal or empty series.
     """
     a, b = np.asarray(numerator, dtype=np.float64), np.asarray(denominator, dtype=np.float64)
@@ -51,11 +58,17 @@ def paired_ratio(
         raise ValueError(f"paired_ratio needs two equally long series, not {a.shape} and {b.shape}")
     rng = np.random.default_rng(seed)
     ratios = a / b
+    members = _members(list(range(a.size)) if rounds is None else rounds)
+    missing = members < 0
+    tables = [np.where(missing, np.nan, series[members]) for series in (a, b, ratios)]  # [round, pair of the round]
+    median = np.nanmedian if missing.any() else np.median
     medians, paired = [], []
     for start in range(0, resamples, _BLOCK):
-        picks = rng.integers(0, a.size, size=(min(_BLOCK, resamples - start), a.size))
-        medians.append(np.median(a[picks], axis=1) / np.median(b[picks], axis=1))
-        paired.append(np.median(ratios[picks], axis=1))
+        count = min(_BLOCK, resamples - start)
+        picks = rng.integers(0, len(members), size=(count, len(members)))
+        above, below, ratio = (median(table[picks].reshape(count, -1), axis=1) for table in tables)
+        medians.append(above / below)
+        paired.append(ratio)
     return Ratio(
         of_medians=float(np.median(a) / np.median(b)),
         of_medians_ci95=_interval(np.concatenate(medians)),
@@ -63,6 +76,15 @@ def paired_ratio(
         median_of_ratios_ci95=_interval(np.concatenate(paired)),
         pairs=int(a.size),
     )
+
+
+def _members(rounds: Sequence[int]) -> NDArray[np.int64]:
+    """Indices of the pairs of each round, [rounds, most pairs of a round], filled up with -1."""
+    groups: dict[int, list[int]] = {}
+    for i, number in enumerate(rounds):
+        groups.setdefault(number, []).append(i)
+    width = max(len(group) for group in groups.values())
+    return np.array([group + [-1] * (width - len(group)) for group in groups.values()], dtype=np.int64)
 
 
 def _interval(draws: NDArray[np.float64]) -> tuple[float, float]:

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 from uuid import uuid4
 
 from be_serve.core.artifact import Token
@@ -32,6 +33,8 @@ from benchmarks.rounds import Rounds
 from benchmarks.servers import Server, ServerOptions, plugin_server, stock_server
 from benchmarks.tokens import BENCH_ID, make_token
 
+SPIN_SECONDS = 1.2
+"""A vLLM worker spins for a second after its last step (its SpinCondition), and a little is added."""
 PAPER_CASES = ((337, 26), (1584, 58), (3000, 58))
 """(prompt, question) tokens: RoleLLM and GSM8K of the paper's Table 8, and a longer prompt."""
 
@@ -58,6 +61,8 @@ class TTFTOptions:
     api_key: str | None = None
     k: int = 1
     rounds: int = 100
+    close: int = 2
+    """Further passes over [BE] and its floor alone in each round."""
     warmup: int = 3
     cases: tuple[tuple[int, int], ...] = PAPER_CASES
     prompt: str | None = None
@@ -66,8 +71,8 @@ class TTFTOptions:
     seed: int = 0
     freeze: bool = True
     """Stop our idle server while the other is timed (see `Server.freeze`)."""
-    pause: float = 0.0
-    """Seconds of rest before each request, not timed."""
+    pause: float | None = None
+    """Seconds of rest where a request goes to another server than the last; None: see `rest`."""
 
     @property
     def plugin_only(self) -> bool:
@@ -114,7 +119,7 @@ async def measure_ttft(options: TTFTOptions, say: Callable[[str], None]) -> Run:
             own=fleet.own,
             warmup=options.warmup,
             freeze=options.freeze,
-            pause=options.pause,
+            pause=rest(options),
         )
         say(f"Warming up ({options.warmup} rounds) ...")
         await rounds.warm_up()
@@ -129,6 +134,7 @@ def new_run(options: TTFTOptions) -> Run:
         k=options.k,
         seed=options.seed,
         rounds=options.rounds,
+        close=options.close,
         max_tokens=options.max_tokens,
         arms=arms_for(options.plugin_only),
         started=datetime.now().astimezone(),
@@ -238,7 +244,8 @@ async def make_cases(chat: Chat, options: TTFTOptions, floor: str) -> list[Case]
     cases = []
     for wanted, question in options.cases:
         prompt = options.prompt or await fit_text(handbook(options.seed), wanted, chat.prompt_tokens)
-        labels = [f"{wanted}:{question} round {n}" for n in range(options.warmup + options.rounds)]
+        passes = options.warmup + options.rounds * (1 + options.close)
+        labels = [f"{wanted}:{question} pass {n}" for n in range(passes)]
         questions = await fit_questions(chat, question, labels, options.seed)
         cases.append(
             Case(
@@ -260,6 +267,17 @@ def max_model_len(options: TTFTOptions) -> int:
     prompts = [len(options.prompt.encode()) // 2] if options.prompt else [p for p, _ in options.cases]
     longest = max(prompts) + max(q for _, q in options.cases) + options.k + options.max_tokens + 256
     return -(-longest // 128) * 128
+
+
+def rest(options: TTFTOptions) -> float:
+    """Seconds to wait where the server changes: until the other's worker has stopped spinning.
+
+    Servers of our own are suspended instead, and those on two machines do not disturb each other.
+    """
+    if options.pause is not None:
+        return options.pause
+    hosts = {urlsplit(url).hostname for url in (options.url, options.baseline_url) if url}
+    return SPIN_SECONDS if options.baseline_url and len(hosts) == 1 else 0.0
 
 
 def _template_kwargs(options: TTFTOptions) -> dict[str, Any]:

@@ -59,6 +59,13 @@ def _split(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> tu
     help="Length of the questions beside --prompt-file.",
 )
 @click.option("--rounds", default=100, show_default=True, type=click.IntRange(min=1), help="Timed rounds.")
+@click.option(
+    "--close",
+    default=2,
+    show_default=True,
+    type=click.IntRange(min=0),
+    help="Further passes a round over [BE] and its floor, to tell them apart.",
+)
 @click.option("--warmup", default=3, show_default=True, type=click.IntRange(min=1), help="Rounds before, not counted.")
 @click.option("--quick", is_flag=True, help="10 rounds of the paper's two cases, for a first look.")
 @click.option("--max-tokens", default=2, show_default=True, type=click.IntRange(min=1), help="Length of an answer.")
@@ -94,7 +101,11 @@ def _split(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> tu
     show_default=True,
     help="Suspend the idle one of the servers started here while the other is timed.",
 )
-@click.option("--pause", default=0.0, show_default=True, help="Seconds of rest before each request.")
+@click.option(
+    "--pause",
+    type=click.FloatRange(min=0),
+    help="Seconds of rest where the server changes [1.2 for --url and --baseline-url on one host, else 0].",
+)
 @click.option("--admin-key", envvar="BE_ADMIN_KEY", help="Admin key of --url, to register a token [env BE_ADMIN_KEY].")
 @click.option("--api-key", envvar="VLLM_API_KEY", help="vLLM's own key of the servers [env VLLM_API_KEY].")
 @click.option("--check", is_flag=True, help="Exit with status 1 where a bound is missed or not measured.")
@@ -112,6 +123,7 @@ def ttft(
     prompt_file: Path | None,
     question_tokens: int,
     rounds: int,
+    close: int,
     warmup: int,
     quick: bool,
     max_tokens: int,
@@ -122,7 +134,7 @@ def ttft(
     kv_gib: int,
     start_timeout: float,
     freeze: bool,
-    pause: float,
+    pause: float | None,
     admin_key: str | None,
     api_key: str | None,
     check: bool,
@@ -171,6 +183,7 @@ def ttft(
         api_key=api_key,
         k=token.manifest.k if token else k,
         rounds=rounds,
+        close=close,
         warmup=warmup,
         cases=cases,
         prompt=read_prompt_file(prompt_file) if prompt_file else None,

@@ -24,7 +24,7 @@ class FakeServer:
     """`async with FakeServer(...) as fake: fake.url`. Times in seconds."""
 
     alpha: float = 0.004
-    beta: float = 0.00004
+    beta: float = 0.0001
     plugin: bool = False
     fail: dict[int, tuple[int, str]] = field(default_factory=dict)
     """Number of a chat request (from 0) -> the status and message it gets instead."""

@@ -92,6 +92,30 @@ def test_paired_ratio_interval_covers_the_truth_as_often_as_it_says():
     assert 0.90 <= hits / 200 <= 1.0
 
 
+def test_pairs_of_one_round_do_not_pass_for_independent_ones():
+    """Ten copies of a pair hold no more than the pair: the interval must not shrink."""
+    rng = np.random.default_rng(4)
+    a, b = rng.lognormal(0, 0.3, 30), rng.lognormal(0, 0.3, 30)
+    single = stats.paired_ratio(a, b)
+    rounds = np.repeat(np.arange(30), 10)
+    grouped = stats.paired_ratio(np.repeat(a, 10), np.repeat(b, 10), rounds=rounds.tolist())
+    apart = stats.paired_ratio(np.repeat(a, 10), np.repeat(b, 10))
+
+    def width(ratio):
+        return ratio.of_medians_ci95[1] - ratio.of_medians_ci95[0]
+
+    assert width(grouped) == pytest.approx(width(single), rel=0.1)
+    assert width(apart) < width(single) / 2
+
+
+def test_rounds_of_unequal_size():
+    """A failed request leaves its round with fewer pairs."""
+    ratio = stats.paired_ratio([1.0, 1.0, 2.0, 4.0], [2.0, 2.0, 4.0, 8.0], rounds=[0, 0, 1, 2])
+    assert ratio.pairs == 4
+    assert ratio.median_of_ratios_ci95 == (0.5, 0.5)
+    assert np.isfinite(ratio.of_medians_ci95).all()
+
+
 def test_paired_ratio_repeats_under_one_seed():
     a, b = [1.0, 2.0, 3.0, 5.0], [2.0, 3.0, 5.0, 7.0]
     assert stats.paired_ratio(a, b, seed=7) == stats.paired_ratio(a, b, seed=7)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import os
 import signal
@@ -21,7 +22,7 @@ from benchmarks.report import summary, table, write_json
 from benchmarks.rounds import GIVE_UP_AFTER
 from benchmarks.servers import ServerOptions
 from benchmarks.tokens import make_token
-from benchmarks.ttft import TTFTOptions, max_model_len, measure_ttft
+from benchmarks.ttft import TTFTOptions, max_model_len, measure_ttft, rest
 from tests.unit.bench_fake import MODEL, FakeServer
 
 CASES = ((120, 26), (400, 30))
@@ -35,7 +36,7 @@ VLLM_FIELDS = """
 
 def make_options(tmp_path, **changes) -> TTFTOptions:
     values = {"model": MODEL, "out": tmp_path, "servers": ServerOptions(MODEL), "cases": CASES, "rounds": 4}
-    return TTFTOptions(**{**values, "warmup": 1, **changes})
+    return TTFTOptions(**{**values, "warmup": 1, "close": 0, "pause": 0.0, **changes})
 
 
 @asynccontextmanager
@@ -62,8 +63,8 @@ async def test_known_costs_come_back(tmp_path, tiny_model_dir):
     assert figures["failed"] == 0
     assert figures["notes"] == []
     assert 0 < figures["round_trip_ms"] < 100
-    # The fake's clock: 4 ms + .04 ms a token, and some time of the socket and the event loop.
-    assert figures["fit"]["beta_ms_per_token"] == pytest.approx(0.04, rel=0.35)
+    # The fake's clock: 4 ms + .1 ms a token, and some time of the socket and the event loop.
+    assert figures["fit"]["beta_ms_per_token"] == pytest.approx(0.1, rel=0.35)
     for case, prompt in zip(figures["cases"], (120, 400), strict=True):
         arms = case["arms"]
         assert list(arms) == ["none", "floor_stock", "floor", "be", "full_warm", "full_cold"]
@@ -92,6 +93,21 @@ async def test_order_differs_between_rounds_and_follows_from_the_seed(tmp_path):
     rounds = [tuple(key for r, key in orders[0] if r == number) for number in range(4)]
     assert len(set(rounds)) == 4
     assert all(len({case for case, _ in order[:6]}) == 1 for order in rounds)  # a case's arms stand together
+
+
+async def test_close_arms_have_passes_of_their_own(tmp_path):
+    async with two_servers(tokens={"x": 1}) as (ours, stock):
+        options = make_options(tmp_path, url=ours.url, baseline_url=stock.url, be_id="x", rounds=2, close=2)
+        run = await measure_ttft(options, silent)
+    counts = {key[1]: len(samples) for key, samples in run.samples.items()}
+    assert counts == {"none": 2, "floor_stock": 2, "floor": 6, "be": 6, "full_warm": 2, "full_cold": 2}
+    assert run.rounds_measured == 2
+    ratios = analyse(run)["cases"][0]["ratios"]
+    assert {name: ratio["pairs"] for name, ratio in ratios.items()} == {
+        "be/full_cold": 2, "be/full_warm": 2, "be/floor": 6, "floor/floor_stock": 2,
+    }  # fmt: skip
+    asked = [(b["cache_salt"], b["messages"][-1]["content"]) for b in ours.bodies]
+    assert len({question for _, question in asked}) == 2 * (1 + 2 * 3)  # a new one in every pass
 
 
 async def test_one_server_alone_says_so(tmp_path):
@@ -218,6 +234,30 @@ async def test_what_the_cache_says_against_an_arm(small_run):
     assert len(notes) == 2
     assert "be of case 120:26 found 32 tokens" in notes[0]
     assert "full_warm of case 120:26 found only 16" in notes[1]
+
+
+def test_rest_between_servers_of_one_host(tmp_path):
+    def seconds(**changes):
+        return rest(make_options(tmp_path, **{"pause": None, **changes}))
+
+    assert seconds() == 0  # our own are suspended
+    assert seconds(url="http://a:1") == 0
+    assert seconds(url="http://a:1", baseline_url="http://b:1") == 0
+    assert seconds(url="http://a:1", baseline_url="http://a:2/v1") > 1
+    assert seconds(url="http://a:1", baseline_url="http://a:2", pause=0.5) == 0.5
+
+
+async def test_the_rest_is_taken_where_the_server_changes(tmp_path):
+    async with two_servers(tokens={"x": 1}) as (ours, stock):
+        options = make_options(
+            tmp_path, url=ours.url, baseline_url=stock.url, be_id="x", cases=CASES[:1], rounds=1, pause=0.2
+        )
+        run = await measure_ttft(options, silent)
+    samples = sorted(((s.started, s.e2e, key[1]) for key, passes in run.samples.items() for s in passes.values()))
+    servers = {arm.name: arm.server for arm in run.arms}
+    gaps = [(b[0] - a[0] - a[1], servers[a[2]] != servers[b[2]]) for a, b in itertools.pairwise(samples)]
+    assert all(gap >= 0.2 for gap, changed in gaps if changed)
+    assert any(gap < 0.2 for gap, changed in gaps if not changed)
 
 
 def test_max_model_len(tmp_path):
