@@ -36,7 +36,5 @@ def print_evaluation(evaluation: Evaluation) -> None:
         click.echo()
         for name, text in sample.items():
             click.echo(
-                textwrap.fill(
-                    " ".join(text.split()), 100, initial_indent=f"{name:>8}: ", subsequent_indent=" " * 10
-                )
+                textwrap.fill(" ".join(text.split()), 100, initial_indent=f"{name:>8}: ", subsequent_indent=" " * 10)
             )

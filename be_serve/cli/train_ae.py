@@ -1,0 +1,65 @@
+"""`be-serve train-ae`: the universal [AE] token of a model (stage 0)."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import click
+
+
+@click.command("train-ae")
+@click.option("--corpus", multiple=True, required=True, help="Text to train on: .txt or .jsonl (`text`), also .gz.")
+@click.option("--model", help="Hugging Face name, local folder or builtin:NAME. [default: the built-in model]")
+@click.option("-o", "--output", required=True, help="[AE] file to write.")
+@click.option("--steps", type=click.IntRange(1), default=200, show_default=True)
+@click.option("--length", type=click.IntRange(2), default=64, show_default=True, help="Tokens of each piece of text.")
+@click.option("--batch-size", type=click.IntRange(1), default=4, show_default=True)
+@click.option("--lr", type=float, default=1e-2, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--device", default="auto", show_default=True)
+@click.option("--dtype", type=click.Choice(["auto", "bfloat16", "float16", "float32"]), default="auto")
+@click.option("--run-dir", help="Run folder. [default: runs/<output file's name>]")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line.")
+@click.argument("more", nargs=-1)
+def command(
+    corpus: tuple[str, ...],
+    model: str | None,
+    output: str,
+    steps: int,
+    length: int,
+    batch_size: int,
+    lr: float,
+    seed: int,
+    device: str,
+    dtype: str,
+    run_dir: str | None,
+    as_json: bool,
+    more: tuple[str, ...],
+) -> None:
+    """Train [AE], the embedding that makes a frozen model repeat the text before it (Eq. 1).
+
+    Once for each model; `be-serve train --ae` uses it. The same command continues an interrupted run.
+    """
+    from be_serve.models import DEFAULT_MODEL, resolve_model
+
+    found = resolve_model(model or DEFAULT_MODEL)
+
+    from trainer.autoencoder import AEConfig, save_ae, train_ae
+    from trainer.model import FrozenModel
+
+    frozen = FrozenModel.load(found.path, name=found.name, revision=found.revision, device=device, dtype=dtype)
+    config = AEConfig(steps=steps, length=length, batch_size=batch_size, lr=lr, seed=seed)
+    folder = Path(run_dir) if run_dir else Path("runs") / Path(output).stem
+    try:
+        result = train_ae(frozen, [*corpus, *more], config, folder)
+    except KeyboardInterrupt:
+        click.echo(f"Stopped; the state is in {folder}. Give the same command again to continue.", err=True)
+        raise
+    loss = {"before": round(result.before, 4), "after": round(result.after, 4)}
+    save_ae(output, result.ae_1H, frozen, {**dataclasses.asdict(config), "reconstruction": loss})
+    click.echo(f"{output}: reconstruction of held-out text {result.before:.3f} -> {result.after:.3f} nats a token")
+    click.echo(f"Run: {folder}")
+    if as_json:
+        click.echo(json.dumps({"output": output, "run_dir": str(folder), "reconstruction": loss}))

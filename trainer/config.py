@@ -1,0 +1,160 @@
+"""Every setting of a training run, as one typed object that is saved beside its results."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from be_serve.core.artifact import Placement
+from be_serve.core.errors import InputError
+
+MAX_TOKENS = 16
+
+
+class TrainConfig(BaseModel):
+    """One run of `be-serve train`. `TrainConfig.load("run.yaml")` repeats it.
+
+    Defaults are what measured best for the default model on two CPU cores; the
+    paper's values stand in the field notes and in `RECIPES["paper"]`.
+    """
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True)
+
+    # What to train.
+    prompt_file: str
+    """File with the system prompt to replace."""
+    model: str
+    """Model as the user named it; the caller resolves it to a folder."""
+    id: str
+    """be_id of the token."""
+    output: str
+    """Token file to write."""
+    tokens: int = Field(default=4, ge=1, le=MAX_TOKENS)
+    """k, the number of vectors. The paper: 1."""
+    placement: Placement = "system"
+    """Where the vectors stand. The paper's code: in place of the whole system block (`block`)."""
+
+    # Data.
+    queries: str | None = None
+    """JSONL of unlabeled queries; None: the model writes its own."""
+    gold: bool = False
+    """Train on the file's `answer` fields instead of the teacher's own responses."""
+    synthesise: int = Field(default=240, ge=8)
+    """How many queries to write where no file is given."""
+    max_queries: int | None = Field(default=None, ge=2)
+    """Use at most this many queries of the file, drawn by the seed."""
+    held_out: int = Field(default=32, ge=1)
+    """Queries kept from training for the final evaluation; at most a fifth of all."""
+    response_tokens: int = Field(default=64, ge=1, le=4096)
+    """Response tokens that count, each query. The paper's code: 32."""
+    temperature: float = Field(default=0.0, ge=0)
+    """Sampling temperature of the teacher's responses; 0 is greedy, as in the paper's code."""
+
+    # Objective.
+    ae: str | None = None
+    """[AE] file of `train-ae`; needed for reconstruction (Eq. 2, lambda < 1)."""
+    lam: float = Field(default=1.0, ge=0, le=1)
+    """lambda of Eq. 4, the weight of distillation. The paper: 0.9, with an [AE]."""
+    tau: float = Field(default=1.0, gt=0)
+    """Distillation temperature of Eq. 3, scaled by tau squared. The paper: 2."""
+    reconstruct_steps: int = Field(default=0, ge=0)
+    """Steps of stage 1 alone (Eq. 2) before distillation begins."""
+
+    # Start and optimiser.
+    init: str = "search"
+    """`search` (real tokens of the prompt by KL), `text:<words>`, `mean`, or `random` (the paper)."""
+    search_queries: int = Field(default=8, ge=1)
+    """Training queries on which the search compares candidates."""
+    steps: int = Field(default=160, ge=0)
+    """Optimiser steps of distillation (stage 2)."""
+    batch_size: int = Field(default=8, ge=1)
+    """Queries a step."""
+    lr: float = Field(default=1e-2, gt=0)
+    """Peak learning rate of AdamW. The paper's code: 1e-2."""
+    warmup: int = Field(default=10, ge=0)
+    """Steps of linear warm-up; a cosine to a tenth of the peak follows."""
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta2: float = Field(default=0.9, ge=0, lt=1)
+    weight_decay: float = Field(default=0.0, ge=0)
+    clip: float = Field(default=1.0, gt=0)
+    """Largest gradient norm."""
+    seed: int = 0
+
+    # Machine.
+    device: str = "auto"
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Of the frozen model; the vectors are float32 always."""
+    serving_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Rounding of the arm `be_serving` in the evaluation."""
+    checkpoint_every: int = Field(default=20, ge=1)
+    with_prompt: bool = False
+    """Write the prompt's text into the token file."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TrainConfig:
+        if self.ae is None and (self.lam < 1 or self.reconstruct_steps):
+            raise ValueError(
+                "lambda < 1 and reconstruct_steps need an [AE] file (--ae): reconstruction without one does harm"
+            )
+        if self.gold and self.queries is None:
+            raise ValueError("gold answers need a file of queries (--queries)")
+        kind, _, rest = self.init.partition(":")
+        if self.init not in ("search", "mean", "random") and not (kind == "text" and rest.strip()):
+            raise ValueError(f"init {self.init!r}: use search, mean, random or text:<words>")
+        return self
+
+    def save(self, path: Path) -> None:
+        """Write the run's settings as YAML."""
+        path.write_text(yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> TrainConfig:
+        """Read settings written by `save`. Raises InputError."""
+        return make_config(read_yaml(path))
+
+    def recipe(self) -> dict[str, Any]:
+        """What the manifest tells of the run: every choice, no path."""
+        kept = self.model_dump(exclude={"prompt_file", "output", "queries", "ae", "model", "id", "with_prompt"})
+        return {**kept, "queries": "file" if self.queries else "synthetic", "ae": self.ae is not None}
+
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "default": {},
+    # One vector, random start, joint loss; learning rate, betas and response length as in its public code.
+    "paper": {
+        "tokens": 1,
+        "init": "random",
+        "lam": 0.9,
+        "tau": 2.0,
+        "response_tokens": 32,
+        "reconstruct_steps": 500,
+        "steps": 2500,
+        "batch_size": 1,
+        "beta2": 0.999,
+        "placement": "block",
+    },
+}
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """A YAML mapping from a file. Raises InputError."""
+    try:
+        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as exc:
+        raise InputError(f"Cannot read the settings in {path}: {exc}.") from exc
+    if not isinstance(data, dict):
+        raise InputError(f"{path} holds no settings; give a run.yaml of an earlier run.")
+    return data
+
+
+def make_config(values: dict[str, Any]) -> TrainConfig:
+    """A checked config. Raises InputError naming the first fault."""
+    try:
+        return TrainConfig.model_validate(values)
+    except ValidationError as exc:
+        first = exc.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise InputError(f"Setting {where or 'combination'}: {first['msg'].removeprefix('Value error, ')}.") from exc

@@ -1,0 +1,83 @@
+"""The losses of the paper as pure tensor functions. Shapes: N tokens, V vocabulary, H hidden size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Head = Callable[[Tensor], Tensor]
+
+
+def reconstruction_loss(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
+    """Eq. 1 and 2, as a mean: cross-entropy in nats a token of the text under teacher forcing."""
+    return F.cross_entropy(logits_NV.float(), targets_N)
+
+
+def kl_divergence(teacher_NV: Tensor, student_NV: Tensor, tau: float = 1.0) -> Tensor:
+    """Eq. 3 before its mean: tau^2 KL(softmax(teacher / tau) || softmax(student / tau)) [N].
+
+    The factor tau^2 keeps the size of the gradient independent of tau.
+    """
+    log_p = F.log_softmax(teacher_NV.float() / tau, dim=-1)
+    log_q = F.log_softmax(student_NV.float() / tau, dim=-1)
+    return tau * tau * (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def joint_loss(reconstruction: Tensor, distillation: Tensor, lam: float) -> Tensor:
+    """Eq. 4: (1 - lambda) L_recon + lambda L_KD."""
+    return (1.0 - lam) * reconstruction + lam * distillation
+
+
+def hidden_kl(teacher_NH: Tensor, student_NH: Tensor, head: Head, *, tau: float = 1.0, chunk: int = 256) -> Tensor:
+    """`kl_divergence` of two sets of final hidden states [N], exact, without all logits in memory."""
+
+    def loss(at: slice, logits_nV: Tensor) -> Tensor:
+        with torch.no_grad():
+            teacher_nV = head(teacher_NH[at].to(student_NH.device, student_NH.dtype))
+        return kl_divergence(teacher_nV, logits_nV, tau)
+
+    return token_losses(student_NH, head, loss, chunk)
+
+
+def hidden_reconstruction(student_NH: Tensor, targets_N: Tensor, head: Head, *, chunk: int = 256) -> Tensor:
+    """Cross-entropy [N] of Eq. 1 and 2 from final hidden states, without all logits in memory."""
+
+    def loss(at: slice, logits_nV: Tensor) -> Tensor:
+        return F.cross_entropy(logits_nV.float(), targets_N[at], reduction="none")
+
+    return token_losses(student_NH, head, loss, chunk)
+
+
+def token_losses(student_NH: Tensor, head: Head, loss: Callable[[slice, Tensor], Tensor], chunk: int) -> Tensor:
+    """A loss a token [N] of the head's logits, `chunk` x V numbers at a time.
+
+    The head is frozen, so the gradient with respect to each state is known in the
+    forward pass and is kept in place of the logits; the backward pass only scales it.
+    """
+    losses: Tensor = _TokenLosses.apply(student_NH, head, loss, chunk)
+    return losses
+
+
+class _TokenLosses(torch.autograd.Function):  # type: ignore[misc]
+    @staticmethod
+    def forward(ctx, student_NH, head, loss, chunk):  # type: ignore[no-untyped-def]
+        values, grads = [], []
+        for start in range(0, len(student_NH), chunk):
+            at = slice(start, start + chunk)
+            with torch.enable_grad():
+                states = student_NH[at].detach().requires_grad_(ctx.needs_input_grad[0])
+                losses = loss(at, head(states))
+                if states.requires_grad:
+                    grads.append(torch.autograd.grad(losses.sum(), states)[0])
+            values.append(losses.detach())
+        if grads:
+            ctx.save_for_backward(torch.cat(grads))
+        return torch.cat(values)
+
+    @staticmethod
+    def backward(ctx, grad_N):  # type: ignore[no-untyped-def]
+        (unit_NH,) = ctx.saved_tensors
+        return (unit_NH * grad_N[:, None]).to(unit_NH.dtype), None, None, None

@@ -1,0 +1,163 @@
+"""Unlabeled queries: file readers, near-duplicates, the held-out split."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from be_serve.core.errors import InputError
+from be_serve.core.slots import SYSTEM_ROLES, text_of
+
+_WORD = re.compile(r"\w+", re.UNICODE)
+_SIMILAR = 0.8
+
+
+@dataclass(frozen=True)
+class Query:
+    """A chat that ends with a user turn, without a system message; `answer` is used with gold only."""
+
+    messages: tuple[dict[str, str], ...]
+    answer: str | None = None
+
+    @property
+    def text(self) -> str:
+        """All turns as one text, for comparison and display."""
+        return "\n".join(m["content"] for m in self.messages)
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSONL row that `read_queries` reads back."""
+        answer = {} if self.answer is None else {"answer": self.answer}
+        if len(self.messages) == 1:
+            return {"query": self.messages[0]["content"], **answer}
+        return {"messages": list(self.messages), **answer}
+
+
+def read_queries(path: str | Path) -> list[Query]:
+    """Read a JSONL file (or .jsonl.gz) of queries, one object a line:
+
+        {"query": "..."}  or  {"question": "..."}
+        {"instruction": "...", "input": "..."}          input may be absent or empty
+        {"messages": [{"role": ..., "content": ...}]}   multi-turn
+
+    Any of them may hold `answer`. Turns of the assistant at the end are cut off (the
+    last is the answer where there is no `answer` field), a leading system turn is
+    dropped: the prompt stands there. Raises InputError naming the line at fault.
+    """
+    path = Path(path)
+    queries = []
+    for number, line in _lines(path):
+        try:
+            row = json.loads(line)
+        except ValueError as exc:
+            raise InputError(f"{path}, line {number}: no JSON ({exc}).") from exc
+        try:
+            queries.append(parse_query(row))
+        except ValueError as exc:
+            raise InputError(f"{path}, line {number}: {exc}") from exc
+    if not queries:
+        raise InputError(f"{path} holds no queries.")
+    return queries
+
+
+def parse_query(row: object) -> Query:
+    """One row of a query file. Raises ValueError with the reason."""
+    if not isinstance(row, dict):
+        raise ValueError("a row must be a JSON object.")
+    answer = row.get("answer")
+    if answer is not None and not isinstance(answer, str):
+        raise ValueError("`answer` must be a string.")
+    if "messages" in row:
+        return _from_messages(row["messages"], answer)
+    for field in ("query", "question", "instruction"):
+        if field in row:
+            text = row[field]
+            break
+    else:
+        raise ValueError("a row needs `query`, `question`, `instruction` or `messages`.")
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f"`{field}` must be a text that is not empty.")
+    extra = row.get("input") if field == "instruction" else None
+    if extra is not None and not isinstance(extra, str):
+        raise ValueError("`input` must be a string.")
+    text = f"{text.strip()}\n\n{extra.strip()}" if extra and extra.strip() else text.strip()
+    return Query(({"role": "user", "content": text},), answer)
+
+
+def _from_messages(messages: object, answer: str | None) -> Query:
+    if not isinstance(messages, list):
+        raise ValueError("`messages` must be a list.")
+    turns: list[dict[str, str]] = []
+    for message in messages:
+        role = message.get("role") if isinstance(message, dict) else None
+        text = text_of(message.get("content")) if isinstance(message, dict) else None
+        if not isinstance(role, str) or text is None:
+            raise ValueError("each of `messages` needs a `role` and a text `content`.")
+        turns.append({"role": role, "content": text})
+    if turns and turns[0]["role"] in SYSTEM_ROLES:
+        turns = turns[1:]
+    while turns and turns[-1]["role"] == "assistant":
+        last = turns.pop()
+        answer = last["content"] if answer is None else answer
+    roles = [turn["role"] for turn in turns]
+    if not roles or any(role != ("user", "assistant")[i % 2] for i, role in enumerate(roles)):
+        raise ValueError("`messages` must alternate user and assistant, starting with user.")
+    return Query(tuple(turns), answer)
+
+
+def write_queries(path: Path, queries: Sequence[Query]) -> None:
+    """Write queries as JSONL."""
+    lines = [json.dumps(query.to_json(), ensure_ascii=False) for query in queries]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def drop_near_duplicates(queries: Sequence[Query], similar: float = _SIMILAR) -> list[Query]:
+    """Keep the first of any queries whose word sets have a Jaccard similarity of at least `similar`.
+
+    Exact, by prefix filtering: two such sets share one of the (1 - similar) |words| + 1
+    words of either that are rarest in all queries, so only those are looked up.
+    """
+    bags = [frozenset(_WORD.findall(query.text.casefold())) or frozenset({query.text}) for query in queries]
+    counts = Counter(word for bag in bags for word in bag)
+    holders: dict[str, list[int]] = defaultdict(list)
+    kept = []
+    for i, bag in enumerate(bags):
+        rare = sorted(bag, key=lambda word: (counts[word], word))
+        prefix = rare[: int((1 - similar) * len(rare) + 1e-9) + 1]
+        seen = {j for word in prefix for j in holders[word]}
+        if any(len(bag & bags[j]) >= similar * len(bag | bags[j]) for j in seen):
+            continue
+        for word in prefix:
+            holders[word].append(i)
+        kept.append(queries[i])
+    return kept
+
+
+def split_held_out(queries: Sequence[Query], held_out: int, seed: int) -> tuple[list[Query], list[Query]]:
+    """Shuffle by `seed` and split into (training, held-out); near-duplicates must be gone already.
+
+    At most a fifth is held out, at least one. Raises InputError for fewer than two queries.
+    """
+    if len(queries) < 2:
+        raise InputError("At least two different queries are needed: one to train on, one held out.")
+    shuffled = list(queries)
+    random.Random(seed).shuffle(shuffled)  # noqa: S311
+    count = max(1, min(held_out, len(shuffled) // 5))
+    return shuffled[count:], shuffled[:count]
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    opener: Any = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opener(path, "rt", encoding="utf-8") as handle:
+            for number, line in enumerate(handle, start=1):
+                if line.strip():
+                    yield number, line
+    except (OSError, EOFError, UnicodeDecodeError) as exc:
+        raise InputError(f"Cannot read {path}: {exc}.") from exc

@@ -1,0 +1,315 @@
+"""One training run: from a config to a token file, a run folder and an evaluation."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from tqdm import tqdm
+
+import be_serve
+from be_serve.core.artifact import BaseModelRef, Manifest, PromptRef, Token
+from be_serve.core.errors import InputError
+from be_serve.core.prompts import prompt_sha256, read_prompt_file
+from trainer.checkpoint import Checkpoint
+from trainer.config import TrainConfig
+from trainer.evaluate import Evaluation, evaluate
+from trainer.generate import Progress
+from trainer.loop import Optimisation, fit
+from trainer.model import FrozenModel
+from trainer.queries import Query, drop_near_duplicates, read_queries, split_held_out, write_queries
+from trainer.report import Log, draw_curves
+from trainer.soft_token import SoftToken
+from trainer.stages import Distil, Joint, Reconstruct, Stage
+from trainer.starts import Search, Start, mean_start, random_start, text_start
+from trainer.synthesis import synthesise
+from trainer.teacher import Example, Teacher
+
+Say = Callable[[str], None]
+
+
+@dataclass
+class RunResult:
+    """What a run made."""
+
+    token: Token
+    folder: Path
+    evaluation: Evaluation
+    start: Start | None
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Wall time of each phase; `step` is the median of one optimiser step."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The object of `train --json`."""
+        start = {"text": self.start.text, "kl": self.start.kl} if self.start else None
+        return {
+            "id": self.token.manifest.id,
+            "run_dir": str(self.folder),
+            **self.evaluation.to_json(),
+            "start": start,
+            "seconds": {name: round(value, 2) for name, value in self.seconds.items()},
+        }
+
+
+class Run:
+    """One run of `be-serve train`.
+
+    result = Run(config, model, Path("runs/captain-1f2e3d4c")).execute()
+
+    The folder holds `run.yaml` (the settings), `queries.jsonl` and `heldout.jsonl`,
+    the teacher's cache, `checkpoint.safetensors`, `log.jsonl`, `curves.png` and
+    `evaluation.json`. A run that finds its own checkpoint there continues it.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        model: FrozenModel,
+        folder: Path,
+        *,
+        summary: str | None = None,
+        say: Say = lambda text: None,
+        quiet: bool = False,
+    ) -> None:
+        self.config = config
+        self.model = model
+        self.folder = folder
+        self.summary = summary
+        self.say = say
+        self.quiet = quiet
+        self.seconds: dict[str, float] = {}
+        self.prompt = read_prompt_file(config.prompt_file)
+        self.prompt_ids = model.slots.prompt_ids(self.prompt, template_kwargs=model.template_kwargs)
+        if config.tokens > len(self.prompt_ids):
+            raise InputError(
+                f"The prompt has {len(self.prompt_ids)} tokens, fewer than --tokens {config.tokens}: nothing to save."
+            )
+
+    def execute(self) -> RunResult:
+        """Train, evaluate, write the token. Raises Stopped after a signal, InputError for faulty input."""
+        config, model = self.config, self.model
+        began = time.perf_counter()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        config.save(self.folder / "run.yaml")
+        training, held_out = self._queries()
+        digest = self._digest(training)
+        teacher = Teacher(model, self.prompt, self.folder)
+        examples = self._examples(teacher, training)
+        token, start = self._start(examples, digest)
+        with self._timed("training"):
+            steps = fit(
+                token,
+                self._stages(examples),
+                Optimisation(
+                    config.lr,
+                    config.warmup,
+                    (config.beta1, config.beta2),
+                    config.weight_decay,
+                    config.clip,
+                    config.checkpoint_every,
+                ),
+                folder=self.folder,
+                digest=digest,
+                quiet=self.quiet,
+            )
+        if steps:
+            self.seconds["step"] = sorted(steps)[len(steps) // 2]
+        vectors_KH = token.vectors.detach().cpu()
+        evaluation = self._evaluate(teacher, held_out, vectors_KH)
+        self.seconds["total"] = time.perf_counter() - began
+        made = self._token(vectors_KH, evaluation, start)
+        made.save(config.output)
+        self._report(evaluation)
+        return RunResult(made, self.folder, evaluation, start, self.seconds)
+
+    def _queries(self) -> tuple[list[Query], list[Query]]:
+        """Training and held-out queries, without near-duplicates across or within."""
+        config, kept = self.config, self.folder / "queries.jsonl"
+        if config.queries:
+            found = read_queries(config.queries)
+        elif kept.exists():
+            found = read_queries(kept)
+        else:
+            with self._timed("queries"), self._bar("writing queries", int(1.25 * config.synthesise)) as progress:
+                found = synthesise(self.model, self.prompt, config.synthesise, seed=config.seed, progress=progress)
+            write_queries(kept, found)
+        unique = drop_near_duplicates(found)
+        if len(unique) < len(found):
+            self.say(f"{len(found) - len(unique)} near-duplicates of {len(found)} queries left out.")
+        training, held_out = split_held_out(unique, config.held_out, config.seed)
+        training = training[: config.max_queries]
+        write_queries(self.folder / "heldout.jsonl", held_out)
+        self.say(f"{len(training)} queries to train on, {len(held_out)} held out.")
+        return training, held_out
+
+    def _examples(self, teacher: Teacher, training: list[Query]) -> list[Example]:
+        config = self.config
+        with self._timed("teacher"), self._bar("teacher", 2 * len(training)) as progress:
+            return teacher.examples(
+                training,
+                response_tokens=config.response_tokens,
+                temperature=config.temperature,
+                gold=config.gold,
+                seed=config.seed,
+                progress=progress,
+            )
+
+    def _start(self, examples: list[Example], digest: str) -> tuple[SoftToken, Start | None]:
+        """The first vectors; a checkpoint's where there is one."""
+        file = self.folder / "checkpoint.safetensors"
+        if file.exists():
+            found = Checkpoint.load(file, digest)
+            self.say(f"Continuing the run in {self.folder} (stage {found.stage + 1}, step {found.step}).")
+            return SoftToken(found.vectors_KH.to(self.model.device)), None
+        with self._timed("start"):
+            start = self._find_start(examples)
+        if start.text is not None:
+            kl = "" if start.kl is None else f", KL {start.kl:.3f} before training"
+            self.say(f"Start: {start.text!r}{kl}.")
+        return SoftToken(start.vectors_KH.to(self.model.device)), start
+
+    def _find_start(self, examples: list[Example]) -> Start:
+        config, model = self.config, self.model
+        if config.init == "random":
+            return random_start(model, config.tokens, config.seed)
+        if config.init == "mean":
+            return mean_start(model, config.tokens, self.prompt_ids)
+        if config.init.startswith("text:"):
+            return text_start(model, config.tokens, config.init.removeprefix("text:"))
+        with self._bar("search", None) as progress:
+            search = Search(model, examples[: config.search_queries], config.placement, progress)
+            return search.run(self.prompt_ids, config.tokens)
+
+    def _stages(self, examples: list[Example]) -> list[tuple[Stage, int]]:
+        config, model = self.config, self.model
+        stage: Stage = Distil(
+            model,
+            examples,
+            placement=config.placement,
+            tau=config.tau,
+            batch_size=config.batch_size,
+            seed=config.seed,
+        )
+        stages: list[tuple[Stage, int]] = []
+        if config.ae is not None:
+            reconstruct = Reconstruct(model, self.prompt, self._ae(config.ae))
+            if config.reconstruct_steps:
+                stages.append((reconstruct, config.reconstruct_steps))
+            if config.lam < 1:
+                stage = Joint(reconstruct, stage, config.lam)
+        return [*stages, (stage, config.steps)]
+
+    def _ae(self, path: str) -> Tensor:
+        from trainer.autoencoder import load_ae
+
+        return load_ae(path, self.model)
+
+    def _evaluate(self, teacher: Teacher, held_out: list[Query], vectors_KH: Tensor) -> Evaluation:
+        arms = 6 if self.summary else 5
+        with self._timed("evaluation"), self._bar("evaluating", len(held_out) * (arms + 1)) as progress:
+            return evaluate(
+                teacher,
+                held_out,
+                vectors_KH,
+                placement=self.config.placement,
+                summary=self.summary,
+                serving_dtype=self.config.serving_dtype,
+                progress=progress,
+            )
+
+    def _token(self, vectors_KH: Tensor, evaluation: Evaluation, start: Start | None) -> Token:
+        config, model = self.config, self.model
+        recipe = config.recipe()
+        if start is not None and start.text is not None:
+            recipe["start"] = start.text
+        manifest = Manifest(
+            id=config.id,
+            base_model=BaseModelRef(name=model.name, revision=model.revision, fingerprint=model.fingerprint),
+            hidden_size=model.hidden_size,
+            k=config.tokens,
+            placement=config.placement,
+            template_digest=model.fingerprint.chat_template,
+            template_kwargs=model.template_kwargs,
+            prompt=PromptRef(
+                sha256=prompt_sha256(self.prompt),
+                tokens=len(self.prompt_ids),
+                text=self.prompt if config.with_prompt else None,
+            ),
+            recipe=recipe,
+            seed=config.seed,
+            quality=quality(evaluation),
+            versions=versions(),
+        )
+        return Token(manifest, vectors_KH.numpy())
+
+    def _report(self, evaluation: Evaluation) -> None:
+        text = json.dumps(evaluation.to_json(), indent=1, ensure_ascii=False)
+        (self.folder / "evaluation.json").write_text(text + "\n", encoding="utf-8")
+        levels: dict[str, float] = {
+            name: evaluation.arms[name]["kl"] for name in ("none", "summary") if name in evaluation.arms
+        }
+        draw_curves(Log(self.folder / "log.jsonl").rows(), self.folder / "curves.png", levels)
+
+    def _digest(self, training: list[Query]) -> str:
+        return run_digest(self.config, self.model, self.prompt, training)
+
+    @contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - began
+
+    @contextmanager
+    def _bar(self, title: str, total: int | None) -> Iterator[Progress]:
+        with tqdm(total=total, desc=title, disable=self.quiet) as bar:
+
+            def advance(count: int) -> None:
+                bar.update(count)
+
+            yield advance
+
+
+def run_digest(config: TrainConfig, model: FrozenModel, prompt: str, training: list[Query]) -> str:
+    """Digest of all that decides a run's curve; where files lie does not."""
+    shaping = config.model_dump(exclude={"prompt_file", "output", "queries", "model", "id", "with_prompt", "ae"})
+    ae = hashlib.sha256(Path(config.ae).read_bytes()).hexdigest() if config.ae and Path(config.ae).exists() else None
+    key = {
+        **shaping,
+        "ae": ae,
+        "prompt": prompt,
+        "model": str(model.fingerprint),
+        "queries": [query.to_json() for query in training],
+    }
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def quality(evaluation: Evaluation) -> dict[str, Any]:
+    """The figures that travel in the manifest."""
+    return {
+        "rho": round(evaluation.rho, 4),
+        "rho_serving": round(evaluation.rho_serving, 4),
+        "kl": {name: round(figures["kl"], 4) for name, figures in evaluation.arms.items()},
+        "top1": round(evaluation.arms["be"]["top1"], 4),
+        "n_queries": evaluation.n_queries,
+        "n_tokens": evaluation.n_tokens,
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of what made a token."""
+    return {
+        "be-serve": be_serve.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }

@@ -1,0 +1,77 @@
+"""The trainable vectors and their splice into a model's input."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from trainer.model import FrozenModel
+
+
+class SoftToken:
+    """k vectors as a float32 master parameter [k, H], cast where they enter the model.
+
+    bfloat16's spacing near 1 is 7.8e-3: small updates would vanish in it.
+    """
+
+    def __init__(self, start_KH: Tensor) -> None:
+        self.vectors = nn.Parameter(start_KH.detach().to(torch.float32).clone())
+
+    @property
+    def k(self) -> int:
+        return int(self.vectors.shape[0])
+
+
+@dataclass(frozen=True)
+class Row:
+    """One input: ids before the vectors, ids after them, and the response that is scored.
+
+    With no vectors (k = 0) it is a plain sequence of ids.
+    """
+
+    before: Sequence[int]
+    after: Sequence[int]
+    response: Sequence[int]
+
+    def length(self, k: int) -> int:
+        """Positions fed to the model: the response's last id is predicted, never fed."""
+        return len(self.before) + k + len(self.after) + max(len(self.response) - 1, 0)
+
+
+def splice(model: FrozenModel, rows: Sequence[Row], vectors_KH: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Build `inputs_embeds` [B, T, H], padded on the right, and the flat positions of the scored states.
+
+    `vectors_KH` is the same for all rows, or [B, k, H] with vectors for each.
+
+    Position i of the second result, [N], indexes [B * T]: the states that predict each
+    response id, row by row. Under a causal mask the padding behind a row changes
+    nothing before it, so no attention mask is needed.
+    """
+    k = 0 if vectors_KH is None else vectors_KH.shape[-2]
+    width = max(row.length(k) for row in rows)
+    ids_BT = torch.zeros(len(rows), width, dtype=torch.long)
+    scored: list[int] = []
+    for i, row in enumerate(rows):
+        fed = [*row.before, *([0] * k), *row.after, *row.response[:-1]]
+        ids_BT[i, : len(fed)] = torch.tensor(fed)
+        first = i * width + len(row.before) + k + len(row.after) - 1
+        scored.extend(range(first, first + len(row.response)))
+    inputs_BTH = model.embed(ids_BT)
+    if vectors_KH is not None and k:
+        at = torch.tensor([[len(row.before) + j for j in range(k)] for row in rows], device=model.device)
+        index = at[..., None].expand(-1, -1, inputs_BTH.shape[-1])
+        source = vectors_KH.to(inputs_BTH.dtype).expand(len(rows), -1, -1)
+        inputs_BTH = inputs_BTH.scatter(1, index, source)
+    return inputs_BTH, torch.tensor(scored, device=model.device)
+
+
+def scored_states(model: FrozenModel, rows: Sequence[Row], vectors_KH: Tensor | None) -> Tensor:
+    """Final hidden states [N, H] at the positions that predict the rows' responses."""
+    inputs_BTH, scored_N = splice(model, rows, vectors_KH)
+    with model.fast_backward(inputs_BTH.shape[1]):
+        hidden_BTH = model.body(inputs_BTH)
+    # Indexed to a contiguous matrix first: a sliced 3-D tensor makes the head's product a slow batched one.
+    return hidden_BTH.reshape(-1, hidden_BTH.shape[-1])[scored_N]
