@@ -10,7 +10,7 @@ from be_serve.core.artifact import BaseModelRef, Manifest, PromptRef, Token
 from be_serve.core.fingerprint import Fingerprint
 from be_serve.core.prompts import prompt_sha256
 
-FINGERPRINT = Fingerprint(config="c0", tokenizer="t0", chat_template="p0", embedding="e0")
+FINGERPRINT = Fingerprint(config="c0" * 8, tokenizer="70" * 8, chat_template="b0" * 8, embedding="e0" * 8)
 PROMPT = "You are a harbour master. Answer in rhyme."
 
 

@@ -53,7 +53,7 @@ def main() -> None:
     try:
         cli(standalone_mode=False)
     except BEError as exc:
-        click.secho(f"be-serve: {exc.message}", fg="red", err=True)
+        click.secho(f"be-serve: {exc}", fg="red", err=True)
         sys.exit(2)
     except click.ClickException as exc:
         exc.show()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import click
 
@@ -15,10 +16,15 @@ import click
 @click.option("--be-registry", metavar="URL", envvar="BE_REGISTRY", help="Database URL of the registry.")
 @click.option("--be-token", multiple=True, metavar="ID=FILE", help="A token held in memory. Repeatable. [BE_TOKEN]")
 @click.option("--be-admin-key", metavar="KEY", envvar="BE_ADMIN_KEY", help="Key of the /v1/be routes; none: closed.")
+@click.option("--be-admin-key-file", metavar="FILE", help="The same from a file; command lines are seen by others.")
 @click.option("--be-injection", envvar="BE_INJECTION", help="How vectors reach the engine: prompt-embeds.")
 @click.option("--be-max-upload", type=int, envvar="BE_MAX_UPLOAD", help="Largest token file in bytes. [67108864]")
 @click.option("--be-cache-bytes", type=int, envvar="BE_CACHE_BYTES", help="Memory for vectors per server process.")
 @click.option("--be-match/--no-be-match", default=None, help="Serve tokens for their prompt's own text. [BE_MATCH]")
+@click.option("--be-inflight-bytes", type=int, envvar="BE_INFLIGHT_BYTES", help="Memory for requests with tokens.")
+@click.option(
+    "--be-list-aliases/--no-be-list-aliases", default=None, help="Name tokens in /v1/models. [BE_LIST_ALIASES]"
+)
 @click.option("--be-off", is_flag=True, help="Plain vLLM without the plugin, for comparison.")
 @click.pass_context
 def command(
@@ -27,10 +33,13 @@ def command(
     be_registry: str | None,
     be_token: tuple[str, ...],
     be_admin_key: str | None,
+    be_admin_key_file: str | None,
     be_injection: str | None,
     be_max_upload: int | None,
     be_cache_bytes: int | None,
     be_match: bool | None,
+    be_inflight_bytes: int | None,
+    be_list_aliases: bool | None,
     be_off: bool,
 ) -> None:
     """Serve MODEL (a Hugging Face name, a folder, or a builtin: model).
@@ -41,6 +50,11 @@ def command(
     from be_serve.models import resolve_model
     from be_serve.serving.settings import Settings
 
+    if be_admin_key_file is not None:
+        try:
+            be_admin_key = Path(be_admin_key_file).read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as exc:
+            raise InputError(f"Cannot read --be-admin-key-file {be_admin_key_file}: {exc}.") from exc
     arguments = list(ctx.args)
     if model.startswith("-"):
         raise InputError("Name the model first: be-serve serve MODEL [options].")
@@ -57,6 +71,8 @@ def command(
         "BE_MAX_UPLOAD": be_max_upload,
         "BE_CACHE_BYTES": be_cache_bytes,
         "BE_MATCH": None if be_match is None else int(be_match),
+        "BE_INFLIGHT_BYTES": be_inflight_bytes,
+        "BE_LIST_ALIASES": None if be_list_aliases is None else int(be_list_aliases),
     }
     # Every API server process reads these; they are how settings reach a plugin.
     os.environ.update({name: str(value) for name, value in given.items() if value is not None})

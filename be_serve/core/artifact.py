@@ -17,11 +17,11 @@ import tempfile
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from safetensors import SafetensorError
 from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
@@ -29,6 +29,7 @@ from safetensors.numpy import save as save_safetensors
 from be_serve.core.errors import ArtifactTooLarge, BEError, InputError, InvalidArtifact, WrongModel
 from be_serve.core.fingerprint import Fingerprint
 from be_serve.core.ids import validate_be_id
+from be_serve.core.prompts import prompt_sha256
 
 TENSOR_NAME = "prompt_embeddings"
 MANIFEST_KEY = "be_manifest"
@@ -37,6 +38,7 @@ MAX_BYTES = 64 * 1024 * 1024
 _MAX_HEADER_BYTES = 1024 * 1024
 
 Placement = Literal["system", "block", "prefix"]
+TEMPLATE_VARIABLES = frozenset({"date_string"})
 Vectors = NDArray[np.float32]
 
 # Largest finite value of each dtype a server may cast to.
@@ -62,6 +64,12 @@ class PromptRef(BaseModel):
     tokens: int = Field(ge=1)
     text: str | None = None
 
+    @model_validator(mode="after")
+    def _text_is_the_prompt(self) -> PromptRef:
+        if self.text is not None and prompt_sha256(self.text) != self.sha256:
+            raise ValueError("the prompt's text does not have the prompt's sha256")
+        return self
+
 
 class Manifest(BaseModel):
     """Header of a token file, format version 1."""
@@ -76,8 +84,12 @@ class Manifest(BaseModel):
     placement: Placement = "system"
     template_digest: str
     """Digest of the chat template around the slot; equals `fingerprint.chat_template`."""
-    template_kwargs: dict[str, Any] = Field(default_factory=dict)
-    """Template variables pinned in training (Llama-3's `date_string`), used again in serving."""
+    template_kwargs: dict[str, Annotated[str, Field(max_length=64)]] = Field(default_factory=dict)
+    """Template variables pinned in training, used again in serving.
+
+    Only TEMPLATE_VARIABLES: a manifest that could set any would choose the server's
+    chat template, and templates are programs.
+    """
     prompt: PromptRef
     recipe: dict[str, Any] = Field(default_factory=dict)
     seed: int | None = None
@@ -85,6 +97,13 @@ class Manifest(BaseModel):
     versions: dict[str, str] = Field(default_factory=dict)
     created: datetime = Field(default_factory=lambda: datetime.now(UTC).replace(microsecond=0))
     tensor_sha256: str = ""
+
+    @field_validator("template_kwargs")
+    @classmethod
+    def _known_variables(cls, value: dict[str, str]) -> dict[str, str]:
+        if unknown := set(value) - TEMPLATE_VARIABLES:
+            raise ValueError(f"only {sorted(TEMPLATE_VARIABLES)} can be pinned, not {sorted(unknown)}")
+        return value
 
     @field_validator("id")
     @classmethod
@@ -241,13 +260,20 @@ def write_atomically(path: Path, data: bytes) -> None:
                 out.write(data)
                 out.flush()
                 os.fsync(out.fileno())
-            os.chmod(temporary, 0o644)
+            os.chmod(temporary, 0o666 & ~_umask())
             os.replace(temporary, path)
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
             raise
     except OSError as exc:
         raise InputError(f"Cannot write {path}: {exc.strerror}.") from exc
+
+
+def _umask() -> int:
+    """The process's umask, which can only be read by setting it."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
 
 
 def _header(head: bytes, size: int) -> dict[str, Any]:
@@ -265,8 +291,9 @@ def _header(head: bytes, size: int) -> dict[str, Any]:
         raise InvalidArtifact("Not a safetensors file: its header is no JSON.") from exc
     if not isinstance(header, dict):
         raise InvalidArtifact("Not a safetensors file: its header is no JSON object.")
-    ends = [e["data_offsets"][1] for e in header.values() if isinstance(e, dict) and "data_offsets" in e]
-    if ends and all(isinstance(end, int) for end in ends) and 8 + length + max(ends) > size:
+    offsets = [entry.get("data_offsets") for entry in header.values() if isinstance(entry, dict)]
+    ends = [o[1] for o in offsets if isinstance(o, list) and len(o) == 2 and isinstance(o[1], int)]
+    if ends and 8 + length + max(ends) > size:
         raise InvalidArtifact("Truncated token file: it ends inside its tensor.")
     return header
 
@@ -289,12 +316,14 @@ def parse_manifest(header: dict[str, Any]) -> Manifest:
                 "Upgrade be-serve, or write the file with a matching version."
             )
         manifest = Manifest.model_validate(data)
+        # It is stored and read back as JSON; what does not survive that (lone surrogates, deep nesting) is refused.
+        manifest = Manifest.model_validate_json(manifest.model_dump_json())
     except ValidationError as exc:
         first = exc.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "manifest"
         raise InvalidArtifact(f"Invalid manifest: {where}: {first['msg']}.") from exc
-    except (ValueError, RecursionError) as exc:
-        raise InvalidArtifact("Invalid manifest: no JSON object.") from exc
+    except (ValueError, RecursionError) as exc:  # PydanticSerializationError is a ValueError
+        raise InvalidArtifact("Invalid manifest: it is no plain JSON object.") from exc
     if manifest.template_digest != manifest.base_model.fingerprint.chat_template:
         raise InvalidArtifact("Invalid manifest: template_digest differs from the fingerprint's chat_template.")
     return manifest

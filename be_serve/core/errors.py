@@ -102,8 +102,17 @@ class InputError(BEError):
 
 
 class RegistryError(BEError):
+    """`detail` is for operators: logs and commands show it, HTTP answers do not."""
+
     http_status = 503
     code = "be_registry"
+
+    def __init__(self, detail: str) -> None:
+        super().__init__("The token registry does not answer; please try again later.")
+        self.detail = detail
+
+    def __str__(self) -> str:
+        return self.detail
 
 
 class SchemaMismatch(RegistryError):

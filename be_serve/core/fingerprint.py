@@ -11,9 +11,9 @@ import hashlib
 import json
 import struct
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from be_serve.core.errors import InputError
 
@@ -24,15 +24,18 @@ _SAMPLED_ROWS = 256
 _MAX_HEADER = 100 * 1024 * 1024
 
 
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
+
+
 class Fingerprint(BaseModel):
     """Short SHA-256 digests (16 hex digits) of the parts of a model."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    config: str
-    tokenizer: str
-    chat_template: str
-    embedding: str
+    config: Digest
+    tokenizer: Digest
+    chat_template: Digest
+    embedding: Digest
 
     def __str__(self) -> str:
         return "-".join((self.config, self.tokenizer, self.chat_template, self.embedding))

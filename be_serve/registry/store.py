@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,15 +11,19 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import ValidationError
 from sqlalchemy import Engine, create_engine, delete, event, insert, inspect, select, update
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, IntegrityError, SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from be_serve.core.artifact import Manifest, Token, file_digest
-from be_serve.core.errors import RegistryError, SchemaMismatch, TokenConflict, TokenNotFound
+from be_serve.core.errors import InvalidArtifact, RegistryError, SchemaMismatch, TokenConflict, TokenNotFound
 from be_serve.core.ids import validate_be_id
+from be_serve.core.prompts import prompt_sha256
 from be_serve.registry.schema import SCHEMA_VERSION, Base, Meta, TokenRow, VersionRow
+
+logger = logging.getLogger("vllm.be_serve.registry")
 
 
 @dataclass(frozen=True)
@@ -91,6 +97,10 @@ class Registry:
         token_id = validate_be_id(be_id if be_id is not None else token.manifest.id, param="id")
         digest = file_digest(data)
         wanted = token.manifest.prompt.sha256 if match else None
+        if wanted == prompt_sha256(""):
+            raise InvalidArtifact(
+                "This token's prompt is empty: with match it would answer every empty system message."
+            )
         with self._errors(), Session(self._engine) as session, session.begin():
             revision = self._next_revision(session)
             row = session.get(TokenRow, token_id)
@@ -152,10 +162,7 @@ class Registry:
                 .outerjoin(VersionRow, (VersionRow.id == TokenRow.id) & (VersionRow.version == TokenRow.version))
                 .where(TokenRow.revision > since)
             ).all()
-            found = [
-                Change(row.id, None if row.removed or version is None else _record(row, version))
-                for row, version in rows
-            ]
+            found = [Change(row.id, None if row.removed else _readable(row, version)) for row, version in rows]
             return revision, found
 
     def read_artifact(self, be_id: str, version: int) -> bytes:
@@ -224,28 +231,43 @@ def _record(row: TokenRow, version: VersionRow) -> Record:
     return Record(row.id, version.version, version.digest, manifest, row.match_sha256)
 
 
+def _readable(row: TokenRow, version: VersionRow | None) -> Record | None:
+    """The record, or None for one this be-serve cannot read: it must not stop the others."""
+    if version is None:
+        return None
+    try:
+        return _record(row, version)
+    except ValidationError as exc:
+        logger.error("Token %s has a manifest that this be-serve cannot read; it is left out: %s", row.id, exc)
+        return None
+
+
 def _safe(url: str) -> str:
-    """The URL without its password."""
-    return make_url(url).render_as_string(hide_password=True)
+    """The URL without its password and its query, which may hold one."""
+    return make_url(url).set(query={}).render_as_string(hide_password=True)
 
 
 def _create_engine(url: str) -> Engine:
     try:
         parsed = make_url(url)
     except ArgumentError as exc:
+        # The text is not shown: a mistyped URL may hold a password.
         raise RegistryError(
-            f"{url!r} is no database URL. Use sqlite:////absolute/path.db or postgresql+psycopg://user@host/db."
+            "BE_REGISTRY is no database URL. Use sqlite:////absolute/path.db or postgresql+psycopg://user@host/db."
         ) from exc
     if parsed.get_backend_name() != "sqlite":
         try:
-            return create_engine(parsed, pool_pre_ping=True)
+            timeouts = {"connect_timeout": 5} if parsed.get_backend_name() == "postgresql" else {}
+            return create_engine(parsed, pool_pre_ping=True, connect_args=timeouts)
         except (ModuleNotFoundError, SQLAlchemyError) as exc:
             raise RegistryError(f"Cannot use {_safe(url)}: {exc}. For PostgreSQL: be-serve[postgres].") from exc
     if parsed.database and parsed.database != ":memory:":
         try:
-            Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
+            Path(parsed.database).parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            # Tokens stand for prompts that may be secret: the file is its owner's alone, and WAL files follow it.
+            os.close(os.open(parsed.database, os.O_CREAT | os.O_RDWR, 0o600))
         except OSError as exc:
-            raise RegistryError(f"Cannot create the folder of {parsed.database}: {exc.strerror}.") from exc
+            raise RegistryError(f"Cannot create {parsed.database}: {exc.strerror}.") from exc
     engine = create_engine(parsed, connect_args={"timeout": 15})
 
     @event.listens_for(engine, "connect")

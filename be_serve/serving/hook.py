@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import hmac
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from be_serve.core.artifact import Placement
-from be_serve.core.errors import BEError, InvalidArtifact, RequestError, TokenNotFound, UnsupportedRequest
+from be_serve.core.errors import BEError, NotAuthenticated, RequestError, UnsupportedRequest
 from be_serve.core.slots import Slot, SlotRenderer, new_marker
 from be_serve.registry import Record, TokenIndex
+from be_serve.serving.budget import ByteBudget
 from be_serve.serving.metrics import Metrics
 from be_serve.serving.middleware import RequestContext, current
 from be_serve.serving.requests import BEFields, refuse_raw_embeddings
-from be_serve.serving.resolve import Resolution, Resolver
+from be_serve.serving.resolve import How, Resolution, Resolver
 
 logger = logging.getLogger("vllm.be_serve.hook")
 
@@ -34,6 +37,7 @@ class Rendering:
     started: float
     spent: float = 0.0
     slot: Slot | None = None
+    how: How = "be_id"
 
     @property
     def placement(self) -> Placement:
@@ -54,6 +58,8 @@ class ChatHook:
         index: TokenIndex[Any],
         slots: SlotRenderer,
         inject: Callable[[dict[str, Any], Slot, Any], dict[str, Any]],
+        budget: ByteBudget,
+        keys: Sequence[str],
         vocab_size: int,
         max_chars: int,
         metrics: Metrics,
@@ -62,6 +68,8 @@ class ChatHook:
         self._index = index
         self._slots = slots
         self._inject = inject
+        self._budget = budget
+        self._keys = keys
         self._vocab_size = vocab_size
         self._max_chars = max_chars
         self._metrics = metrics
@@ -87,6 +95,10 @@ class ChatHook:
     async def _begin(self, context: RequestContext, request: Any, messages: Sequence[Any]) -> Rendering | None:
         started = time.perf_counter()
         fields = BEFields.parse(request.model_extra)
+        if not self._may_use(context):
+            if fields.be_id is not None:
+                raise NotAuthenticated(f"{context.path} with a token needs the server's API key.")
+            return None
         model = getattr(request, "model", None)
         resolution = self._resolver.resolve(fields, model, [dict(m) for m in messages])
         if resolution is None:
@@ -94,12 +106,12 @@ class ChatHook:
         try:
             self._refuse_options(request)
             rows = await self._vectors(resolution.record)
-        except (InvalidArtifact, TokenNotFound, UnsupportedRequest) as exc:
+            rendering = self._mark(resolution, rows, started)
+        except BEError as exc:
             if resolution.how != "match":
                 raise
-            logger.warning("Serving the full prompt: token %s cannot answer: %s", resolution.record.id, exc.message)
+            logger.debug("Serving the full prompt: token %s cannot answer: %s", resolution.record.id, exc)
             return None
-        rendering = self._mark(resolution, rows, started)
         self._metrics.requests.labels(path=context.path, how=resolution.how).inc()
         context.headers["x-be-id"] = resolution.record.id
         context.headers["x-be-digest"] = resolution.record.digest
@@ -112,17 +124,36 @@ class ChatHook:
         marker = new_marker()
         manifest = resolution.record.manifest
         marked = self._slots.mark(resolution.messages, marker, placement=manifest.placement, append=resolution.append)
-        return Rendering(resolution.record, rows, marker, marked, dict(manifest.template_kwargs), started)
+        kwargs = dict(manifest.template_kwargs)
+        return Rendering(resolution.record, rows, marker, marked, kwargs, started, how=resolution.how)
 
     async def _vectors(self, record: Record) -> Any:
         found = self._index.cached(record)
         self._metrics.cache.labels(result="hit" if found is not None else "miss").inc()
         return found if found is not None else await asyncio.to_thread(self._index.load, record)
 
-    def cut(self, rendering: Rendering, text: Any) -> list[int]:
-        """Token ids of the rendered chat with placeholders in the slot. Runs in the renderer's thread pool."""
+    def give_up(self, rendering: Rendering, exc: BEError) -> None:
+        """A matched request is answered as without the plugin; one that named its token is refused."""
+        if rendering.how != "match":
+            self._metrics.refused(exc)
+            raise exc
+        logger.debug("Serving the full prompt: token %s cannot answer: %s", rendering.record.id, exc)
+        context = current.get()
+        if context is not None:
+            context.headers.clear()
+
+    @staticmethod
+    def check_prompt(prompt: Mapping[str, Any]) -> str:
+        """The text of vLLM's rendered prompt. Raises UnsupportedRequest for what a token cannot stand beside."""
+        if prompt.get("multi_modal_data"):
+            raise UnsupportedRequest("A token cannot stand beside images, audio or video yet.", param="messages")
+        text = prompt.get("prompt")
         if not isinstance(text, str):
             raise UnsupportedRequest("This model's tokenizer renders no text; tokens cannot be placed in it.")
+        return text
+
+    def cut(self, rendering: Rendering, text: str) -> list[int]:
+        """Token ids of the rendered chat with placeholders in the slot. Runs in the renderer's thread pool."""
         if len(text) > self._max_chars:  # vLLM's own bound, before any tokenizer works on it
             raise RequestError(
                 f"The chat has {len(text)} characters, more than any {self._max_chars} that fit this model's context. "
@@ -141,16 +172,27 @@ class ChatHook:
     def finish(self, rendering: Rendering, engine_input: Mapping[str, Any]) -> dict[str, Any]:
         """The engine input with the vectors in it. Raises UnsupportedRequest where the slot was cut away."""
         started = time.perf_counter()
-        slot = rendering.slot
+        slot, context = rendering.slot, current.get()
+        ids = engine_input.get("prompt_token_ids", ())
         if slot is None or engine_input.get("type") != "token":
-            raise UnsupportedRequest("A token cannot stand beside images, audio or reused prompt ids yet.")
-        if len(engine_input["prompt_token_ids"]) != len(slot.before) + rendering.k + len(slot.after):
-            raise UnsupportedRequest(
-                "`truncate_prompt_tokens` would cut the token away; leave it out.", param="truncate_prompt_tokens"
-            )
+            raise UnsupportedRequest("vLLM rendered this chat in a way that leaves no place for a token.")
+        if len(ids) != len(slot.before) + rendering.k + len(slot.after):
+            raise UnsupportedRequest("The chat was cut to another length, and the token with it.")
+        if context is None or context.path == "/tokenize":
+            return dict(engine_input)  # only counted: no vectors are needed
+        size = len(ids) * rendering.rows[0].nbytes
+        self._budget.take(size)
+        context.cleanup.append(partial(self._budget.give_back, size))
         injected = self._inject(dict(engine_input), slot, rendering.rows)
         self._metrics.injection.observe(rendering.spent + time.perf_counter() - started)
         return injected
+
+    def _may_use(self, context: RequestContext) -> bool:
+        """Whether a request may use tokens: vLLM's API key does not guard /tokenize, and tokens need guarding."""
+        if not self._keys or context.path != "/tokenize":
+            return True
+        scheme, _, given = context.authorization.partition(" ")
+        return scheme.lower() == "bearer" and any(hmac.compare_digest(given.encode(), k.encode()) for k in self._keys)
 
     @staticmethod
     def _refuse_options(request: Any) -> None:
@@ -161,6 +203,10 @@ class ChatHook:
             )
         if getattr(request, "use_beam_search", False):
             raise UnsupportedRequest("Beam search cannot be used with a token.", param="use_beam_search")
+        if getattr(request, "truncate_prompt_tokens", None) is not None:
+            raise UnsupportedRequest(
+                "`truncate_prompt_tokens` could cut the token away; leave it out.", param="truncate_prompt_tokens"
+            )
         if getattr(request, "chat_template", None) is not None:
             raise UnsupportedRequest(
                 "A token is made for the server's chat template; send no `chat_template` with it.",

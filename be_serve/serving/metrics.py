@@ -27,6 +27,11 @@ class Metrics:
             "be_serve_registry_lookups", "Vectors found in memory (hit) or read from the registry (miss).", ["result"]
         )
         self.refusals = Counter("be_serve_refusals", "Requests refused by the plugin, by error code.", ["code"])
+        self.refreshed = Gauge(
+            "be_serve_registry_refreshed_timestamp_seconds",
+            "When the registry was last read; seconds in the past: changes and removals are not arriving.",
+            multiprocess_mode="livemin",
+        )
         self.tokens = Gauge("be_serve_tokens", "Tokens this server can name.", multiprocess_mode="livemostrecent")
 
     def refused(self, exc: BEError) -> None:

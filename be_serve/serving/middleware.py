@@ -31,7 +31,12 @@ class RequestContext:
     """One HTTP request: shared, not copied, with the tasks that handle it."""
 
     path: str
+    authorization: str = ""
+    """The request's Authorization header."""
     headers: dict[str, str] = field(default_factory=dict)
+    """Headers to add to the response."""
+    cleanup: list[Callable[[], None]] = field(default_factory=list)
+    """Called when the request is over, streams included."""
 
     @property
     def supported(self) -> bool:
@@ -49,18 +54,27 @@ def error_body(exc: BEError) -> dict[str, Any]:
 class BEMiddleware:
     """Sets `current`, adds `x-be-*` headers, and refuses tokens where they would be ignored."""
 
-    def __init__(self, app: Any, *, base_models: Callable[[], Sequence[str]], metrics: Callable[[], Metrics]) -> None:
+    def __init__(
+        self,
+        app: Any,
+        *,
+        base_models: Callable[[], Sequence[str]],
+        metrics: Callable[[], Metrics],
+        is_route: Callable[[str], bool],
+    ) -> None:
         self._app = app
         self._base_models = base_models
         self._metrics = metrics
+        self._is_route = is_route
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] != "POST":
             await self._app(scope, receive, send)
             return
         path = scope["path"].removeprefix(scope.get("root_path", ""))
-        context = RequestContext(path)
-        if not context.supported and not path.startswith("/v1/be/") and _is_json(scope):
+        context = RequestContext(path, authorization=_header(scope, b"authorization"))
+        # Only bodies that a route would read whole anyway are read here.
+        if not context.supported and not path.startswith("/v1/be/") and _is_json(scope) and self._is_route(path):
             body, receive = await _read_ahead(receive)
             try:
                 self._refuse_ignored(path, body)
@@ -80,12 +94,15 @@ class BEMiddleware:
             await self._app(scope, receive, send_with_headers)
         finally:
             current.reset(token)
+            for clean in context.cleanup:
+                clean()
 
     def _refuse_ignored(self, path: str, body: bytes) -> None:
         """Raise where a body names a token on an endpoint that would silently ignore it."""
         names = list(self._base_models())
-        if _MARK not in body and not any(f"{name}:".encode() in body for name in names):
-            return  # the common case costs one substring search
+        # The common case costs a few substring searches. Escapes and other encodings may hide a name.
+        if not any(mark in body for mark in (_MARK, b"\\u", b"\0", *(f"{name}:".encode() for name in names))):
+            return
         try:
             data = json.loads(body)
         except (ValueError, RecursionError):
@@ -109,25 +126,31 @@ class BEMiddleware:
             )
 
 
+def _header(scope: Scope, name: bytes) -> str:
+    return next((v.decode("latin-1") for k, v in scope["headers"] if k == name), "")
+
+
 def _is_json(scope: Scope) -> bool:
-    content_type: bytes = next((v for k, v in scope["headers"] if k == b"content-type"), b"application/json")
-    return b"multipart" not in content_type and b"octet-stream" not in content_type
+    kind = _header(scope, b"content-type").partition(";")[0].strip().lower()
+    return not kind.startswith(("multipart/", "application/octet-stream"))
 
 
 async def _read_ahead(receive: Receive) -> tuple[bytes, Receive]:
     """The whole body, and a `receive` that gives it again."""
-    messages: list[MutableMapping[str, Any]] = []
-    while True:
-        message = await receive()
-        messages.append(message)
-        if message["type"] != "http.request" or not message.get("more_body", False):
-            break
-    queue = list(messages)
+    chunks: list[bytes] = []
+    last: MutableMapping[str, Any] = {"type": "http.request", "more_body": True}
+    while last["type"] == "http.request" and last.get("more_body", False):
+        last = await receive()
+        chunks.append(last.get("body", b""))
+    body = b"".join(chunks)
+    queue: list[MutableMapping[str, Any]] = [{"type": "http.request", "body": body, "more_body": False}]
+    if last["type"] != "http.request":
+        queue = [last]  # the client went away
 
     async def replay() -> MutableMapping[str, Any]:
-        return queue.pop(0) if queue else await receive()
+        return queue.pop() if queue else await receive()
 
-    return b"".join(m.get("body", b"") for m in messages), replay
+    return body, replay
 
 
 async def _respond(send: Send, exc: BEError) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 from argparse import Namespace
 from functools import partial
 from typing import Any
@@ -13,6 +12,7 @@ from be_serve.core.errors import BEError
 from be_serve.core.fingerprint import fingerprint_folder
 from be_serve.core.slots import SlotRenderer
 from be_serve.serving import inject_prompt_embeds, routes, vllm_compat
+from be_serve.serving.budget import ByteBudget
 from be_serve.serving.hook import ChatHook
 from be_serve.serving.metrics import metrics
 from be_serve.serving.middleware import BEMiddleware
@@ -37,7 +37,12 @@ class BEEndpointPlugin:
         """Add the admin routes, the error shape and the middleware."""
         app.include_router(routes.router)
         app.add_exception_handler(BEError, routes.be_error_handler)
-        app.add_middleware(BEMiddleware, base_models=partial(vllm_compat.base_models, app.state), metrics=metrics)
+        app.add_middleware(
+            BEMiddleware,
+            base_models=partial(vllm_compat.base_models, app.state),
+            metrics=metrics,
+            is_route=partial(routes.is_post_route, app),
+        )
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         """Hook into the running server. Raises BEError: a server must not start without its tokens."""
@@ -50,7 +55,7 @@ class BEEndpointPlugin:
             model,
             metrics(),
             prepare=partial(inject_prompt_embeds.prepare, dtype=dtype),
-            vllm_has_api_key=bool(args.api_key or os.environ.get("VLLM_API_KEY")),
+            vllm_has_api_key=bool(vllm_compat.api_keys(args)),
         )
         await asyncio.to_thread(service.start)
         online = state.online_renderer
@@ -65,12 +70,14 @@ class BEEndpointPlugin:
             index=service.index,
             slots=SlotRenderer(online.renderer.get_tokenizer(), chat_template=online.chat_template),
             inject=inject_prompt_embeds.inject,
+            budget=ByteBudget(self._settings.inflight_bytes),
+            keys=vllm_compat.api_keys(args),
             vocab_size=model.vocab_size,
             max_chars=vllm_compat.max_prompt_chars(state),
             metrics=metrics(),
         )
         vllm_compat.install_chat_hook(state, hook)
-        vllm_compat.install_aliases(state, lambda: [r for r in service.index.records() if service.usable(r)])
+        vllm_compat.install_aliases(state, service.listed if self._settings.list_aliases else list)
         state.be_serve = service
         logger.info(
             "be-serve: %d tokens for %s (fingerprint %s), injection %s, administration %s.",

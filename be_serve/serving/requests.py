@@ -51,6 +51,10 @@ def refuse_raw_embeddings(messages: Any, tools: Any) -> None:
     Raises UnsupportedRequest. Stock vLLM refuses the parts without
     `--enable-prompt-embeds`; with it in use for tokens, both must be refused here.
     """
+    for message in messages:
+        if isinstance(message, dict):  # pydantic keeps some lists as one-shot iterators: the scan must not use them up
+            lazy = {key: list(value) for key, value in message.items() if isinstance(value, Iterator)}
+            message.update(lazy)
     for value in _leaves([messages, tools]):
         if isinstance(value, str):
             if EMBEDS_MARKER in value:
@@ -78,5 +82,3 @@ def _leaves(value: Any) -> Iterator[Any]:
             stack.extend(item)
         elif hasattr(item, "model_dump"):
             stack.append(item.model_dump())
-        elif item is not None and not isinstance(item, (int, float, bool, bytes)) and hasattr(item, "__iter__"):
-            stack.extend(item)  # pydantic keeps some lists as lazy iterables

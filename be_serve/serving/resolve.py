@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from be_serve.core.errors import NameConflict, RequestError, SystemConflict
+from be_serve.core.errors import NameConflict, RequestError, SystemConflict, UnsupportedRequest
 from be_serve.core.ids import split_alias, validate_be_id
 from be_serve.core.prompts import prompt_sha256
 from be_serve.core.slots import SYSTEM_ROLES, text_of
@@ -49,6 +49,19 @@ class Resolver:
         Raises InvalidBeId, NameConflict, TokenNotFound, SystemConflict, RequestError.
         """
         be_id, how = self._named(fields, model)
+        if (
+            how != "alias"
+            and model
+            and model not in self._base_models()
+            and split_alias(model, self._base_models()) is None
+        ):
+            # A LoRA adapter: not the model that any token's fingerprint stands for.
+            if be_id is not None:
+                raise UnsupportedRequest(
+                    f"Tokens are made for the base model, and `model` names {model!r}; send the base model's name.",
+                    param="model",
+                )
+            return None
         if be_id is None:
             if fields.append:
                 raise RequestError("`be_system` needs a `be_id`.", param="be_system")

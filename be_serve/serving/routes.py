@@ -119,6 +119,11 @@ async def remove_token(request: Request, be_id: str) -> dict[str, Any]:
     return {"id": be_id, "deleted": True}
 
 
+def is_post_route(app: Any, path: str) -> bool:
+    """Whether a POST to this path has a handler that reads its body."""
+    return any(path == getattr(r, "path", None) and "POST" in (getattr(r, "methods", None) or ()) for r in app.routes)
+
+
 async def _read_body(request: Request, limit: int) -> bytes:
     """The request body, at most `limit` bytes. Raises ArtifactTooLarge before reading more."""
     refusal = ArtifactTooLarge(f"The token file is larger than {limit} bytes (--be-max-upload).")

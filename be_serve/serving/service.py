@@ -43,15 +43,22 @@ class Service:
         self.vllm_has_api_key = vllm_has_api_key
         self.registry = Registry(settings.registry)
         self.index: TokenIndex[Any] = TokenIndex(
-            self.registry, prepare=prepare, check=self.check, cache_bytes=settings.cache_bytes
+            self.registry,
+            prepare=prepare,
+            check=self.check,
+            cache_bytes=settings.cache_bytes,
+            on_refresh=self._refreshed,
         )
-        metrics.tokens.set_function(lambda: len(self.index.records()))
 
     def start(self) -> None:
         """Load `--be-token` files and the registry. Raises BEError: a server must not start half right."""
         for be_id, path in self.settings.tokens.items():
             self.index.add_static(be_id, read_limited(path))
         self.index.start()
+
+    def _refreshed(self, tokens: int) -> None:
+        self.metrics.refreshed.set_to_current_time()
+        self.metrics.tokens.set(tokens)
 
     def check(self, token: Token) -> None:
         """Raise WrongModel or InvalidArtifact for a token this server must not serve."""
@@ -65,6 +72,10 @@ class Service:
         except WrongModel:
             return False
         return True
+
+    def listed(self) -> list[Record]:
+        """The records whose aliases /v1/models names."""
+        return [record for record in self.index.records() if self.usable(record)]
 
     def register(self, data: bytes, *, be_id: str | None, match: bool, replace: bool) -> PutResult:
         """Check a token file against the model and store it. Blocks; raises BEError."""

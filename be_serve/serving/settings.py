@@ -34,6 +34,11 @@ class Settings:
     cache_bytes: int = 256 * 1024 * 1024
     """Memory for vectors per server process in bytes (BE_CACHE_BYTES)."""
 
+    inflight_bytes: int = 1024 * 1024 * 1024
+    """Memory that requests with tokens may hold at one time per server process (BE_INFLIGHT_BYTES)."""
+    list_aliases: bool = True
+    """Whether /v1/models names every token to every client (BE_LIST_ALIASES)."""
+
     @classmethod
     def from_env(cls, env: Mapping[str, str] | None = None) -> Settings:
         """Read BE_* variables. Raises InputError naming the variable at fault."""
@@ -48,6 +53,8 @@ class Settings:
             injection=injection,
             match=_flag(env.get("BE_MATCH", "1"), "BE_MATCH"),
             max_upload=_positive(env.get("BE_MAX_UPLOAD") or str(MAX_BYTES), "BE_MAX_UPLOAD"),
+            inflight_bytes=_positive(env.get("BE_INFLIGHT_BYTES") or str(1024**3), "BE_INFLIGHT_BYTES"),
+            list_aliases=_flag(env.get("BE_LIST_ALIASES", "1"), "BE_LIST_ALIASES"),
             cache_bytes=_positive(env.get("BE_CACHE_BYTES") or str(256 * 1024 * 1024), "BE_CACHE_BYTES"),
         )
 

@@ -100,9 +100,12 @@ def install_chat_hook(state: Any, hook: ChatHook) -> None:
         reset = _rendering.set(rendering)
         try:
             conversation, engine_inputs = await original_chat(*call.args, **call.kwargs)
+            return conversation, [hook.finish(rendering, engine_input) for engine_input in engine_inputs]
+        except BEError as exc:
+            hook.give_up(rendering, exc)  # raises, unless the request named no token
         finally:
             _rendering.reset(reset)
-        return conversation, [hook.finish(rendering, engine_input) for engine_input in engine_inputs]
+        return await original_chat(*args, **kwargs)
 
     async def render_messages_async(*args: Any, **kwargs: Any) -> Any:
         conversation, prompt = await original_messages(*args, **kwargs)
@@ -111,7 +114,7 @@ def install_chat_hook(state: Any, hook: ChatHook) -> None:
             return conversation, prompt
         # Off the event loop, in the pool whose tokenizers vLLM made thread-safe.
         loop = asyncio.get_running_loop()
-        ids = await loop.run_in_executor(base._executor, hook.cut, rendering, prompt.get("prompt"))
+        ids = await loop.run_in_executor(base._executor, hook.cut, rendering, hook.check_prompt(prompt))
         kept = {key: value for key, value in prompt.items() if key != "prompt"}
         return conversation, {**kept, "prompt_token_ids": ids}
 
@@ -142,6 +145,12 @@ def install_aliases(state: Any, records: Callable[[], Sequence[Record]]) -> None
 
     models.is_base_model = is_base_model
     models.show_available_models = show_available_models
+
+
+def api_keys(args: Any) -> list[str]:
+    """vLLM's own API keys, by option or environment."""
+    given = args.api_key or os.environ.get("VLLM_API_KEY") or []
+    return [given] if isinstance(given, str) else [key for key in given if key]
 
 
 def base_models(state: Any) -> list[str]:

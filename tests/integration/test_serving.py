@@ -167,6 +167,7 @@ def test_tools_and_structured_output(server):
         (400, {"be_id": "odd", "echo": True}),
         (400, {"be_id": "odd", "use_beam_search": True}),
         (400, {"be_id": "odd", "truncate_prompt_tokens": 5}),
+        (400, {"be_id": "odd", "chat_template": "{{ messages }}"}),
         (400, {"be_id": "odd", "kv_transfer_params": {"prompt_token_ids": [1, 2, 3]}}),
         (400, {"be_id": "odd", "messages": [{"role": "user", "content": "word " * 5000}]}),
         (400, {"be_id": "odd", "messages": [{"role": "user", "content": "x" * 3_000_000}]}),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import httpx
 import pytest
 from fastapi import FastAPI, Request
@@ -9,7 +11,6 @@ from fastapi.testclient import TestClient
 
 from be_serve.client import BEClient, ServerRefused
 from be_serve.core.errors import ArtifactTooLarge, BEError, InputError
-from be_serve.core.fingerprint import Fingerprint
 from be_serve.serving import routes
 from be_serve.serving.metrics import metrics
 from be_serve.serving.middleware import BEMiddleware, current
@@ -24,7 +25,9 @@ def make_app(tmp_path, *, admin_key="secret", vllm_key=False, max_upload=100_000
     app = FastAPI()
     app.include_router(routes.router)
     app.add_exception_handler(BEError, routes.be_error_handler)
-    app.add_middleware(BEMiddleware, base_models=lambda: ["tiny"], metrics=metrics)
+    app.add_middleware(
+        BEMiddleware, base_models=lambda: ["tiny"], metrics=metrics, is_route=partial(routes.is_post_route, app)
+    )
     settings = Settings(registry=f"sqlite:///{tmp_path / 'r.db'}", admin_key=admin_key, max_upload=max_upload)
     model = ServedModel("tiny", FINGERPRINT, 8, 100, "bfloat16")
     service = Service(settings, model, metrics(), prepare=lambda t: t.vectors, vllm_has_api_key=vllm_key)
@@ -69,7 +72,7 @@ def test_register_list_show_remove(http):
 
 
 def test_refused_uploads_name_the_reason(http):
-    stranger = Fingerprint(config="x", tokenizer="t0", chat_template="p0", embedding="e0")
+    stranger = FINGERPRINT.model_copy(update={"config": "f" * 16})
     wrong = http.post("/v1/be/tokens", content=make_token(fingerprint=stranger).to_bytes(), headers=KEY)
     assert wrong.status_code == 422
     message = wrong.json()["error"]["message"]
@@ -100,6 +103,21 @@ def test_keys(tmp_path):
     assert closed.get("/v1/be/tokens", headers=KEY).status_code == 403
 
 
+def test_a_token_file_cannot_choose_the_template(http):
+    """A manifest may pin known variables only: a chat_template in it would be a program."""
+    data = make_token().to_bytes()
+    for bad in ('{"chat_template":"x"}', '{"date_string":"' + "x" * 65 + '"}', '{"tools":[]}'):
+        header = int.from_bytes(data[:8], "little")
+        old = data[8 : 8 + header].decode()
+        new = old.replace('\\"template_kwargs\\":{}', '\\"template_kwargs\\":' + bad.replace('"', '\\"'))
+        assert new != old
+        raw = new.encode()
+        forged = len(raw).to_bytes(8, "little") + raw + data[8 + header :]
+        answer = http.post("/v1/be/tokens", content=forged, headers=KEY)
+        assert answer.status_code == 422, bad
+        assert "template_kwargs" in answer.json()["error"]["message"]
+
+
 def test_openapi_lists_the_routes(http):
     paths = http.get("/openapi.json").json()["paths"]
     assert set(paths["/v1/be/tokens"]) == {"post", "get"}
@@ -111,6 +129,11 @@ def test_endpoints_that_would_ignore_a_token_refuse_it(http):
         answer = http.post("/v1/completions", json={"prompt": "hi", **body})
         assert answer.status_code == 400, body
         assert "cannot use a token" in answer.json()["error"]["message"]
+    escaped = ['{"\\u0062e_id": "x"}', '{"model": "tiny\\u003ax"}']
+    for raw in (*(text.encode() for text in escaped), '{"be_id": "x"}'.encode("utf-16")):
+        for kind in ("application/json", "application/json; x=multipart"):
+            answer = http.post("/v1/completions", content=raw, headers={"content-type": kind})
+            assert answer.status_code == 400, raw
     for body in ({}, {"be_id": None}, {"be_match": False}, {"prompt": 'say "be_id" and tiny:x'}):
         answer = http.post("/v1/completions", json=body)
         assert answer.json() == {"body": body, "supported": False}

@@ -1,0 +1,42 @@
+"""A bound on the memory that injected tensors may hold at one time in a server process."""
+
+from __future__ import annotations
+
+import threading
+
+from be_serve.core.errors import BEError
+
+
+class OverBudget(BEError):
+    """Too many requests with tokens at once; the client may try again."""
+
+    http_status = 503
+    code = "be_over_budget"
+
+
+class ByteBudget:
+    """Counts bytes taken and given back; refuses what would exceed `capacity`.
+
+    A tensor [T, hidden_size] goes to the engine for each request and waits there with
+    it: without a bound, short requests could claim any amount of memory.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.used = 0
+        self._lock = threading.Lock()
+
+    def take(self, size: int) -> None:
+        """Claim `size` bytes. Raises OverBudget."""
+        with self._lock:
+            if self.used + size > self.capacity:
+                raise OverBudget(
+                    f"Requests with tokens hold {self.used} of {self.capacity} bytes on this server; please try again "
+                    "later. Operators: BE_INFLIGHT_BYTES."
+                )
+            self.used += size
+
+    def give_back(self, size: int) -> None:
+        """Return what `take` claimed."""
+        with self._lock:
+            self.used -= size

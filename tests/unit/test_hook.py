@@ -1,0 +1,202 @@
+"""What the hook refuses, counts and gives back, with vLLM's part played by the test."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from be_serve.core.errors import BEError, NotAuthenticated, UnsupportedRequest
+from be_serve.core.slots import SlotRenderer
+from be_serve.registry import Registry, TokenIndex
+from be_serve.serving.budget import ByteBudget, OverBudget
+from be_serve.serving.hook import ChatHook
+from be_serve.serving.metrics import metrics
+from be_serve.serving.middleware import RequestContext, current
+from be_serve.serving.resolve import Resolver
+from tests.conftest import make_tokenizer
+from tests.factories import PROMPT, make_token
+
+USER = [{"role": "user", "content": "Hi"}]
+FULL = [{"role": "system", "content": PROMPT}, *USER]
+
+
+def make_hook(tmp_path, *, keys=(), capacity=10_000, placement="system"):
+    registry = Registry(f"sqlite:///{tmp_path / 'r.db'}")
+    registry.put(make_token("harbor", placement=placement).to_bytes(), match=True)
+    index = TokenIndex(registry, prepare=lambda t: t.vectors, check=lambda t: None)
+    index.refresh()
+    hook = ChatHook(
+        resolver=Resolver(index, lambda: ["tiny"]),
+        index=index,
+        slots=SlotRenderer(make_tokenizer("chatml")),
+        inject=lambda engine_input, slot, rows: {**engine_input, "rows": rows},
+        budget=ByteBudget(capacity),
+        keys=list(keys),
+        vocab_size=10_000,
+        max_chars=10_000,
+        metrics=metrics(),
+    )
+    return hook, index, registry
+
+
+def request(**extra):
+    options = {k: extra.pop(k) for k in ("prompt_logprobs", "truncate_prompt_tokens", "model") if k in extra}
+    return SimpleNamespace(model_extra=extra, **{"model": "tiny", **options})
+
+
+@pytest.fixture
+def context():
+    made = RequestContext("/v1/chat/completions")
+    reset = current.set(made)
+    yield made
+    current.reset(reset)
+
+
+async def test_a_request_takes_and_gives_back_its_memory(tmp_path, context):
+    hook, _, _ = make_hook(tmp_path, capacity=4000)
+    rendering = await hook.begin(request(be_id="harbor"), USER, None)
+    text = hook.check_prompt({"prompt": f"<|im_start|>system\n{rendering.marker}<|im_end|>\n"})
+    ids = hook.cut(rendering, text)
+    assert ids.count(0) == 2
+    engine_input = {"type": "token", "prompt_token_ids": ids}
+    assert "rows" in hook.finish(rendering, engine_input)
+    assert hook._budget.used == len(ids) * 8 * 4
+    while hook._budget.used + len(ids) * 32 <= 4000:
+        hook.finish(rendering, engine_input)
+    with pytest.raises(OverBudget):
+        hook.finish(rendering, engine_input)
+    for clean in context.cleanup:
+        clean()
+    assert hook._budget.used == 0
+    with pytest.raises(UnsupportedRequest, match="cut"):
+        hook.finish(rendering, {"type": "token", "prompt_token_ids": ids[:-1]})
+    with pytest.raises(UnsupportedRequest, match="images"):
+        hook.check_prompt({"prompt": text, "multi_modal_data": {"image": []}})
+
+
+async def test_a_matched_request_is_never_refused(tmp_path, context):
+    hook, _, registry = make_hook(tmp_path)
+    for bad in ({"prompt_logprobs": 1}, {"truncate_prompt_tokens": 3}):
+        assert await hook.begin(request(**bad), FULL, None) is None
+        with pytest.raises(UnsupportedRequest):
+            await hook.begin(request(be_id="harbor", **bad), USER, None)
+    # The registry is gone and nothing is cached: the full prompt answers, a named token is an error.
+    (tmp_path / "r.db").rename(tmp_path / "moved.db")
+    registry.close()
+    assert await hook.begin(request(), FULL, None) is None
+    with pytest.raises(BEError) as caught:
+        await hook.begin(request(be_id="harbor"), USER, None)
+    assert str(tmp_path) not in caught.value.message
+    assert "x-be-id" not in context.headers
+
+
+async def test_giving_up_a_match_leaves_no_trace(tmp_path, context):
+    hook, _, _ = make_hook(tmp_path)
+    matched = await hook.begin(request(), FULL, None)
+    assert context.headers["x-be-match"] == "exact"
+    hook.give_up(matched, UnsupportedRequest("x"))
+    assert context.headers == {}
+    named = await hook.begin(request(be_id="harbor"), USER, None)
+    with pytest.raises(UnsupportedRequest):
+        hook.give_up(named, UnsupportedRequest("x"))
+
+
+async def test_a_lora_adapter_gets_no_token(tmp_path, context):
+    hook, _, _ = make_hook(tmp_path)
+    assert await hook.begin(request(model="my-lora"), FULL, None) is None
+    with pytest.raises(UnsupportedRequest, match="base model"):
+        await hook.begin(request(model="my-lora", be_id="harbor"), USER, None)
+
+
+async def test_tokenize_needs_the_api_key_where_there_is_one(tmp_path, context):
+    hook, _, _ = make_hook(tmp_path, keys=["k1", "k2"])
+    context.path = "/tokenize"
+    with pytest.raises(NotAuthenticated):
+        await hook.begin(request(be_id="harbor"), USER, None)
+    assert await hook.begin(request(), FULL, None) is None
+    context.authorization = "Bearer k2"
+    rendering = await hook.begin(request(be_id="harbor"), USER, None)
+    ids = hook.cut(rendering, f"a{rendering.marker}b")
+    assert hook.finish(rendering, {"type": "token", "prompt_token_ids": ids})["prompt_token_ids"] == ids
+    assert hook._budget.used == 0
+
+
+async def test_other_paths_see_plain_requests_only(tmp_path, context):
+    hook, _, _ = make_hook(tmp_path)
+    context.path = "/v1/messages"
+    assert await hook.begin(request(), FULL, None) is None
+
+
+async def test_the_scan_leaves_lazy_lists_usable(tmp_path, context):
+    hook, _, _ = make_hook(tmp_path)
+    message = {"role": "assistant", "content": "x", "tool_calls": iter([{"id": "1"}])}
+    await hook.begin(request(), [*USER, message], None)
+    assert list(message["tool_calls"]) == [{"id": "1"}]
+
+
+def test_a_replaced_token_is_never_missing(tmp_path):
+    """Readers see the old or the new record while the index is refreshed, never neither."""
+    import threading
+
+    _, index, registry = make_hook(tmp_path)
+    stop, missing = threading.Event(), []
+
+    def read():
+        while not stop.is_set():
+            try:
+                index.get("harbor")
+            except BEError:
+                missing.append(1)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    for seed in range(1, 15):
+        registry.put(make_token("harbor", seed=seed).to_bytes(), replace=True)
+        index.refresh()
+    stop.set()
+    reader.join()
+    assert missing == []
+
+
+def test_an_unreadable_row_does_not_stop_the_others(tmp_path):
+    import sqlite3
+    import time
+
+    _, _, registry = make_hook(tmp_path)
+    registry.put(make_token("fine", seed=3).to_bytes())
+    with sqlite3.connect(tmp_path / "r.db") as db:
+        db.execute("UPDATE be_version SET manifest = '{\"from\": \"the future\"}' WHERE id = 'harbor'")
+        db.execute("UPDATE be_token SET revision = 99 WHERE id = 'harbor'")
+        db.execute("UPDATE be_meta SET revision = 99")
+    index = TokenIndex(registry, prepare=lambda t: t.vectors, check=lambda t: None, poll_seconds=0.05)
+    index.start()
+    assert [r.id for r in index.records()] == ["fine"]
+    registry.remove("fine")
+    deadline = time.monotonic() + 5
+    while index.records():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    index.stop()
+
+
+def test_injection_puts_the_rows_in_the_slot():
+    import torch
+
+    from be_serve.core.slots import Slot
+    from be_serve.serving import inject_prompt_embeds
+
+    token = make_token(k=2, hidden_size=8)
+    rows = inject_prompt_embeds.prepare(token, torch.bfloat16)
+    slot = Slot([5, 6], [7])
+    made = inject_prompt_embeds.inject(
+        {"type": "token", "prompt_token_ids": slot.ids(2), "cache_salt": "s", "prompt": "p"}, slot, rows
+    )
+    assert made["is_token_ids"] == [True, True, False, False, True]
+    assert made["prompt_embeds"].shape == (5, 8)
+    assert made["prompt_embeds"].dtype == torch.bfloat16
+    np.testing.assert_allclose(made["prompt_embeds"][2:4].float().numpy(), token.vectors, rtol=1e-2)
+    assert not made["prompt_embeds"][[0, 1, 4]].any()
+    assert made["cache_salt"] == "s"
+    assert "prompt" not in made
