@@ -15,7 +15,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,7 +56,7 @@ class Server:
         self.log = log
         self.url = f"http://127.0.0.1:{port}"
         self.start_seconds = 0.0
-        self._env = env
+        self.env = env
         self._timeout = timeout
         self._process: subprocess.Popen[bytes] | None = None
         self._frozen = False
@@ -69,7 +69,7 @@ class Server:
             sink.flush()
             # A group of its own: the terminal's Ctrl-C reaches the benchmark alone, which then stops the servers.
             self._process = subprocess.Popen(  # noqa: S603
-                self.command, stdin=subprocess.DEVNULL, stdout=sink, stderr=sink, env=self._env, start_new_session=True
+                self.command, stdin=subprocess.DEVNULL, stdout=sink, stderr=sink, env=self.env, start_new_session=True
             )
         try:
             await self._wait_until_healthy(begin)
@@ -181,6 +181,12 @@ def server_env(kv_gib: int) -> dict[str, str]:
     # Settings of ours in the caller's shell must not reach the stock server, nor change the plugin's.
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("BE_") or k == "BE_HOME"}
     return {**defaults, **inherited}
+
+
+def engine_settings(env: Mapping[str, str]) -> dict[str, str]:
+    """The variables of an environment that steer vLLM and its threads, without keys."""
+    chosen = {k: v for k, v in env.items() if k.startswith(("VLLM_", "OMP_", "CUDA_VISIBLE"))}
+    return {k: v for k, v in sorted(chosen.items()) if "KEY" not in k and "TOKEN" not in k}
 
 
 def free_port() -> int:

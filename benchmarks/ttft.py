@@ -30,7 +30,7 @@ from benchmarks.client import ServerClient, ServerError
 from benchmarks.machine import hardware, redact, versions
 from benchmarks.prompts import Chat, fit_questions, fit_text, handbook
 from benchmarks.rounds import Rounds
-from benchmarks.servers import Server, ServerOptions, plugin_server, stock_server
+from benchmarks.servers import Server, ServerOptions, engine_settings, plugin_server, stock_server
 from benchmarks.tokens import BENCH_ID, make_token
 
 SPIN_SECONDS = 1.2
@@ -204,6 +204,7 @@ class _Fleet:
                 "url": client.url,
                 "started_here": name in self.own,
                 "command": redact(self.own[name].command) if name in self.own else None,
+                "env": engine_settings(self.own[name].env) if name in self.own else None,
                 "start_seconds": round(self.own[name].start_seconds, 1) if name in self.own else None,
                 "vllm_version": await client.version(),
                 "model": await client.model_id(),

@@ -11,7 +11,15 @@ from pathlib import Path
 import pytest
 
 from benchmarks.client import ServerClient, ServerError
-from benchmarks.servers import Server, ServerOptions, free_port, plugin_server, server_env, stock_server
+from benchmarks.servers import (
+    Server,
+    ServerOptions,
+    engine_settings,
+    free_port,
+    plugin_server,
+    server_env,
+    stock_server,
+)
 
 # Answers /health, after a while; leaves a child of its own that ignores SIGTERM, as an engine may.
 _SCRIPT = """
@@ -112,7 +120,12 @@ def test_environment(monkeypatch):
     monkeypatch.setenv("BE_TOKEN", "a=b")
     monkeypatch.setenv("BE_HOME", "/models")
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0-3")
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    monkeypatch.setenv("VLLM_API_KEY", "hidden")
     env = server_env(2)
+    shown = engine_settings(env)
+    assert shown["OMP_NUM_THREADS"] == "2"
+    assert "hidden" not in shown.values()
     assert "BE_TOKEN" not in env
     assert env["BE_HOME"] == "/models"
     assert env["VLLM_CPU_OMP_THREADS_BIND"] == "0-3"
