@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from trainer.model import FrozenModel
+from trainer.shared_prefix import attending_to
 from trainer.soft_token import Row, splice
 
 _MAX_BATCH = 64
@@ -26,7 +29,11 @@ def common_prefix(rows: Sequence[Sequence[int]]) -> int:
 
 
 class Prefix:
-    """Keys and values of rows [P, H] that stand before every sequence of a batch."""
+    """Keys and values of rows [P, H] that stand before every sequence of a batch.
+
+    They are read in place by all sequences where the model allows it
+    (`shared_prefix`), and copied for each batch where it does not.
+    """
 
     def __init__(self, model: FrozenModel, rows_PH: Tensor) -> None:
         from transformers import DynamicCache
@@ -37,17 +44,26 @@ class Prefix:
         if self.length:
             with torch.no_grad():
                 model.body(rows_PH[None].to(model.dtype), past_key_values=self._cache, use_cache=True)
+        self._shared = self.length > 0 and model.shares_prefix()
 
     def batch_size(self, longest: int) -> int:
         """How many sequences of `longest` further positions fit one batch."""
         return max(1, min(_MAX_BATCH, _MAX_POSITIONS // (self.length + longest)))
 
-    def cache(self, batch: int) -> object:
-        """A cache of its own for `batch` sequences."""
+    @contextmanager
+    def _before(self, batch: int) -> Iterator[Any]:
+        """A cache for `batch` sequences, behind the prefix while the context is open."""
+        from transformers import DynamicCache
+
+        if self._shared:
+            layers = [(layer.keys, layer.values) for layer in self._cache.layers]
+            with attending_to(self.model.causal_lm, layers):
+                yield DynamicCache(config=self.model.causal_lm.config)
+            return
         cache = copy.deepcopy(self._cache)
         if self.length:
             cache.batch_repeat_interleave(batch)
-        return cache
+        yield cache
 
     def states(self, rows: Sequence[Row], progress: Progress | None = None) -> list[Tensor]:
         """Final hidden states [T, H] that predict each row's response ids."""
@@ -58,8 +74,11 @@ class Prefix:
             for start in range(0, len(order), size):
                 batch = order[start : start + size]
                 inputs_BTH, scored_N = splice(self.model, [rows[i] for i in batch], None)
-                past = {"past_key_values": self.cache(len(batch)), "use_cache": True} if self.length else {}
-                hidden_BTH = self.model.body(inputs_BTH, **past)
+                position_1T = torch.arange(inputs_BTH.shape[1], device=self.model.device)[None] + self.length
+                with self._before(len(batch)) as cache:
+                    hidden_BTH = self.model.body(
+                        inputs_BTH, position_ids=position_1T, past_key_values=cache, use_cache=True
+                    )
                 flat_NH = hidden_BTH.reshape(-1, hidden_BTH.shape[-1])[scored_N]
                 found.update(zip(batch, flat_NH.split([len(rows[i].response) for i in batch]), strict=True))
                 if progress:
@@ -87,7 +106,8 @@ class Prefix:
         made: dict[int, list[int]] = {}
         for start in range(0, len(order), size):
             batch = order[start : start + size]
-            ids = self._decode([suffixes[i] for i in batch], max_new, temperature, rng, stop_ids)
+            with self._before(len(batch)) as cache:
+                ids = self._decode([suffixes[i] for i in batch], cache, max_new, temperature, rng, stop_ids)
             made.update(zip(batch, ids, strict=True))
             if progress:
                 progress(len(batch))
@@ -96,6 +116,7 @@ class Prefix:
     def _decode(
         self,
         suffixes: Sequence[Sequence[int]],
+        cache: Any,
         max_new: int,
         temperature: float,
         rng: torch.Generator,
@@ -110,8 +131,9 @@ class Prefix:
             for i, suffix in enumerate(suffixes):
                 mask_BT[i, self.length : self.length + width - len(suffix)] = 0
                 ids_BT[i, width - len(suffix) :] = torch.tensor(suffix)
-            cache = self.cache(len(suffixes))
             position_BT = (mask_BT.cumsum(1) - 1).clamp(min=0)[:, self.length :]
+            if self._shared:  # the cache holds no prefix then, and the mask covers what the cache holds
+                mask_BT = mask_BT[:, self.length :]
             rows = list(range(len(suffixes)))
             made: list[list[int]] = [[] for _ in suffixes]
             inputs_BTH = self.model.embed(ids_BT)
@@ -132,7 +154,7 @@ class Prefix:
                 position_BT = position_BT[:, -1:] + 1
                 if len(live) <= len(rows) // 2:  # finished rows cost as much as others: drop them
                     keep = torch.tensor(live, device=device)
-                    cache.batch_select_indices(keep)  # type: ignore[attr-defined]
+                    cache.batch_select_indices(keep)
                     mask_BT, position_BT, next_B = mask_BT[keep], position_BT[keep], next_B[keep]
                     rows = [rows[i] for i in live]
                 inputs_BTH = self.model.embed(next_B[:, None])

@@ -14,6 +14,7 @@ from torch import Tensor
 from be_serve.core.errors import InputError
 from be_serve.core.fingerprint import Fingerprint, fingerprint_folder
 from be_serve.core.slots import SlotRenderer, pinned_template_kwargs
+from trainer import shared_prefix
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 # Above this length the eager attention's T x T scores cost more memory than they save time.
@@ -36,6 +37,7 @@ class FrozenModel:
     fingerprint: Fingerprint
     template_kwargs: dict[str, Any]
     revision: str | None = None
+    _shares_prefix: bool | None = None
 
     @classmethod
     def load(
@@ -158,6 +160,12 @@ class FrozenModel:
             yield
         finally:
             self.causal_lm.set_attn_implementation(before)
+
+    def shares_prefix(self) -> bool:
+        """Whether attention to a shared prefix works for this architecture; tried once."""
+        if self._shares_prefix is None:
+            self._shares_prefix = shared_prefix.works(self.causal_lm, self.embed(torch.arange(3, 11)))
+        return self._shares_prefix
 
     def _check_parts(self) -> None:
         """Refuse an architecture whose parts do not compose to the whole."""

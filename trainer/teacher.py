@@ -21,7 +21,7 @@ from trainer.model import FrozenModel
 from trainer.queries import Query
 from trainer.soft_token import Row
 
-_SHARD = 256
+_SHARD = 64
 
 
 @dataclass(frozen=True)

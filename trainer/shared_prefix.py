@@ -1,0 +1,112 @@
+"""Attention that reads one prefix for a whole batch, in place of a copy of its keys and values for each row.
+
+With the prompt as prefix, copying is most of the work of a decoding step. The
+function is registered with transformers' attention interface, so it serves every
+architecture that uses the interface with full attention in all layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_NAME = "be_shared_prefix"
+# Options of an attention call that this function does not implement.
+_UNKNOWN = ("s_aux", "softcap", "sinks", "position_bias")
+
+
+def works(causal_lm: Any, rows_TH: Tensor) -> bool:
+    """Whether a model gives the same states [T, H] behind a shared prefix as with a prefix of its own."""
+    from transformers import DynamicCache
+
+    if not supports(causal_lm):
+        return False
+    half = len(rows_TH) // 2
+    positions = torch.arange(half, len(rows_TH), device=rows_TH.device)[None]
+    body, config = causal_lm.base_model, causal_lm.config
+    with torch.no_grad():
+        cache = DynamicCache(config=config)
+        body(inputs_embeds=rows_TH[None, :half], past_key_values=cache, use_cache=True)
+        layers = [(layer.keys, layer.values) for layer in cache.layers]
+        whole = body(inputs_embeds=rows_TH[None], use_cache=False).last_hidden_state[:, half:]
+        try:
+            with attending_to(causal_lm, layers):
+                shared = body(
+                    inputs_embeds=rows_TH[None, half:].expand(2, -1, -1),
+                    position_ids=positions,
+                    past_key_values=DynamicCache(config=config),
+                    use_cache=True,
+                ).last_hidden_state
+        except (NotImplementedError, AttributeError, ValueError, TypeError):
+            return False
+    scale = float(whole.float().abs().max())
+    return bool(torch.allclose(shared.float(), whole.expand(2, -1, -1).float(), atol=0.05 * scale))
+
+
+def supports(causal_lm: Any) -> bool:
+    """Whether every layer reads all positions, through the attention interface."""
+    config = causal_lm.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    return bool(getattr(causal_lm, "_supports_attention_backend", False)) and kinds == {"full_attention"} and not window
+
+
+@contextmanager
+def attending_to(causal_lm: Any, prefix: list[tuple[Tensor, Tensor]]) -> Iterator[None]:
+    """While open, each layer of the model also reads `prefix[layer]`: keys and values [1, G, P, D]."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface, eager_mask
+
+    def attend(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, **kwargs: Any
+    ) -> tuple[Tensor, None]:
+        if any(kwargs.get(name) is not None for name in _UNKNOWN):
+            raise NotImplementedError(f"{type(module).__name__} needs more than plain attention")
+        keys, values = prefix[module.layer_idx]
+        return shared_attention(query, key, value, mask, keys, values, scaling), None
+
+    AttentionInterface.register(_NAME, attend)
+    AttentionMaskInterface.register(_NAME, eager_mask)
+    before = causal_lm.config._attn_implementation
+    causal_lm.set_attn_implementation(_NAME)
+    try:
+        yield
+    finally:
+        causal_lm.set_attn_implementation(before)
+
+
+def shared_attention(
+    query_BATD: Tensor,
+    key_BGSD: Tensor,
+    value_BGSD: Tensor,
+    mask_B1TS: Tensor | None,
+    prefix_key_1GPD: Tensor,
+    prefix_value_1GPD: Tensor,
+    scaling: float,
+) -> Tensor:
+    """Attention of A = G x R query heads over the prefix (seen whole) and each row's own S positions.
+
+    Returns [B, T, A, D]. The prefix costs one product for the whole batch.
+    """
+    batch, heads, length, width = query_BATD.shape
+    groups, own, shared = key_BGSD.shape[1], key_BGSD.shape[2], prefix_key_1GPD.shape[2]
+    repeats = heads // groups
+    grouped = query_BATD.reshape(batch, groups, repeats * length, width)
+    # [G, B R T, D]: all rows side by side before the one prefix.
+    joined = grouped.transpose(0, 1).reshape(groups, batch * repeats * length, width)
+    prefix_scores = torch.matmul(joined, prefix_key_1GPD[0].transpose(1, 2))
+    prefix_scores = prefix_scores.reshape(groups, batch, repeats, length, shared).transpose(0, 1)
+    own_scores = torch.matmul(grouped, key_BGSD.transpose(2, 3)).reshape(batch, groups, repeats, length, own)
+    scores = torch.cat([prefix_scores, own_scores], dim=-1).float() * scaling
+    if mask_B1TS is not None:
+        scores[..., shared:] += mask_B1TS[:, :, None, :, :own]
+    weights = torch.softmax(scores, dim=-1).to(query_BATD.dtype)
+    of_prefix, of_own = weights.split([shared, own], dim=-1)
+    joined_weights = of_prefix.transpose(0, 1).reshape(groups, batch * repeats * length, shared)
+    read = torch.matmul(joined_weights, prefix_value_1GPD[0]).reshape(groups, batch, repeats * length, width)
+    out = read.transpose(0, 1) + torch.matmul(of_own.reshape(batch, groups, repeats * length, own), value_BGSD)
+    return out.reshape(batch, heads, length, width).transpose(1, 2).contiguous()
