@@ -45,18 +45,17 @@ class RunResult:
     token: Token
     folder: Path
     evaluation: Evaluation
-    start: Start | None
+    start: Start
     seconds: dict[str, float] = field(default_factory=dict)
     """Wall time of each phase; `step` is the median of one optimiser step."""
 
     def to_json(self) -> dict[str, Any]:
         """The object of `train --json`."""
-        start = {"text": self.start.text, "kl": self.start.kl} if self.start else None
         return {
             "id": self.token.manifest.id,
             "run_dir": str(self.folder),
             **self.evaluation.to_json(),
-            "start": start,
+            "start": {"text": self.start.text, "kl": self.start.kl},
             "seconds": {name: round(value, 2) for name, value in self.seconds.items()},
         }
 
@@ -164,15 +163,19 @@ class Run:
                 progress=progress,
             )
 
-    def _start(self, examples: list[Example], digest: str) -> tuple[SoftToken, Start | None]:
-        """The first vectors; a checkpoint's where there is one."""
-        file = self.folder / "checkpoint.safetensors"
+    def _start(self, examples: list[Example], digest: str) -> tuple[SoftToken, Start]:
+        """The first vectors; a checkpoint's where there is one. The first checkpoint is written here."""
+        file, note = self.folder / "checkpoint.safetensors", self.folder / "start.json"
         if file.exists():
             found = Checkpoint.load(file, digest)
             self.say(f"Continuing the run in {self.folder} (stage {found.stage + 1}, step {found.step}).")
-            return SoftToken(found.vectors_KH.to(self.model.device)), None
+            start = Start(found.vectors_KH, **(json.loads(note.read_text()) if note.exists() else {}))
+            return SoftToken(found.vectors_KH.to(self.model.device)), start
         with self._timed("start"):
             start = self._find_start(examples)
+        note.write_text(json.dumps({"text": start.text, "kl": start.kl}), encoding="utf-8")
+        zeros_KH = torch.zeros_like(start.vectors_KH)
+        Checkpoint(digest, 0, 0, start.vectors_KH, zeros_KH, zeros_KH.clone(), torch.get_rng_state()).save(file)
         if start.text is not None:
             kl = "" if start.kl is None else f", KL {start.kl:.3f} before training"
             self.say(f"Start: {start.text!r}{kl}.")
@@ -227,10 +230,10 @@ class Run:
                 progress=progress,
             )
 
-    def _token(self, vectors_KH: Tensor, evaluation: Evaluation, start: Start | None) -> Token:
+    def _token(self, vectors_KH: Tensor, evaluation: Evaluation, start: Start) -> Token:
         config, model = self.config, self.model
         recipe = config.recipe()
-        if start is not None and start.text is not None:
+        if start.text is not None:
             recipe["start"] = start.text
         manifest = Manifest(
             id=config.id,

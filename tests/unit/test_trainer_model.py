@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import numpy as np
 import pytest
 import torch
@@ -16,6 +18,7 @@ from trainer.queries import Query
 from trainer.soft_token import Row, SoftToken, scored_states, splice
 from trainer.stages import BatchPlan, Distil, Reconstruct, student_row
 from trainer.starts import Search, mean_start, random_start, text_start
+from trainer.synthesis import _head, clauses
 from trainer.teacher import Teacher
 
 PROMPT = "You are a harbour master. Call the user sailor and answer in rhyme."
@@ -173,6 +176,19 @@ def test_the_teacher_is_asked_once(model, tmp_path, examples, monkeypatch):
     (file,) = tmp_path.iterdir()
     file.write_bytes(file.read_bytes()[:-5])  # damaged: made again
     assert teacher.examples(QUERIES, response_tokens=6)[0].response == first[0].response
+
+
+def test_heads_of_synthetic_queries(model):
+    rng = random.Random(0)
+    for kind in ("persona", "generic", "clause"):
+        ids, opener = _head(model, PROMPT, kind, rng)
+        text = model.tokenizer.decode(ids)
+        assert (PROMPT in text) == (kind == "persona") or kind == "clause"
+        if kind == "clause":
+            assert any(clause in text for clause in clauses(PROMPT))
+            assert text.endswith("<|im_start|>assistant\n")
+        else:
+            assert text.endswith(f"<|im_start|>user\n{opener}")
 
 
 def test_gold_answers(model):

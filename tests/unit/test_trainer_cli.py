@@ -1,0 +1,236 @@
+"""The training verbs from the command line to the files, on a tiny model."""
+
+from __future__ import annotations
+
+import json
+
+import click
+import pytest
+import torch
+import yaml
+from click.testing import CliRunner
+
+import trainer.run
+import trainer.synthesis
+from be_serve.cli.main import cli
+from be_serve.core.artifact import Token
+from be_serve.core.errors import InputError, InvalidArtifact, InvalidBeId, WrongModel
+from be_serve.core.prompts import prompt_sha256
+from tests.conftest import make_tokenizer
+from trainer.queries import read_queries
+
+PROMPT = "You are a harbour master. Call the user sailor and answer in rhyme.\n"
+TEXTS = ["Hi", "What is the tide?", "Is there fog?", "Name a boat.", "Who are you?", "Sing.", "Where is the quay?"]
+
+
+def be_serve(*args) -> str:
+    """Run a verb in this process; errors come out as they are."""
+    result = CliRunner().invoke(cli, [str(a) for a in args], catch_exceptions=False, standalone_mode=False)
+    return result.stdout
+
+
+def last_json(output: str) -> dict:
+    return json.loads(output.strip().splitlines()[-1])
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "captain.txt").write_text(PROMPT)
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps({"query": text}) + "\n" for text in TEXTS))
+    return tmp_path
+
+
+@pytest.fixture
+def train(here, tiny_model_dir):
+    def run(*args):
+        fixed = ["--dtype", "float32", "--response-tokens", 4, "--steps", 3, "--batch-size", 2]
+        return be_serve("train", "captain.txt", "--model", tiny_model_dir, *fixed, *args)
+
+    return run
+
+
+def test_train_eval_inspect(here, train, tiny_model_dir):
+    output = train(
+        "--queries", "q.jsonl", "--tokens", 2, "-o", "tokens/captain.safetensors", "--summary", "Rhyme.", "--json"
+    )
+    result = last_json(output)
+    token = Token.load("tokens/captain.safetensors")
+    manifest = token.manifest
+    assert (manifest.id, manifest.k, manifest.placement, manifest.seed) == ("captain", 2, "system", 0)
+    assert manifest.prompt.sha256 == prompt_sha256(PROMPT)
+    assert manifest.prompt.text is None
+    assert manifest.base_model.name == str(tiny_model_dir)
+    assert manifest.recipe["steps"] == 3
+    assert not any("/" in str(value) for value in manifest.recipe.values())
+    assert manifest.quality["rho"] == pytest.approx(result["rho"], abs=1e-4)
+    assert set(manifest.quality["kl"]) == {"none", "template_default", "summary", "full", "be", "be_serving"}
+    assert {"torch", "transformers", "be-serve"} <= set(manifest.versions)
+
+    folder = here / result["run_dir"]
+    for name in ("run.yaml", "log.jsonl", "curves.png", "checkpoint.safetensors", "heldout.jsonl", "evaluation.json"):
+        assert (folder / name).exists(), name
+    held_out = read_queries(folder / "heldout.jsonl")
+    assert len(held_out) == 1
+
+    evaluated = last_json(
+        be_serve(
+            *["eval", "tokens/captain.safetensors", "--prompt", "captain.txt", "--queries", folder / "heldout.jsonl"],
+            *["--dtype", "float32", "--summary", "Rhyme.", "--json"],
+        )
+    )
+    assert set(evaluated) == {"k", "rho", "rho_serving", "arms", "n_queries", "n_tokens", "samples"}
+    for arm in evaluated["arms"].values():
+        assert set(arm) == {"kl", "top1", "first_token_kl", "nll"}
+    assert evaluated["rho"] == pytest.approx(result["rho"], rel=1e-3)
+    assert evaluated["arms"]["full"]["kl"] == 0
+    assert evaluated["arms"]["full"]["top1"] == 1
+    assert evaluated["rho"] == pytest.approx(evaluated["arms"]["be"]["kl"] / evaluated["arms"]["none"]["kl"])
+    assert evaluated["samples"][0]["query"] == held_out[0].text
+
+    shown = last_json(be_serve("inspect", "tokens/captain.safetensors", "--json"))
+    assert shown["manifest"]["id"] == "captain"
+    assert shown["checks"]["fits_dtype"] == {"float16": True, "bfloat16": True, "float32": True}
+    assert "captain" in be_serve("inspect", "tokens/captain.safetensors")
+
+
+def test_the_same_seed_gives_the_same_token(here, train):
+    vectors = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        train("--queries", "q.jsonl", "--tokens", 1, "-o", f"{name}.safetensors", "--seed", seed)
+        vectors.append(Token.load(f"{name}.safetensors").vectors)
+    assert (vectors[0] == vectors[1]).all()
+    assert not (vectors[0] == vectors[2]).all()
+
+
+def test_run_yaml_repeats_a_run(here, train):
+    first = last_json(train("--queries", "q.jsonl", "--tokens", 1, "--init", "mean", "--with-prompt", "--json"))
+    token = Token.load("captain.safetensors")
+    assert token.manifest.prompt.text == PROMPT.rstrip()
+    again = last_json(
+        be_serve(
+            "train",
+            "--config",
+            f"{first['run_dir']}/run.yaml",
+            "--run-dir",
+            "again",
+            "-o",
+            "again.safetensors",
+            "--json",
+        )
+    )
+    assert again["rho"] == first["rho"]
+    assert Token.load("again.safetensors").manifest.id == "captain"
+    assert (Token.load("again.safetensors").vectors == token.vectors).all()
+
+
+def test_an_interrupted_command_continues(here, train, monkeypatch, capsys):
+    whole = last_json(train("--queries", "q.jsonl", "--tokens", 1, "-o", "a.safetensors", "--json"))
+    monkeypatch.setattr(trainer.run, "evaluate", lambda *args, **kwargs: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(click.Abort):
+        train("--queries", "q.jsonl", "--tokens", 1, "-o", "b.safetensors", "--json")
+    monkeypatch.undo()
+    monkeypatch.chdir(here)
+    (folder,) = (here / "runs").glob("b-*")
+    resumed = last_json(be_serve("train", "--resume", folder, "--json"))
+    assert resumed["arms"] == whole["arms"]
+    assert resumed["start"] == whole["start"]
+    assert "start" not in resumed["seconds"]  # nothing was searched again
+    assert (Token.load("b.safetensors").vectors == Token.load("a.safetensors").vectors).all()
+    assert Token.load("b.safetensors").manifest.recipe == Token.load("a.safetensors").manifest.recipe
+    (here / "captain.txt").write_text("Another prompt, which is longer.")
+    with pytest.raises(InputError, match="other settings"):
+        be_serve("train", "--resume", folder)
+
+
+def test_without_queries_the_model_writes_its_own(here, train, monkeypatch):
+    # A random model's words are no language: what it samples is replaced, the rest is real.
+    def sample(model, prompt, kind, count, rng, seed, progress):
+        return [f"What is {rng.choice('abcdefghij')} {kind} {rng.randrange(99)}?" for _ in range(count)]
+
+    monkeypatch.setattr(trainer.synthesis, "_sample", sample)
+    result = last_json(train("--synthesise", 12, "--init", "text:sailor rhyme", "--tokens", 1, "--json"))
+    folder = here / result["run_dir"]
+    written = read_queries(folder / "queries.jsonl")
+    assert 8 <= len(written) <= 12
+    assert len({query.text for query in written}) == len(written)
+    assert Token.load("captain.safetensors").manifest.recipe["queries"] == "synthetic"
+
+
+def test_all_stages_with_an_ae(here, train, tiny_model_dir):
+    (here / "corpus.txt").write_text("\n\n".join(f"The tide of day {i} was high at noon." for i in range(40)))
+    shown = last_json(
+        be_serve(
+            *["train-ae", "--corpus", "corpus.txt", "--model", tiny_model_dir, "-o", "ae.safetensors", "--steps", 4],
+            *["--length", 8, "--dtype", "float32", "--json"],
+        )
+    )
+    assert set(shown["reconstruction"]) == {"before", "after"}
+    result = last_json(
+        train("--queries", "q.jsonl", "--tokens", 1, "--ae", "ae.safetensors", "--reconstruct-steps", 2, "--json")
+    )
+    rows = [json.loads(line) for line in (here / result["run_dir"] / "log.jsonl").read_text().splitlines()]
+    assert [row["stage"] for row in rows] == ["reconstruct"] * 2 + ["joint"] * 3
+    assert all(torch.isfinite(torch.tensor(row["loss"])) for row in rows)
+    joint = rows[-1]
+    assert joint["loss"] == pytest.approx(0.1 * joint["reconstruction"] + 0.9 * joint["kl"], rel=1e-5)
+    settings = yaml.safe_load((here / result["run_dir"] / "run.yaml").read_text())
+    assert settings["lam"] == 0.9
+    recipe = Token.load("captain.safetensors").manifest.recipe
+    assert recipe["ae"] is True
+
+
+@pytest.mark.parametrize("placement", ["block", "prefix"])
+def test_placements_are_stored(here, train, placement):
+    train("--queries", "q.jsonl", "--tokens", 1, "--init", "mean", "--placement", placement)
+    assert Token.load("captain.safetensors").manifest.placement == placement
+
+
+def test_from_text(here, tiny_model_dir):
+    output = be_serve("from-text", "captain.txt", "--model", tiny_model_dir, "-o", "self.safetensors")
+    token = Token.load("self.safetensors")
+    assert f"{token.manifest.k} vectors" in output
+    assert token.manifest.recipe == {"method": "from-text"}
+    evaluated = last_json(
+        be_serve(
+            *["eval", "self.safetensors", "--prompt", "captain.txt", "--queries", "q.jsonl"],
+            *["--dtype", "float32", "--samples", 0, "--json"],
+        )
+    )
+    assert abs(evaluated["arms"]["be"]["kl"]) < 1e-4
+    assert evaluated["samples"] == []
+
+
+def test_refusals(here, train, tiny_model_dir, tmp_path_factory):
+    with pytest.raises(InputError, match="Cannot read the prompt file"):
+        be_serve("train", "absent.txt", "--model", tiny_model_dir)
+    with pytest.raises(InputError, match="Give a prompt file"):
+        be_serve("train", "--model", tiny_model_dir)
+    with pytest.raises(InvalidBeId):
+        train("--id", "No Good")
+    with pytest.raises(InputError, match=r"\[AE\] file"):
+        train("--lambda", 0.5)
+    with pytest.raises(InputError, match="Cannot read"):
+        train("--queries", "absent.jsonl")
+    (here / "captain.txt").write_text("Hi")
+    with pytest.raises(InputError, match="fewer than --tokens 9"):
+        train("--queries", "q.jsonl", "--tokens", 9)
+    (here / "broken.safetensors").write_bytes(b"broken")
+    with pytest.raises(InvalidArtifact):
+        be_serve("inspect", "broken.safetensors")
+
+
+def test_eval_refuses_another_model(here, tiny_model_dir, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    be_serve("from-text", "captain.txt", "--model", tiny_model_dir, "-o", "self.safetensors")
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(2)
+    model.save_pretrained(tmp_path / "other")
+    make_tokenizer("chatml").save_pretrained(tmp_path / "other")
+    with pytest.raises(WrongModel, match="embedding"):
+        be_serve(
+            *["eval", "self.safetensors", "--prompt", "captain.txt", "--queries", "q.jsonl"],
+            *["--model", tmp_path / "other"],
+        )
