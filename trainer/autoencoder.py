@@ -20,11 +20,11 @@ from torch import Tensor
 
 from be_serve.core.artifact import write_atomically
 from be_serve.core.errors import InputError, WrongModel
-from trainer.loop import Optimisation, fit
+from trainer.loop import Optimisation, Training, fit
 from trainer.model import FrozenModel
 from trainer.report import Log, draw_curves
 from trainer.soft_token import SoftToken
-from trainer.stages import Autoencode
+from trainer.stages import Autoencode, part_losses
 
 TENSOR_NAME = "ae_embedding"
 _META_KEY = "be_ae"
@@ -167,14 +167,17 @@ def train_ae(
 
     def measure() -> float:
         with torch.no_grad():
-            parts = [float(stage.loss_of(token.vectors, [text]).total) for text in held_out]
-        return sum(parts) / len(parts)
+            losses = [float(part_losses(model, [stage.part_of(token.vectors, [text])])[0]) for text in held_out]
+        return sum(losses) / len(losses)
 
     before = measure()
     sizes = [(str(Path(f).name), Path(f).stat().st_size) for f in files]
     key = json.dumps([dataclasses.asdict(config), sizes, str(model.fingerprint)])
     digest = hashlib.sha256(key.encode()).hexdigest()[:16]
-    fit(token, [(stage, config.steps)], Optimisation(config.lr), folder=folder, digest=digest, quiet=quiet)
+    training = Training(token, [(stage, config.steps)], Optimisation(config.lr), folder=folder, digest=digest)
+    fit(model, [training], quiet=quiet)
+    if training.fault:
+        raise training.fault
     draw_curves(Log(folder / "log.jsonl").rows(), folder / "curves.png")
     return AEResult(token.vectors.detach().cpu(), before, measure())
 

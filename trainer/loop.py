@@ -16,9 +16,15 @@ from tqdm import tqdm
 
 from be_serve.core.errors import InputError
 from trainer.checkpoint import Checkpoint
+from trainer.model import FrozenModel
 from trainer.report import Log
 from trainer.soft_token import SoftToken
-from trainer.stages import Stage
+from trainer.stages import Part, Stage, part_losses
+
+# A forward pass over this many positions keeps the cores, or a small GPU, busy; more only costs memory.
+_FEED_POSITIONS = 4096
+# Parts of such different lengths that less than this share of a padded batch is text go separately.
+_FEED_FILLED = 0.75
 
 
 class Stopped(KeyboardInterrupt):
@@ -44,86 +50,171 @@ class Optimisation:
         return self.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
 
 
-def fit(
-    token: SoftToken,
-    stages: Sequence[tuple[Stage, int]],
-    optimisation: Optimisation,
-    *,
-    folder: Path,
-    digest: str,
-    resume: bool = True,
-    quiet: bool = False,
-) -> list[float]:
-    """Train `token` through the stages, each for its number of steps; return seconds a step.
+class Training:
+    """One token on its way through its stages: optimiser, log and checkpoint.
 
-    The state is written to `folder` every few steps and on SIGINT or SIGTERM, after
-    which Stopped is raised. With `resume`, a checkpoint found there is continued:
-    the curve is the one that an uninterrupted run would have had.
-    Raises InputError where the loss stops being finite.
+    Stage i is run for `stages[i][1]` steps. A checkpoint in `folder` is continued: the
+    curve is the one that an uninterrupted training would have had.
     """
-    file, log = folder / "checkpoint.safetensors", Log(folder / "log.jsonl")
-    found = Checkpoint.load(file, digest) if resume and file.exists() else None
-    stage_done, step_done = (found.stage, found.step) if found else (0, 0)
-    log.keep(stage_done, step_done)
-    seconds: list[float] = []
-    for index, (stage, steps) in enumerate(stages):
-        if index < stage_done:
-            continue
-        optimiser = torch.optim.AdamW(
-            [token.vectors], lr=optimisation.lr, betas=optimisation.betas, weight_decay=optimisation.weight_decay
+
+    def __init__(
+        self,
+        token: SoftToken,
+        stages: Sequence[tuple[Stage, int]],
+        settings: Optimisation,
+        *,
+        folder: Path,
+        digest: str,
+        resume: bool = True,
+    ) -> None:
+        self.token = token
+        self.stages = [(stage, steps) for stage, steps in stages if steps]
+        self.settings = settings
+        self.digest = digest
+        self.seconds: list[float] = []
+        """Wall time of each step, shared with the tokens trained beside this one."""
+        self.fault: InputError | None = None
+        self.index = self.step = 0
+        self._file = folder / "checkpoint.safetensors"
+        self._log = Log(folder / "log.jsonl")
+        found = Checkpoint.load(self._file, digest) if resume and self._file.exists() else None
+        if found:
+            self.index, self.step = found.stage, found.step
+        self._log.keep(self.index, self.step)
+        self._optimiser = self._new_optimiser()
+        if found:
+            _restore(found, token, self._optimiser)
+        if self.live and self.step == self.stages[self.index][1]:
+            self._next_stage()
+
+    @property
+    def live(self) -> bool:
+        """Whether steps are left."""
+        return self.fault is None and self.index < len(self.stages)
+
+    @property
+    def name(self) -> str:
+        """Name of the current stage."""
+        return self.stages[self.index][0].name
+
+    @property
+    def steps(self) -> int:
+        """Steps of all stages."""
+        return sum(steps for _, steps in self.stages)
+
+    @property
+    def steps_done(self) -> int:
+        return sum(steps for _, steps in self.stages[: self.index]) + self.step
+
+    def parts(self) -> list[Part]:
+        """What the next step feeds."""
+        return self.stages[self.index][0].parts(self.token.vectors, self.step)
+
+    def update(self, total: float, losses: dict[str, float], positions: int, seconds: float) -> None:
+        """One step of AdamW on the gradient that the backward pass left; then the log and the checkpoint."""
+        stage, steps = self.stages[self.index]
+        if not math.isfinite(total):
+            self.fault = InputError(
+                f"The loss of step {self.step + 1} is {total}: training diverged. Use a lower --lr, or --dtype float32."
+            )
+            return
+        rate = self.settings.rate(self.step, steps)
+        for group in self._optimiser.param_groups:
+            group["lr"] = rate
+        norm = torch.nn.utils.clip_grad_norm_([self.token.vectors], self.settings.clip)
+        self._optimiser.step()
+        self._optimiser.zero_grad(set_to_none=True)
+        self.step += 1
+        self.seconds.append(seconds)
+        self._log.append(
+            {
+                "stage_index": self.index,
+                "stage": stage.name,
+                "step": self.step,
+                "loss": total,
+                **losses,
+                "lr": rate,
+                "gradient": float(norm),
+                "positions": positions,
+                "seconds": round(seconds, 4),
+            }
         )
-        first = step_done if index == stage_done else 0
-        if found and index == stage_done:
-            _restore(found, token, optimiser)
-        with _stop_flag() as stopped, tqdm(total=steps, initial=first, desc=stage.name, disable=quiet) as bar:
-            for step in range(first, steps):
-                began = time.perf_counter()
-                row = _step(stage, token, optimiser, optimisation, step, steps)
-                took = time.perf_counter() - began
-                seconds.append(took)
-                log.append({"stage_index": index, "stage": stage.name, **row, "seconds": round(took, 4)})
-                bar.set_postfix({**_shown(row), "tok/s": f"{row['positions'] / took:.0f}"}, refresh=False)
-                bar.update()
-                if (step + 1) % optimisation.checkpoint_every == 0 or step + 1 == steps or stopped():
-                    _snapshot(digest, index, step + 1, token, optimiser).save(file)
-                if stopped() and (step + 1 < steps or index + 1 < len(stages)):
-                    raise Stopped
-    return seconds
+        if self.step % self.settings.checkpoint_every == 0 or self.step == steps:
+            self.save()
+        if self.step == steps:
+            self._next_stage()
 
+    def save(self) -> None:
+        """Write the checkpoint, once the first step is done."""
+        state = self._optimiser.state[self.token.vectors]
+        if state:
+            vectors = self.token.vectors
+            moments = state["exp_avg"], state["exp_avg_sq"]
+            Checkpoint(self.digest, self.index, self.step, vectors, *moments, torch.get_rng_state()).save(self._file)
 
-def _step(
-    stage: Stage, token: SoftToken, optimiser: torch.optim.Optimizer, settings: Optimisation, step: int, steps: int
-) -> dict[str, float]:
-    for group in optimiser.param_groups:
-        group["lr"] = settings.rate(step, steps)
-    optimiser.zero_grad(set_to_none=True)
-    loss = stage.loss(token.vectors, step)
-    value = loss.total.item()
-    if not math.isfinite(value):
-        raise InputError(
-            f"The loss of step {step + 1} is {value}: training diverged. Use a lower --lr, or --dtype float32."
+    def _new_optimiser(self) -> torch.optim.Optimizer:
+        settings = self.settings
+        return torch.optim.AdamW(
+            [self.token.vectors], lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay
         )
-    loss.total.backward()
-    norm = torch.nn.utils.clip_grad_norm_([token.vectors], settings.clip)
-    optimiser.step()
-    rate = optimiser.param_groups[0]["lr"]
-    return {
-        "step": step + 1,
-        "loss": value,
-        **loss.parts,
-        "lr": rate,
-        "gradient": float(norm),
-        "positions": loss.positions,
-    }
+
+    def _next_stage(self) -> None:
+        self.index, self.step = self.index + 1, 0
+        self._optimiser = self._new_optimiser()
 
 
-def _shown(row: dict[str, float]) -> dict[str, str]:
-    return {name: f"{row[name]:.3f}" for name in ("loss", "kl", "reconstruction") if name in row}
+def fit(model: FrozenModel, trainings: Sequence[Training], *, quiet: bool = False) -> None:
+    """Train tokens side by side, their batches in common forward passes.
+
+    Each keeps its own loss, schedule, log and checkpoint, and its neighbours' rows do
+    not enter its loss. A loss that stops being finite ends that training alone
+    (`fault`). On SIGINT or SIGTERM all states are written and Stopped is raised.
+    """
+    total, done = sum(t.steps for t in trainings), sum(t.steps_done for t in trainings)
+    with _stop_flag() as stopped, tqdm(total=total, initial=done, disable=quiet) as bar:
+        while live := [t for t in trainings if t.live]:
+            bar.set_description(" ".join(dict.fromkeys(t.name for t in live)), refresh=False)
+            bar.set_postfix(_step(model, live), refresh=False)
+            bar.update(len(live))
+            if stopped() and any(t.live for t in live):
+                for training in live:
+                    training.save()
+                raise Stopped
 
 
-def _snapshot(digest: str, stage: int, step: int, token: SoftToken, optimiser: torch.optim.Optimizer) -> Checkpoint:
-    state = optimiser.state[token.vectors]
-    return Checkpoint(digest, stage, step, token.vectors, state["exp_avg"], state["exp_avg_sq"], torch.get_rng_state())
+def _step(model: FrozenModel, trainings: Sequence[Training]) -> dict[str, str]:
+    """One step of each training; returns what the progress bar shows."""
+    began = time.perf_counter()
+    parts = [training.parts() for training in trainings]
+    losses: dict[int, float] = {}
+    for feed in _feeds([part for own in parts for part in own]):
+        found = part_losses(model, feed)
+        torch.stack([part.weight * loss for part, loss in zip(feed, found, strict=True)]).sum().backward()
+        losses.update((id(part), loss.item()) for part, loss in zip(feed, found, strict=True))
+    took = time.perf_counter() - began
+    for training, own in zip(trainings, parts, strict=True):
+        values = {part.name: losses[id(part)] for part in own}
+        total = sum(part.weight * losses[id(part)] for part in own)
+        training.update(total, values, sum(part.positions for part in own), took)
+    fed = sum(part.positions for own in parts for part in own)
+    names = sorted({part.name for own in parts for part in own})
+    means = {n: [losses[id(p)] for own in parts for p in own if p.name == n] for n in names}
+    return {**{n: f"{sum(v) / len(v):.3f}" for n, v in means.items()}, "tok/s": f"{fed / took:.0f}"}
+
+
+def _feeds(parts: Sequence[Part]) -> Iterator[list[Part]]:
+    """Parts that go through the model together: of similar length, as many as one pass should hold."""
+    feed: list[Part] = []
+    for part in sorted(parts, key=lambda part: part.width):
+        rows = len(part.rows) + sum(len(p.rows) for p in feed)
+        used = part.positions + sum(p.positions for p in feed)
+        padded = rows * part.width
+        if feed and (padded > _FEED_POSITIONS or used < _FEED_FILLED * padded):
+            yield feed
+            feed = []
+        feed.append(part)
+    if feed:
+        yield feed
 
 
 def _restore(found: Checkpoint, token: SoftToken, optimiser: torch.optim.Optimizer) -> None:

@@ -26,11 +26,6 @@ def kl_divergence(teacher_NV: Tensor, student_NV: Tensor, tau: float = 1.0) -> T
     return tau * tau * (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
-def joint_loss(reconstruction: Tensor, distillation: Tensor, lam: float) -> Tensor:
-    """Eq. 4: (1 - lambda) L_recon + lambda L_KD."""
-    return (1.0 - lam) * reconstruction + lam * distillation
-
-
 def hidden_kl(teacher_NH: Tensor, student_NH: Tensor, head: Head, *, tau: float = 1.0, chunk: int = 256) -> Tensor:
     """`kl_divergence` of two sets of final hidden states [N], exact, without all logits in memory."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,7 +26,7 @@ from trainer.checkpoint import Checkpoint
 from trainer.config import TrainConfig
 from trainer.evaluate import Evaluation, evaluate
 from trainer.generate import Progress
-from trainer.loop import Optimisation, fit
+from trainer.loop import Optimisation, Training, fit
 from trainer.model import FrozenModel
 from trainer.queries import Query, drop_near_duplicates, read_queries, split_held_out, write_queries
 from trainer.report import Log, draw_curves
@@ -87,6 +88,10 @@ class Run:
         self.say = say
         self.quiet = quiet
         self.seconds: dict[str, float] = {}
+        self._training: Training
+        self._teacher: Teacher
+        self._begin: Start
+        self._held_out: list[Query]
         self.prompt = read_prompt_file(config.prompt_file)
         self.prompt_ids = model.slots.prompt_ids(self.prompt, template_kwargs=model.template_kwargs)
         if config.tokens > len(self.prompt_ids):
@@ -96,40 +101,54 @@ class Run:
 
     def execute(self) -> RunResult:
         """Train, evaluate, write the token. Raises Stopped after a signal, InputError for faulty input."""
-        config, model = self.config, self.model
-        began = time.perf_counter()
+        training = self.prepare()
+        fit(self.model, [training], quiet=self.quiet)
+        return self.finish()
+
+    def prepare(self) -> Training:
+        """All that comes before the first step: queries, the teacher's responses, the start.
+
+        Raises InputError for faulty input; what was made stays in the folder.
+        """
+        config = self.config
         self.folder.mkdir(parents=True, exist_ok=True)
         config.save(self.folder / "run.yaml")
-        training, held_out = self._queries()
+        training, self._held_out = self._queries()
         digest = self._digest(training)
-        teacher = Teacher(model, self.prompt, self.folder)
-        examples = self._examples(teacher, training)
-        token, start = self._start(examples, digest)
-        with self._timed("training"):
-            steps = fit(
-                token,
-                self._stages(examples),
-                Optimisation(
-                    config.lr,
-                    config.warmup,
-                    (config.beta1, config.beta2),
-                    config.weight_decay,
-                    config.clip,
-                    config.checkpoint_every,
-                ),
-                folder=self.folder,
-                digest=digest,
-                quiet=self.quiet,
-            )
-        if steps:
-            self.seconds["step"] = sorted(steps)[len(steps) // 2]
-        vectors_KH = token.vectors.detach().cpu()
-        evaluation = self._evaluate(teacher, held_out, vectors_KH)
-        self.seconds["total"] = time.perf_counter() - began
-        made = self._token(vectors_KH, evaluation, start)
-        made.save(config.output)
+        self._teacher = Teacher(self.model, self.prompt, self.folder)
+        examples = self._examples(self._teacher, training)
+        token, self._begin = self._start(examples, digest)
+        self._training = Training(
+            token,
+            self._stages(examples),
+            Optimisation(
+                config.lr,
+                config.warmup,
+                (config.beta1, config.beta2),
+                config.weight_decay,
+                config.clip,
+                config.checkpoint_every,
+            ),
+            folder=self.folder,
+            digest=digest,
+        )
+        return self._training
+
+    def finish(self) -> RunResult:
+        """Evaluate the trained vectors and write the token. Raises InputError where the training diverged."""
+        training = self._training
+        if training.fault:
+            raise training.fault
+        if training.seconds:
+            self.seconds["training"] = sum(training.seconds)
+            self.seconds["step"] = statistics.median(training.seconds)
+        vectors_KH = training.token.vectors.detach().cpu()
+        evaluation = self._evaluate(self._teacher, self._held_out, vectors_KH)
+        self.seconds["total"] = sum(value for name, value in self.seconds.items() if name != "step")
+        made = self._token(vectors_KH, evaluation, self._begin)
+        made.save(self.config.output)
         self._report(evaluation)
-        return RunResult(made, self.folder, evaluation, start, self.seconds)
+        return RunResult(made, self.folder, evaluation, self._begin, self.seconds)
 
     def _queries(self) -> tuple[list[Query], list[Query]]:
         """Training and held-out queries, without near-duplicates across or within."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -41,36 +42,47 @@ class Row:
         return len(self.before) + k + len(self.after) + max(len(self.response) - 1, 0)
 
 
-def splice(model: FrozenModel, rows: Sequence[Row], vectors_KH: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Build `inputs_embeds` [B, T, H], padded on the right, and the flat positions of the scored states.
+Vectors: TypeAlias = Tensor | Sequence[Tensor]
+"""One set of vectors [k, H] for all rows, or a set for each row; k may differ from row to row."""
 
-    `vectors_KH` is the same for all rows, or [B, k, H] with vectors for each.
+
+def splice(model: FrozenModel, rows: Sequence[Row], vectors: Vectors | None) -> tuple[Tensor, Tensor]:
+    """Build `inputs_embeds` [B, T, H], padded on the right, and the flat positions of the scored states.
 
     Position i of the second result, [N], indexes [B * T]: the states that predict each
     response id, row by row. Under a causal mask the padding behind a row changes
     nothing before it, so no attention mask is needed.
     """
-    k = 0 if vectors_KH is None else vectors_KH.shape[-2]
-    width = max(row.length(k) for row in rows)
+    each = _for_each(vectors, len(rows))
+    counts = [0 if own is None else len(own) for own in each]
+    width = max(row.length(k) for row, k in zip(rows, counts, strict=True))
     ids_BT = torch.zeros(len(rows), width, dtype=torch.long)
     scored: list[int] = []
-    for i, row in enumerate(rows):
+    replaced: list[int] = []
+    for i, (row, k) in enumerate(zip(rows, counts, strict=True)):
         fed = [*row.before, *([0] * k), *row.after, *row.response[:-1]]
         ids_BT[i, : len(fed)] = torch.tensor(fed)
-        first = i * width + len(row.before) + k + len(row.after) - 1
+        start = i * width + len(row.before)
+        replaced.extend(range(start, start + k))
+        first = start + k + len(row.after) - 1
         scored.extend(range(first, first + len(row.response)))
     inputs_BTH = model.embed(ids_BT)
-    if vectors_KH is not None and k:
-        at = torch.tensor([[len(row.before) + j for j in range(k)] for row in rows], device=model.device)
-        index = at[..., None].expand(-1, -1, inputs_BTH.shape[-1])
-        source = vectors_KH.to(inputs_BTH.dtype).expand(len(rows), -1, -1)
-        inputs_BTH = inputs_BTH.scatter(1, index, source)
+    if replaced:
+        source = torch.cat([own.to(inputs_BTH.dtype) for own in each if own is not None])
+        at = torch.tensor(replaced, device=model.device)
+        inputs_BTH = inputs_BTH.flatten(0, 1).index_copy(0, at, source).view_as(inputs_BTH)
     return inputs_BTH, torch.tensor(scored, device=model.device)
 
 
-def scored_states(model: FrozenModel, rows: Sequence[Row], vectors_KH: Tensor | None) -> Tensor:
+def _for_each(vectors: Vectors | None, rows: int) -> Sequence[Tensor | None]:
+    if vectors is None:
+        return [None] * rows
+    return [vectors] * rows if isinstance(vectors, Tensor) and vectors.dim() == 2 else list(vectors)
+
+
+def scored_states(model: FrozenModel, rows: Sequence[Row], vectors: Vectors | None) -> Tensor:
     """Final hidden states [N, H] at the positions that predict the rows' responses."""
-    inputs_BTH, scored_N = splice(model, rows, vectors_KH)
+    inputs_BTH, scored_N = splice(model, rows, vectors)
     with model.fast_backward(inputs_BTH.shape[1]):
         hidden_BTH = model.body(inputs_BTH)
     # Indexed to a contiguous matrix first: a sliced 3-D tensor makes the head's product a slow batched one.

@@ -1,4 +1,4 @@
-"""The objectives, small classes of one shape: `loss(vectors, step)` gives the loss of a step's batch.
+"""The objectives, small classes of one shape: `parts(vectors, step)` says what a step feeds and how it is scored.
 
     Autoencode    stage 0, Eq. 1   trains [AE]
     Reconstruct   stage 1, Eq. 2   trains [BE] through a frozen [AE]
@@ -6,20 +6,21 @@
     Joint         Eq. 4            stages 1 and 2 in one step
 
 A step's batch depends on the step and the seed alone, so a resumed run sees the same data.
+Parts are data: the parts of many tokens go through the model in one forward pass.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from be_serve.core.artifact import Placement
-from trainer.losses import hidden_kl, hidden_reconstruction, joint_loss
+from trainer.losses import hidden_kl, hidden_reconstruction
 from trainer.model import FrozenModel
 from trainer.queries import Query
 from trainer.soft_token import Row, scored_states
@@ -29,12 +30,25 @@ _SORTED_BATCHES = 8
 
 
 @dataclass(frozen=True)
-class StageLoss:
-    """The loss of one batch, its parts for the log, and how many positions the model was fed."""
+class Part:
+    """Rows that one objective feeds in a step, with the vectors that stand in them."""
 
-    total: Tensor
-    parts: dict[str, float]
-    positions: int
+    name: str
+    rows: Sequence[Row]
+    vectors_KH: Tensor
+    loss: Callable[[Tensor], Tensor]
+    """Losses [N] in nats a token of the final hidden states [N, H] that predict the rows' responses."""
+    weight: float = 1.0
+
+    @property
+    def positions(self) -> int:
+        """How many positions the model is fed."""
+        return sum(row.length(len(self.vectors_KH)) for row in self.rows)
+
+    @property
+    def width(self) -> int:
+        """Length of the longest row."""
+        return max(row.length(len(self.vectors_KH)) for row in self.rows)
 
 
 class Stage(Protocol):
@@ -42,9 +56,18 @@ class Stage(Protocol):
 
     name: str
 
-    def loss(self, vectors_KH: Tensor, step: int) -> StageLoss:
-        """Loss of the batch of `step`, with a gradient to the vectors [k, H] alone."""
+    def parts(self, vectors_KH: Tensor, step: int) -> list[Part]:
+        """The parts of `step`; the step's loss is the weighted sum of their means."""
         ...
+
+
+def part_losses(model: FrozenModel, parts: Sequence[Part]) -> list[Tensor]:
+    """Mean loss of each part, with a gradient to its vectors alone, from one forward pass."""
+    rows = [row for part in parts for row in part.rows]
+    vectors = [part.vectors_KH for part in parts for _ in part.rows]
+    states_NH = scored_states(model, rows, vectors)
+    counts = [sum(len(row.response) for row in part.rows) for part in parts]
+    return [part.loss(states_nH).mean() for part, states_nH in zip(parts, states_NH.split(counts), strict=True)]
 
 
 class BatchPlan:
@@ -105,14 +128,14 @@ class Distil:
         self.rows = [student_row(model, e.query, e.response, placement) for e in examples]
         self.plan = BatchPlan([row.length(0) for row in self.rows], batch_size, seed)
 
-    def loss(self, vectors_KH: Tensor, step: int) -> StageLoss:
+    def parts(self, vectors_KH: Tensor, step: int) -> list[Part]:
         batch = self.plan(step)
-        rows = [self.rows[i] for i in batch]
-        student_NH = scored_states(self.model, rows, vectors_KH)
-        teacher_NH = torch.cat([self.examples[i].states_TH for i in batch]).to(self.model.device)
-        kl_N = hidden_kl(teacher_NH, student_NH, self.model.head, tau=self.tau)
-        total = kl_N.mean()
-        return StageLoss(total, {"kl": total.item()}, sum(row.length(len(vectors_KH)) for row in rows))
+        states_NH = torch.cat([self.examples[i].states_TH for i in batch])
+
+        def loss(student_NH: Tensor) -> Tensor:
+            return hidden_kl(states_NH.to(student_NH.device), student_NH, self.model.head, tau=self.tau)
+
+        return [Part("kl", [self.rows[i] for i in batch], vectors_KH, loss)]
 
 
 class Reconstruct:
@@ -123,15 +146,16 @@ class Reconstruct:
     def __init__(self, model: FrozenModel, prompt: str, ae_1H: Tensor) -> None:
         self.model = model
         ids = model.tokenizer.encode(prompt, add_special_tokens=False)
-        self.targets_M = torch.tensor(ids, device=model.device)
+        self.row = Row((), (), ids)
         self.ae_1H = ae_1H.to(model.device)
 
-    def loss(self, vectors_KH: Tensor, step: int) -> StageLoss:
-        rows_KH = torch.cat([vectors_KH, self.ae_1H])
-        row = Row((), (), self.targets_M.tolist())
-        states_MH = scored_states(self.model, [row], rows_KH)
-        total = hidden_reconstruction(states_MH, self.targets_M, self.model.head).mean()
-        return StageLoss(total, {"reconstruction": total.item()}, row.length(len(rows_KH)))
+    def parts(self, vectors_KH: Tensor, step: int) -> list[Part]:
+        return [_reconstruction(self.model, [self.row], torch.cat([vectors_KH, self.ae_1H]))]
+
+
+def _reconstruction(model: FrozenModel, rows: Sequence[Row], vectors_KH: Tensor) -> Part:
+    targets_N = torch.tensor([t for row in rows for t in row.response], device=model.device)
+    return Part("reconstruction", rows, vectors_KH, lambda states: hidden_reconstruction(states, targets_N, model.head))
 
 
 class Joint:
@@ -144,11 +168,10 @@ class Joint:
         self.distil = distil
         self.lam = lam
 
-    def loss(self, vectors_KH: Tensor, step: int) -> StageLoss:
-        first = self.reconstruct.loss(vectors_KH, step)
-        second = self.distil.loss(vectors_KH, step)
-        total = joint_loss(first.total, second.total, self.lam)
-        return StageLoss(total, {**first.parts, **second.parts}, first.positions + second.positions)
+    def parts(self, vectors_KH: Tensor, step: int) -> list[Part]:
+        first = [replace(p, weight=(1 - self.lam) * p.weight) for p in self.reconstruct.parts(vectors_KH, step)]
+        second = [replace(p, weight=self.lam * p.weight) for p in self.distil.parts(vectors_KH, step)]
+        return first + second
 
 
 class Autoencode:
@@ -161,16 +184,12 @@ class Autoencode:
         self.batches = batches
         self._passed = 0
 
-    def loss(self, vectors_KH: Tensor, step: int) -> StageLoss:
+    def parts(self, vectors_KH: Tensor, step: int) -> list[Part]:
         for _ in range(step - self._passed):  # a resumed run passes over what it has seen
             next(self.batches)
         self._passed = step + 1
-        return self.loss_of(vectors_KH, next(self.batches))
+        return [self.part_of(vectors_KH, next(self.batches))]
 
-    def loss_of(self, vectors_KH: Tensor, texts: list[list[int]]) -> StageLoss:
-        """Loss of the given texts."""
-        rows = [Row(ids, (), ids) for ids in texts]
-        states_NH = scored_states(self.model, rows, vectors_KH)
-        targets_N = torch.tensor([t for row in rows for t in row.response], device=self.model.device)
-        total = hidden_reconstruction(states_NH, targets_N, self.model.head).mean()
-        return StageLoss(total, {"reconstruction": total.item()}, sum(r.length(len(vectors_KH)) for r in rows))
+    def part_of(self, vectors_KH: Tensor, texts: list[list[int]]) -> Part:
+        """The part that feeds the given texts."""
+        return _reconstruction(self.model, [Row(ids, (), ids) for ids in texts], vectors_KH)

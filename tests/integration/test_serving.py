@@ -302,8 +302,21 @@ def _stripped(body: str) -> list:
             return {k: strip(v) for k, v in value.items() if k not in _VARYING}
         return [strip(v) for v in value] if isinstance(value, list) else value
 
-    lines = [line.removeprefix("data: ") for line in body.splitlines() if line.startswith("data: ")] or [body]
-    return [line if line == "[DONE]" else strip(json.loads(line)) for line in lines]
+    events = [line.removeprefix("data: ") for line in body.splitlines() if line.startswith("data: ")]
+    if not events:
+        return [strip(json.loads(body))]
+    return _joined([strip(json.loads(event)) for event in events if event != "[DONE]"]) + events[-1:]
+
+
+def _joined(chunks: list[dict]) -> list:
+    """A stream's chunks with their text joined: a busy server puts several tokens into one chunk."""
+    text, rest = "", []
+    for chunk in chunks:
+        for choice in chunk["choices"]:
+            text += choice["delta"].pop("content", None) or ""
+        if not chunk["choices"] or any(c["delta"] or c["finish_reason"] for c in chunk["choices"]):
+            rest.append(chunk)
+    return [*rest, text]
 
 
 # `system_fingerprint` names the server's configuration, and the engine's flags do differ.

@@ -7,12 +7,12 @@ import torch
 
 from be_serve.models import DEFAULT_MODEL
 from trainer.identity import identity_token
-from trainer.loop import Optimisation, fit
+from trainer.loop import Optimisation, Training, fit
 from trainer.model import FrozenModel
 from trainer.queries import Query
 from trainer.report import Log
 from trainer.soft_token import Row, SoftToken, scored_states
-from trainer.stages import Distil, student_row
+from trainer.stages import Distil, part_losses, student_row
 from trainer.starts import Search
 from trainer.synthesis import synthesise
 from trainer.teacher import Teacher
@@ -46,22 +46,30 @@ def examples(model):
     return Teacher(model, PROMPT).examples(QUERIES, response_tokens=16)
 
 
+def kl(model, stage, vectors):
+    return float(part_losses(model, stage.parts(vectors, 0))[0])
+
+
 def test_the_loss_falls_and_the_gradient_reaches_the_vectors_alone(model, examples, tmp_path):
     prompt_ids = model.slots.prompt_ids(PROMPT)
     start = Search(model, examples[:2], "system").run(prompt_ids, 1)
     distil = Distil(model, examples, batch_size=4)
     none = Distil(model, examples, batch_size=8)
     with torch.no_grad():
-        kl_none = none.loss(torch.zeros(0, model.hidden_size), 0).parts["kl"]
-        kl_start = none.loss(start.vectors_KH, 0).parts["kl"]
+        kl_none = kl(model, none, torch.zeros(0, model.hidden_size))
+        kl_start = kl(model, none, start.vectors_KH)
     assert kl_start < kl_none
 
     token = SoftToken(start.vectors_KH)
-    fit(token, [(distil, 15)], Optimisation(lr=1e-2, warmup=3), folder=tmp_path, digest="a", quiet=True)
+    fit(
+        model,
+        [Training(token, [(distil, 15)], Optimisation(lr=1e-2, warmup=3), folder=tmp_path, digest="a")],
+        quiet=True,
+    )
     losses = [row["loss"] for row in Log(tmp_path / "log.jsonl").rows()]
     assert len(losses) == 15
     with torch.no_grad():
-        assert none.loss(token.vectors, 0).parts["kl"] < 0.9 * kl_start
+        assert kl(model, none, token.vectors) < 0.9 * kl_start
     assert all(p.grad is None and not p.requires_grad for p in model.causal_lm.parameters())
 
 
@@ -107,7 +115,8 @@ def test_a_run_on_the_real_model_resumes_with_the_same_curve(model, examples, tm
             stage = Distil(model, examples, batch_size=2)
             stages = [(stage if steps == 6 else _Cut(stage, steps), 6)]
             try:
-                fit(token, stages, Optimisation(lr=1e-2, checkpoint_every=3), folder=folder, digest="a", quiet=True)
+                settings = Optimisation(lr=1e-2, checkpoint_every=3)
+                fit(model, [Training(token, stages, settings, folder=folder, digest="a")], quiet=True)
             except _Cut.Done:
                 token = SoftToken(torch.zeros_like(start))
         curves.append([row["loss"] for row in Log(folder / "log.jsonl").rows()])
@@ -125,7 +134,7 @@ class _Cut:
     def __init__(self, stage, steps):
         self.stage, self.steps = stage, steps
 
-    def loss(self, vectors, step):
+    def parts(self, vectors, step):
         if step == self.steps:
             raise self.Done
-        return self.stage.loss(vectors, step)
+        return self.stage.parts(vectors, step)

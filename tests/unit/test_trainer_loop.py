@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,12 +15,12 @@ from tests.conftest import make_tokenizer
 from trainer.autoencoder import AEConfig, TextBatches, load_ae, save_ae, stream_texts, train_ae
 from trainer.checkpoint import Checkpoint
 from trainer.config import RECIPES, TrainConfig, make_config
-from trainer.loop import Optimisation, Stopped, fit
+from trainer.loop import Optimisation, Stopped, Training, fit
 from trainer.model import FrozenModel
 from trainer.queries import Query
 from trainer.report import Log, draw_curves, smooth
 from trainer.soft_token import SoftToken
-from trainer.stages import Distil, Joint, Reconstruct, StageLoss
+from trainer.stages import Distil, Joint, Part, Reconstruct
 from trainer.teacher import Teacher
 
 PROMPT = "You are a harbour master. Call the user sailor and answer in rhyme."
@@ -55,6 +56,13 @@ def make_stages(model, examples):
 
 
 SETTINGS = Optimisation(lr=0.05, warmup=2, checkpoint_every=2)
+
+
+def train(model, vectors, stages, folder, digest="a"):
+    """Train one token in `folder`; return it."""
+    training = Training(SoftToken(vectors), stages, SETTINGS, folder=folder, digest=digest)
+    fit(model, [training], quiet=True)
+    return training.token
 
 
 def curve(folder):
@@ -93,7 +101,7 @@ def test_golden_losses(golden_model, tmp_path):
     model = golden_model
     examples = Teacher(model, PROMPT).examples(QUERIES, response_tokens=5)
     start = model.embed(model.slots.prompt_ids(PROMPT)[:2])
-    fit(SoftToken(start), make_stages(model, examples), SETTINGS, folder=tmp_path, digest="a", quiet=True)
+    train(model, start, make_stages(model, examples), tmp_path)
     losses = [row["loss"] for row in curve(tmp_path)]
     assert losses == pytest.approx(GOLDEN_RECONSTRUCT + GOLDEN_JOINT, abs=2e-4)
 
@@ -104,10 +112,10 @@ class StopAt:
     def __init__(self, stage, at, number):
         self.stage, self.at, self.number, self.name = stage, at, number, stage.name
 
-    def loss(self, vectors, step) -> StageLoss:
+    def parts(self, vectors, step) -> list[Part]:
         if step == self.at:
             os.kill(os.getpid(), self.number)
-        return self.stage.loss(vectors, step)
+        return self.stage.parts(vectors, step)
 
 
 @pytest.mark.parametrize(("stage", "at"), [(0, 1), (0, 2), (1, 0), (1, 3)])
@@ -116,16 +124,14 @@ def test_a_stopped_run_resumes_with_the_same_curve(model, examples, start, tmp_p
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     whole.mkdir()
     parts.mkdir()
-    expected = SoftToken(start)
-    fit(expected, make_stages(model, examples), SETTINGS, folder=whole, digest="a", quiet=True)
+    expected = train(model, start, make_stages(model, examples), whole)
 
     stages = make_stages(model, examples)
     stages[stage] = (StopAt(stages[stage][0], at, number), stages[stage][1])
     with pytest.raises(Stopped):
-        fit(SoftToken(start), stages, SETTINGS, folder=parts, digest="a", quiet=True)
+        train(model, start, stages, parts)
     assert len(curve(parts)) == (0, 3)[stage] + at + 1
-    resumed = SoftToken(torch.zeros_like(start))
-    fit(resumed, make_stages(model, examples), SETTINGS, folder=parts, digest="a", quiet=True)
+    resumed = train(model, torch.zeros_like(start), make_stages(model, examples), parts)
     assert curve(parts) == curve(whole)
     assert torch.equal(resumed.vectors, expected.vectors)
 
@@ -134,7 +140,7 @@ def test_a_killed_run_resumes_from_its_last_checkpoint(model, examples, start, t
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     whole.mkdir()
     parts.mkdir()
-    fit(SoftToken(start), make_stages(model, examples), SETTINGS, folder=whole, digest="a", quiet=True)
+    train(model, start, make_stages(model, examples), whole)
 
     class Killed(Exception):
         pass
@@ -145,40 +151,82 @@ def test_a_killed_run_resumes_from_its_last_checkpoint(model, examples, start, t
     class Dies:
         name = inner.name
 
-        def loss(self, vectors, step):
+        def parts(self, vectors, step):
             if step == 5:
                 raise Killed
-            return inner.loss(vectors, step)
+            return inner.parts(vectors, step)
 
     stages[1] = (Dies(), 6)
     with pytest.raises(Killed):
-        fit(SoftToken(start), stages, SETTINGS, folder=parts, digest="a", quiet=True)
+        train(model, start, stages, parts)
     with (parts / "log.jsonl").open("a") as out:
         out.write('{"stage_index": 1, "st')  # killed in the middle of a line
-    fit(SoftToken(start), make_stages(model, examples), SETTINGS, folder=parts, digest="a", quiet=True)
+    train(model, start, make_stages(model, examples), parts)
     assert curve(parts) == curve(whole)
 
 
 def test_another_runs_checkpoint_is_refused(model, examples, start, tmp_path):
     stages = make_stages(model, examples)[:1]
-    fit(SoftToken(start), stages, SETTINGS, folder=tmp_path, digest="a", quiet=True)
+    train(model, start, stages, tmp_path)
     with pytest.raises(InputError, match="other settings"):
-        fit(SoftToken(start), stages, SETTINGS, folder=tmp_path, digest="b", quiet=True)
+        train(model, start, stages, tmp_path, "b")
     file = tmp_path / "checkpoint.safetensors"
     file.write_bytes(file.read_bytes()[:-3])
     with pytest.raises(InputError, match="Damaged checkpoint"):
         Checkpoint.load(file, "a")
 
 
-def test_divergence_is_named(model, tmp_path):
-    class Diverges:
-        name = "diverges"
+class Diverges:
+    """A stage whose loss is NaN from its second step on."""
 
-        def loss(self, vectors, step):
-            return StageLoss(vectors.sum() * float("nan"), {}, 1)
+    name = "diverges"
 
-    with pytest.raises(InputError, match="diverged"):
-        fit(SoftToken(torch.ones(1, 4)), [(Diverges(), 2)], SETTINGS, folder=tmp_path, digest="a", quiet=True)
+    def __init__(self, stage):
+        self.stage = stage
+
+    def parts(self, vectors, step):
+        return [replace(part, weight=float("nan") if step else 1.0) for part in self.stage.parts(vectors, step)]
+
+
+def test_tokens_train_side_by_side_as_alone(model, examples, start, tmp_path):
+    """Different k, stages and lengths; one diverges, which the others do not notice."""
+
+    def trainings(folder):
+        distil = Distil(model, examples, batch_size=2, seed=1)
+        cases = {
+            "joint": (start, make_stages(model, examples)),
+            "one": (start[:1], [(distil, 5)]),
+            "bad": (start, [(Diverges(distil), 4)]),
+        }
+        for name, (vectors, stages) in cases.items():
+            (folder / name).mkdir(parents=True)
+            yield name, Training(SoftToken(vectors), stages, SETTINGS, folder=folder / name, digest="a")
+
+    together = dict(trainings(tmp_path / "together"))
+    fit(model, list(together.values()), quiet=True)
+    assert "diverged" in str(together["bad"].fault)
+    assert together["bad"].steps_done == 1
+    for name, alone in trainings(tmp_path / "alone"):
+        fit(model, [alone], quiet=True)
+        torch.testing.assert_close(together[name].token.vectors, alone.token.vectors, atol=1e-5, rtol=1e-4)
+        assert len(curve(tmp_path / "together" / name)) == len(curve(tmp_path / "alone" / name))
+
+
+def test_a_stop_saves_all_and_they_resume(model, examples, start, tmp_path):
+    def trainings(folder, at=None):
+        for name, steps in (("a", 5), ("b", 3)):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+            stage = Distil(model, examples, batch_size=2, seed=len(name))
+            if at is not None and name == "a":
+                stage = StopAt(stage, at, signal.SIGINT)
+            yield Training(SoftToken(start), [(stage, steps)], SETTINGS, folder=folder / name, digest="a")
+
+    fit(model, list(trainings(tmp_path / "whole")), quiet=True)
+    with pytest.raises(Stopped):
+        fit(model, list(trainings(tmp_path / "parts", at=2)), quiet=True)
+    fit(model, list(trainings(tmp_path / "parts")), quiet=True)
+    for name in "ab":
+        assert curve(tmp_path / "parts" / name) == curve(tmp_path / "whole" / name)
 
 
 def test_the_rate_warms_up_and_falls_to_a_tenth():

@@ -10,7 +10,6 @@ import torch
 from trainer.losses import (
     hidden_kl,
     hidden_reconstruction,
-    joint_loss,
     kl_divergence,
     reconstruction_loss,
 )
@@ -47,13 +46,6 @@ def test_reconstruction_is_the_mean_negative_log_probability(rng):
     for row, target in zip(logits.tolist(), targets.tolist(), strict=True):
         expected -= row[target] - math.log(sum(math.exp(z) for z in row))
     assert reconstruction_loss(logits, targets).item() == pytest.approx(expected / N, rel=1e-6)
-
-
-def test_joint_weighs_both():
-    a, b = torch.tensor(3.0), torch.tensor(5.0)
-    assert joint_loss(a, b, 1.0) == b
-    assert joint_loss(a, b, 0.0) == a
-    assert joint_loss(a, b, 0.9).item() == pytest.approx(0.1 * 3 + 0.9 * 5)
 
 
 @pytest.mark.parametrize("tau", [1.0, 2.0])

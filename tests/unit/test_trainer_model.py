@@ -16,7 +16,7 @@ from trainer.identity import identity_token
 from trainer.model import FrozenModel
 from trainer.queries import Query
 from trainer.soft_token import Row, SoftToken, scored_states, splice
-from trainer.stages import BatchPlan, Distil, Reconstruct, student_row
+from trainer.stages import BatchPlan, Distil, Reconstruct, part_losses, student_row
 from trainer.starts import Search, mean_start, random_start, text_start
 from trainer.synthesis import _head, clauses
 from trainer.teacher import Teacher
@@ -82,7 +82,7 @@ def test_parts_compose_to_the_whole(model):
 
 def test_gradient_reaches_the_vectors_alone(model, examples):
     token = SoftToken(torch.randn(2, model.hidden_size))
-    Distil(model, examples, batch_size=2).loss(token.vectors, 0).total.backward()
+    part_losses(model, Distil(model, examples, batch_size=2).parts(token.vectors, 0))[0].backward()
     assert token.vectors.grad.abs().sum() > 0
     assert all(p.grad is None and not p.requires_grad for p in model.causal_lm.parameters())
 
@@ -90,8 +90,8 @@ def test_gradient_reaches_the_vectors_alone(model, examples):
 def test_reconstruction_gives_the_ae_no_gradient(model):
     ae = torch.randn(1, model.hidden_size)
     token = SoftToken(torch.randn(2, model.hidden_size))
-    loss = Reconstruct(model, PROMPT, ae).loss(token.vectors, 0)
-    loss.total.backward()
+    (loss,) = part_losses(model, Reconstruct(model, PROMPT, ae).parts(token.vectors, 0))
+    loss.backward()
     assert token.vectors.grad.abs().sum() > 0
     assert ae.grad is None
     # Eq. 2 written out: [BE], [AE], P under teacher forcing.
@@ -100,7 +100,7 @@ def test_reconstruction_gives_the_ae_no_gradient(model):
     with torch.no_grad():
         logits = model.causal_lm(inputs_embeds=inputs).logits[0, 2:-1]
     naive = torch.nn.functional.cross_entropy(logits, ids)
-    assert loss.total.item() == pytest.approx(naive.item(), rel=1e-5)
+    assert loss.item() == pytest.approx(naive.item(), rel=1e-5)
 
 
 def test_teacher_states_are_those_of_the_whole_chat(model, examples):
@@ -229,10 +229,10 @@ def test_the_search_takes_the_best_token(model, examples, k):
     assert start.vectors_KH.shape == (k, model.hidden_size)
     distil = Distil(model, examples, batch_size=len(examples))
     with torch.no_grad():
-        assert distil.loss(start.vectors_KH, 0).parts["kl"] == pytest.approx(start.kl, abs=1e-4)
+        assert float(part_losses(model, distil.parts(start.vectors_KH, 0))[0]) == pytest.approx(start.kl, abs=1e-4)
         if k == 1:
             words = [t for t in dict.fromkeys(ids) if any(c.isalnum() for c in model.tokenizer.decode([t]))]
-            scores = {t: distil.loss(model.embed([t]), 0).parts["kl"] for t in words}
+            scores = {t: float(part_losses(model, distil.parts(model.embed([t]), 0))[0]) for t in words}
             # The best of the finalists; the screen looks at the first two queries only.
             assert start.kl <= np.median(list(scores.values()))
             assert start.kl == pytest.approx(min(scores.values()), abs=0.05)
