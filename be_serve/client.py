@@ -44,11 +44,13 @@ class BEClient:
             raise InputError(f"--url {url!r} is no URL: {exc}.") from exc
 
     def register(
-        self, file: str | Path, *, be_id: str | None = None, match: bool = False, replace: bool = False
+        self, file: str | Path, *, be_id: str | None = None, match: bool | None = None, replace: bool = False
     ) -> tuple[dict[str, Any], bool]:
         """Upload a token file. Returns its manifest, and whether it was new (False: already there)."""
         data = read_limited(file)
-        params = {"match": str(match).lower(), "replace": str(replace).lower()}
+        params = {"replace": str(replace).lower()}
+        if match is not None:
+            params["match"] = str(match).lower()
         if be_id is not None:
             params["id"] = validate_be_id(be_id, param="--id")
         response = self._call("POST", "/v1/be/tokens", params=params, content=data)
@@ -83,7 +85,10 @@ class BEClient:
             raise InputError(f"No answer from {self._url}: {exc}. Is the server up, and the URL right?") from exc
         if response.is_success:
             return response
-        raise ServerRefused(response.status_code, _message(response))
+        message = _message(response)
+        if response.status_code == 401 and "Authorization" not in self._http.headers:
+            message += " If vLLM itself was started with --api-key, give that key too (--vllm-api-key, VLLM_API_KEY)."
+        raise ServerRefused(response.status_code, message)
 
 
 def _message(response: httpx.Response) -> str:

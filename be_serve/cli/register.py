@@ -10,14 +10,18 @@ from be_serve.cli.remote import server_options
 @click.command("register")
 @click.argument("file", type=click.Path(dir_okay=False))
 @click.option("--id", "be_id", help="Register under this id instead of the one in the file.")
-@click.option("--match", is_flag=True, help="Also answer requests whose system message is the prompt itself.")
+@click.option(
+    "--match/--no-match",
+    default=None,
+    help="Also answer requests, of any client, whose system message is the prompt itself. [default: as it is]",
+)
 @click.option("--replace", is_flag=True, help="Make another file under the id a new version.")
 @click.option("--json", "as_json", is_flag=True, help="Print the server's answer as JSON.")
 @server_options
 def command(
     file: str,
     be_id: str | None,
-    match: bool,
+    match: bool | None,
     replace: bool,
     as_json: bool,
     url: str,
@@ -38,5 +42,6 @@ def command(
     click.echo(
         f"{what} {manifest['id']} version {manifest['version']}: k={manifest['k']} in place of "
         f"{manifest['prompt']['tokens']} tokens, digest {manifest['digest'][:16]}. "
-        f'Send {{"be_id": "{manifest["id"]}"}} with a chat request.'
+        f'Send {{"be_id": "{manifest["id"]}"}} with a chat request. '
+        f"Exact match is {'on' if manifest['match'] else 'off'}."
     )

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from pydantic import ValidationError
 from sqlalchemy import Engine, create_engine, delete, event, insert, inspect, select, update
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError, IntegrityError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from be_serve.core.artifact import Manifest, Token, file_digest
@@ -69,6 +69,9 @@ class Change:
     record: Record | None
 
 
+_IMMEDIATE = {"be_immediate": True}
+
+
 class Registry:
     """Tokens in a SQL database.
 
@@ -86,10 +89,13 @@ class Registry:
         with self._errors():
             self._prepare()
 
-    def put(self, data: bytes, *, be_id: str | None = None, match: bool = False, replace: bool = False) -> PutResult:
+    def put(
+        self, data: bytes, *, be_id: str | None = None, match: bool | None = None, replace: bool = False
+    ) -> PutResult:
         """Register a token file's bytes under `be_id`, or the id in its manifest.
 
-        The same digest again is no error and changes only `match`. Raises
+        The same digest again is no error and changes only `match`, which None leaves as
+        it is (a replaced token goes on answering for the same prompt). Raises
         InvalidArtifact, TokenConflict (another digest without `replace`, or a prompt
         that another token already matches).
         """
@@ -107,7 +113,7 @@ class Registry:
             current = session.get(VersionRow, (token_id, row.version)) if row and not row.removed else None
             if current is not None and current.digest == digest:
                 assert row is not None
-                if match and row.match_sha256 is None:
+                if match is not None and row.match_sha256 != wanted:
                     self._claim_match(session, token_id, wanted)
                     row.match_sha256, row.revision = wanted, revision
                 return PutResult(_record(row, current), created=False)
@@ -122,10 +128,8 @@ class Registry:
                 session.add(row)
             else:
                 row.version, row.revision, row.removed = row.version + 1, revision, False
-                # A replaced token goes on answering for its prompt if the prompt is the same.
-                row.match_sha256 = wanted or (
-                    row.match_sha256 if row.match_sha256 == token.manifest.prompt.sha256 else None
-                )
+                inherited = row.match_sha256 if row.match_sha256 == token.manifest.prompt.sha256 else None
+                row.match_sha256 = inherited if match is None else wanted
             session.flush()
             session.execute(
                 insert(VersionRow).values(
@@ -182,23 +186,25 @@ class Registry:
         """Create the tables in an empty database; refuse one made by another schema version."""
         if not inspect(self._engine).has_table(Meta.__tablename__):
             try:
-                Base.metadata.create_all(self._engine)
+                # Tables and their first row in one transaction, so that processes starting together see all or nothing.
+                with self._engine.connect().execution_options(**_IMMEDIATE) as connection, connection.begin():
+                    Base.metadata.create_all(connection)
+                    if connection.scalar(select(Meta.id)) is None:
+                        connection.execute(insert(Meta).values(id=1, schema_version=SCHEMA_VERSION, revision=0))
             except SQLAlchemyError:
-                # Another process created them in the same moment, or the next lines say what is wrong.
-                if not inspect(self._engine).has_table(VersionRow.__tablename__):
+                # Another process created them in the same moment, or this says what is wrong.
+                if not inspect(self._engine).has_table(Meta.__tablename__):
                     raise
         with Session(self._engine) as session:
-            if session.get(Meta, 1) is None:
-                try:
-                    session.add(Meta(id=1, schema_version=SCHEMA_VERSION, revision=0))
-                    session.commit()
-                except IntegrityError:
-                    session.rollback()
             found = session.get_one(Meta, 1).schema_version
         if found != SCHEMA_VERSION:
             raise SchemaMismatch(
                 f"The registry {_safe(self.url)} has schema version {found}, this be-serve reads {SCHEMA_VERSION}. "
-                + ("Upgrade be-serve." if found > SCHEMA_VERSION else "Export its tokens and register them again.")
+                + (
+                    "Upgrade be-serve."
+                    if found > SCHEMA_VERSION
+                    else "Use a new database (--be-registry) and register your token files there."
+                )
             )
 
     def _next_revision(self, session: Session) -> int:
@@ -260,7 +266,9 @@ def _create_engine(url: str) -> Engine:
             timeouts = {"connect_timeout": 5} if parsed.get_backend_name() == "postgresql" else {}
             return create_engine(parsed, pool_pre_ping=True, connect_args=timeouts)
         except (ModuleNotFoundError, SQLAlchemyError) as exc:
-            raise RegistryError(f"Cannot use {_safe(url)}: {exc}. For PostgreSQL: be-serve[postgres].") from exc
+            raise RegistryError(
+                f"Cannot use {_safe(url)}: {exc}. For PostgreSQL install the extra [postgres]."
+            ) from exc
     if parsed.database and parsed.database != ":memory:":
         try:
             Path(parsed.database).parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -280,6 +288,8 @@ def _create_engine(url: str) -> Engine:
     @event.listens_for(engine, "begin")
     def _begin(connection: Any) -> None:
         # IMMEDIATE would also serialise readers' begins; WAL readers need no lock, writers queue on be_meta.
-        connection.exec_driver_sql("BEGIN")
+        # A transaction that reads and then writes needs it: SQLite refuses the upgrade at once, without waiting.
+        immediate = connection.get_execution_options().get("be_immediate")
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if immediate else "BEGIN")
 
     return engine

@@ -78,7 +78,9 @@ _RESPONSES: dict[int | str, dict[str, Any]] = {
 async def register_token(
     request: Request,
     be_id: Annotated[str | None, Query(alias="id", description="The id; default: the one in the file.")] = None,
-    match: Annotated[bool, Query(description="Answer for the prompt's own text, too.")] = False,
+    match: Annotated[
+        bool | None, Query(description="Answer for the prompt's own text, too; absent: as it is, at first no.")
+    ] = None,
     replace: Annotated[bool, Query(description="Make another file under the id a new version.")] = False,
 ) -> JSONResponse:
     """Body: the bytes of a `.safetensors` token file. Nothing in it is executed."""

@@ -77,7 +77,7 @@ class Service:
         """The records whose aliases /v1/models names."""
         return [record for record in self.index.records() if self.usable(record)]
 
-    def register(self, data: bytes, *, be_id: str | None, match: bool, replace: bool) -> PutResult:
+    def register(self, data: bytes, *, be_id: str | None, match: bool | None, replace: bool) -> PutResult:
         """Check a token file against the model and store it. Blocks; raises BEError."""
         token = Token.from_bytes(data, max_bytes=self.settings.max_upload)
         self.check(token)

@@ -9,6 +9,7 @@ import sys
 import textwrap
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -60,6 +61,31 @@ def test_a_replaced_token_keeps_its_match_only_for_the_same_prompt(registry):
     assert registry.put(make_token(seed=2).to_bytes(), replace=True).record.match_sha256 is not None
     other = make_token(seed=3, prompt="Another prompt.").to_bytes()
     assert registry.put(other, replace=True).record.match_sha256 is None
+
+
+@pytest.mark.parametrize("attempt", range(5))
+def test_servers_that_start_together_make_one_registry(tmp_path, attempt):
+    """API processes of one server open the same new database in the same moment."""
+    barrier = threading.Barrier(8)
+
+    def start(_: int) -> int:
+        barrier.wait()
+        registry = Registry(f"sqlite:///{tmp_path / 'new.db'}")
+        revision, _changes = registry.changes()
+        registry.close()
+        return revision
+
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(start, range(8))) == [0] * 8
+
+
+def test_match_is_switched_off_and_left_as_it_is(registry):
+    data = make_token(seed=1).to_bytes()
+    registry.put(data, match=True)
+    assert registry.put(data).record.match_sha256 is not None
+    assert registry.put(data, match=False).record.match_sha256 is None
+    registry.put(data, match=True)
+    assert registry.put(make_token(seed=2).to_bytes(), match=False, replace=True).record.match_sha256 is None
 
 
 def test_removal_deletes_the_vectors_and_numbers_go_on(registry):
