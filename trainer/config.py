@@ -50,6 +50,8 @@ class TrainConfig(BaseModel):
     """Queries kept from training for the final evaluation; at most a fifth of all."""
     response_tokens: int = Field(default=64, ge=1, le=4096)
     """Response tokens that count, each query. The paper's code: 32."""
+    stop: list[str] = Field(default_factory=list)
+    """Texts that end a response, as clients send them with their requests."""
     temperature: float = Field(default=0.0, ge=0)
     """Sampling temperature of the teacher's responses; 0 is greedy, as in the paper's code."""
 
@@ -97,7 +99,8 @@ class TrainConfig(BaseModel):
     def _consistent(self) -> TrainConfig:
         if self.ae is None and (self.lam < 1 or self.reconstruct_steps):
             raise ValueError(
-                "lambda < 1 and reconstruct_steps need an [AE] file (--ae): reconstruction without one does harm"
+                "lambda < 1 and reconstruct_steps need an [AE] file: make one with `be-serve train-ae --corpus TEXTS "
+                "-o ae.safetensors` and give it as --ae; reconstruction without one does harm"
             )
         if self.gold and self.queries is None:
             raise ValueError("gold answers need a file of queries (--queries)")

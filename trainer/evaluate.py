@@ -130,7 +130,7 @@ def evaluate(
         arms={name: figures[name] for name in order},
         n_queries=len(reference),
         n_tokens=sum(len(e.response) for e in reference),
-        samples=_samples(model, reference[:samples], {name: arms[name] for name in shown}),
+        samples=_samples(teacher, reference[:samples], {name: arms[name] for name in shown}),
     )
 
 
@@ -175,13 +175,13 @@ def _compare(
     return figures
 
 
-def _samples(model: FrozenModel, reference: Sequence[Example], arms: dict[str, Arm]) -> list[dict[str, str]]:
+def _samples(teacher: Teacher, reference: Sequence[Example], arms: dict[str, Arm]) -> list[dict[str, str]]:
     """Greedy answers side by side."""
     if not reference:
         return []
 
     def text(ids: list[int]) -> str:
-        return str(model.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+        return str(teacher.model.tokenizer.decode(teacher.cut(ids), skip_special_tokens=True)).strip()
 
     answers = {name: arm.prefix.generate(arm.suffixes[: len(reference)], RESPONSE_TOKENS) for name, arm in arms.items()}
     return [

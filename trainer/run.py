@@ -115,7 +115,7 @@ class Run:
         config.save(self.folder / "run.yaml")
         training, self._held_out = self._queries()
         digest = self._digest(training)
-        self._teacher = Teacher(self.model, self.prompt, self.folder)
+        self._teacher = Teacher(self.model, self.prompt, self.folder, stop=config.stop)
         examples = self._examples(self._teacher, training)
         token, self._begin = self._start(examples, digest)
         self._training = Training(

@@ -36,14 +36,28 @@ class Example:
 class Teacher:
     """Responds to queries under the full prompt and says what it expected at each response id.
 
-    Results are written to `folder` in shards keyed by everything they depend on, so
-    an interrupted run continues where it stopped.
+    A response ends with the first of the `stop` texts, as it would for a client that
+    sends them. Results are written to `folder` in shards keyed by everything they
+    depend on, so an interrupted run continues where it stopped.
     """
 
-    def __init__(self, model: FrozenModel, prompt: str, folder: Path | None = None) -> None:
+    def __init__(
+        self, model: FrozenModel, prompt: str, folder: Path | None = None, *, stop: Sequence[str] = ()
+    ) -> None:
         self.model = model
         self.prompt = prompt
         self.folder = folder
+        self.stop = tuple(stop)
+
+    def cut(self, response: list[int]) -> list[int]:
+        """A response up to the id with which the first stop text is complete, that id included."""
+        decode = self.model.tokenizer.decode
+        if not any(text in decode(response) for text in self.stop):
+            return response
+        for end in range(1, len(response)):
+            if any(text in decode(response[:end]) for text in self.stop):
+                return response[:end]
+        return response
 
     def chat_ids(self, query: Query) -> list[int]:
         """Ids of the chat under the full prompt, up to where the response begins."""
@@ -107,6 +121,7 @@ class Teacher:
             responses = prefix.generate(
                 suffixes, response_tokens, temperature=temperature, seed=seed, progress=progress
             )
+            responses = [self.cut(response) for response in responses]
         rows = [Row((), suffix, response) for suffix, response in zip(suffixes, responses, strict=True)]
         states = prefix.states(rows, progress)
         # In the model's own dtype: in bfloat16 5 KB a token at width 2560.
@@ -129,6 +144,7 @@ class Teacher:
             "dtype": str(self.model.dtype),
             "template": self.model.template_kwargs,
             "prompt": self.prompt,
+            "stop": self.stop,
             "queries": [query.to_json() for query in queries],
             "settings": list(settings),
         }

@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 if TYPE_CHECKING:
+    from be_serve.core.artifact import Token
     from trainer.config import TrainConfig
     from trainer.evaluate import Evaluation
 
@@ -22,6 +24,17 @@ def short_digest(settings: TrainConfig) -> str:
         if name and Path(name).is_file():
             sha.update(hashlib.sha256(Path(name).read_bytes()).digest())
     return sha.hexdigest()[:8]
+
+
+def stop_texts(given: Sequence[str]) -> list[str]:
+    """The `--stop` options as typed: `\\n` stands for a line break."""
+    return [text.replace("\\n", "\n") for text in given if text]
+
+
+def trained_stop(token: Token) -> list[str]:
+    """The stop texts of a token's training, where its manifest names any."""
+    found = token.manifest.recipe.get("stop")
+    return [text for text in found if isinstance(text, str)] if isinstance(found, list) else []
 
 
 def print_evaluation(evaluation: Evaluation) -> None:

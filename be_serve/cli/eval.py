@@ -14,6 +14,9 @@ import click
 @click.option("--model", help="[default: the model named in the token file]")
 @click.option("--summary", help="A short text of the same intent, as an arm of its own.")
 @click.option("--max-queries", type=click.IntRange(1), help="Use the first queries only.")
+@click.option(
+    "--stop", multiple=True, help="A text that ends a response; \\n is a line break. [default: as in training]"
+)
 @click.option("--samples", type=click.IntRange(0), default=3, show_default=True, help="Answers shown side by side.")
 @click.option("--serving-dtype", type=click.Choice(["bfloat16", "float16", "float32"]), default="bfloat16")
 @click.option("--device", default="auto", show_default=True)
@@ -26,6 +29,7 @@ def command(
     model: str | None,
     summary: str | None,
     max_queries: int | None,
+    stop: tuple[str, ...],
     samples: int,
     serving_dtype: str,
     device: str,
@@ -33,7 +37,7 @@ def command(
     as_json: bool,
 ) -> None:
     """Measure TOKEN_FILE: KL(full || arm) in nats a token on the full prompt's own greedy answers."""
-    from be_serve.cli._training import print_evaluation
+    from be_serve.cli._training import print_evaluation, stop_texts, trained_stop
     from be_serve.core.artifact import Token, check_vectors
     from be_serve.core.prompts import prompt_sha256, read_prompt_file
     from be_serve.models import resolve_model
@@ -65,7 +69,7 @@ def command(
     token.check_model(frozen.fingerprint, frozen.hidden_size, served=found.name)
     with tqdm(total=len(chats) * (7 if summary else 6), desc="evaluating") as bar:
         evaluation = evaluate(
-            Teacher(frozen, prompt),
+            Teacher(frozen, prompt, stop=stop_texts(stop) or trained_stop(token)),
             chats,
             torch.from_numpy(token.vectors.copy()),
             placement=token.manifest.placement,

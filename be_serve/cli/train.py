@@ -31,6 +31,7 @@ from be_serve.core.ids import validate_be_id
 @click.option("--reconstruct-steps", type=click.IntRange(0), help="Steps of reconstruction alone before distillation.")
 @click.option("--response-tokens", type=click.IntRange(1), help="Response tokens that count, each query.")
 @click.option("--temperature", type=float, help="Sampling temperature of the teacher; 0 is greedy.")
+@click.option("--stop", multiple=True, help="A text that ends a response, as clients send it; \\n is a line break.")
 @click.option("--gold", is_flag=True, default=None, help="Train on the file's `answer` fields.")
 @click.option("--max-queries", type=click.IntRange(2), help="Use at most this many queries of the file.")
 @click.option("--synthesise", type=click.IntRange(8), help="How many queries to write without --queries.")
@@ -59,11 +60,13 @@ def command(
 
     The same command, given again, continues an interrupted run; --fresh begins anew.
     """
-    from be_serve.cli._training import print_evaluation, short_digest
+    from be_serve.cli._training import print_evaluation, short_digest, stop_texts
     from be_serve.models import DEFAULT_MODEL, resolve_model
     from trainer.config import RECIPES, make_config, read_yaml
 
-    given = {name: value for name, value in options.items() if value is not None}
+    given = {name: value for name, value in options.items() if value is not None and value != ()}
+    if "stop" in given:
+        given["stop"] = stop_texts(given["stop"])
     if "be_id" in given:
         given["id"] = validate_be_id(given.pop("be_id"), param="--id")
     if resume:

@@ -222,6 +222,18 @@ def test_starts(model, examples):
             start(model, 9, "a")
 
 
+def test_a_response_ends_with_its_stop_text(model):
+    teacher = Teacher(model, PROMPT, stop=["lo wo", "\nuser"])
+    ids = model.tokenizer.encode("hello world\nuser", add_special_tokens=False)
+    cut = teacher.cut(ids)
+    assert "lo wo" in model.tokenizer.decode(cut)
+    assert "lo wo" not in model.tokenizer.decode(cut[:-1])
+    assert teacher.cut(ids[:3]) == ids[:3]
+    made = teacher.examples(QUERIES, response_tokens=6)
+    assert all(teacher.cut(e.response) == e.response for e in made)
+    assert all(len(e.states_TH) == len(e.response) for e in made)
+
+
 @pytest.mark.parametrize("k", [1, 3])
 def test_the_search_takes_the_best_token(model, examples, k):
     ids = model.slots.prompt_ids(PROMPT)
