@@ -65,7 +65,12 @@ def main() -> None:
         extra = {"torch": "train", "transformers": "train", "vllm": "serve", "matplotlib": "bench"}.get(exc.name or "")
         if extra is None:
             raise
-        click.secho(f"be-serve: this verb needs {exc.name}: pip install 'be-serve[{extra}]'.", fg="red", err=True)
+        click.secho(
+            f"be-serve: this verb needs {exc.name}, which the extra [{extra}] brings: `make install` in a checkout, "
+            f"or pip install -e '.[{extra}]'.",
+            fg="red",
+            err=True,
+        )
         sys.exit(2)
 
 

@@ -13,15 +13,27 @@ import click
     context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": ["-h", "--help"]},
 )
 @click.argument("model", default="builtin:smollm2-135m-instruct")
-@click.option("--be-registry", metavar="URL", envvar="BE_REGISTRY", help="Database URL of the registry.")
+@click.option(
+    "--be-registry",
+    metavar="URL",
+    envvar="BE_REGISTRY",
+    help="Database URL of the registry. [sqlite in the cache folder]",
+)
 @click.option("--be-token", multiple=True, metavar="ID=FILE", help="A token held in memory. Repeatable. [BE_TOKEN]")
 @click.option("--be-admin-key", metavar="KEY", envvar="BE_ADMIN_KEY", help="Key of the /v1/be routes; none: closed.")
 @click.option("--be-admin-key-file", metavar="FILE", help="The same from a file; command lines are seen by others.")
 @click.option("--be-injection", envvar="BE_INJECTION", help="How vectors reach the engine: prompt-embeds.")
 @click.option("--be-max-upload", type=int, envvar="BE_MAX_UPLOAD", help="Largest token file in bytes. [67108864]")
-@click.option("--be-cache-bytes", type=int, envvar="BE_CACHE_BYTES", help="Memory for vectors per server process.")
+@click.option(
+    "--be-cache-bytes", type=int, envvar="BE_CACHE_BYTES", help="Memory for vectors per API process. [268435456]"
+)
 @click.option("--be-match/--no-be-match", default=None, help="Serve tokens for their prompt's own text. [BE_MATCH]")
-@click.option("--be-inflight-bytes", type=int, envvar="BE_INFLIGHT_BYTES", help="Memory for requests with tokens.")
+@click.option(
+    "--be-inflight-bytes",
+    type=int,
+    envvar="BE_INFLIGHT_BYTES",
+    help="Memory for running requests with tokens per API process. [1073741824]",
+)
 @click.option(
     "--be-list-aliases/--no-be-list-aliases", default=None, help="Name tokens in /v1/models. [BE_LIST_ALIASES]"
 )

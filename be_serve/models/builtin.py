@@ -73,7 +73,7 @@ def prepare_builtin(name: str, home: Path) -> Path:
             done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})  # noqa: S603
             if done.returncode != 0:
                 raise InputError(
-                    f"Converting {name} failed; it needs be-serve[train]. The converter said:\n"
+                    f"Converting {name} failed; it needs the extra [train]. The converter said:\n"
                     f"{done.stderr.strip()[-2000:]}"
                 )
             os.replace(made, target)

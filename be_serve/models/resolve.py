@@ -45,7 +45,7 @@ def resolve_model(name: str, *, revision: str | None = None) -> ResolvedModel:
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
-        raise InputError(f"No folder {name!r}; for a Hugging Face name install be-serve[train] or [serve].") from None
+        raise InputError(f"No folder {name!r}; for a Hugging Face name install the extra [train] or [serve].") from None
     try:
         path = Path(snapshot_download(name, revision=revision, allow_patterns=_PATTERNS))
     except Exception as exc:  # the hub's errors share no base class

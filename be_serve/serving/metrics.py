@@ -32,6 +32,11 @@ class Metrics:
             "When the registry was last read; seconds in the past: changes and removals are not arriving.",
             multiprocess_mode="livemin",
         )
+        self.inflight = Gauge(
+            "be_serve_inflight_bytes",
+            "Bytes of vectors that running requests with tokens hold; --be-inflight-bytes is the bound.",
+            multiprocess_mode="livesum",
+        )
         self.tokens = Gauge("be_serve_tokens", "Tokens this server can name.", multiprocess_mode="livemostrecent")
 
     def refused(self, exc: BEError) -> None:

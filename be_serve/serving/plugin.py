@@ -70,7 +70,7 @@ class BEEndpointPlugin:
             index=service.index,
             slots=SlotRenderer(online.renderer.get_tokenizer(), chat_template=online.chat_template),
             inject=inject_prompt_embeds.inject,
-            budget=ByteBudget(self._settings.inflight_bytes),
+            budget=ByteBudget(self._settings.inflight_bytes, metrics().inflight.set),
             keys=vllm_compat.api_keys(args),
             vocab_size=model.vocab_size,
             max_chars=vllm_compat.max_prompt_chars(state),

@@ -52,7 +52,7 @@ def vllm_version() -> str:
             return importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    raise IncompatibleVLLM("vLLM is not installed: pip install 'be-serve[serve]'.")
+    raise IncompatibleVLLM("vLLM is not installed; the extra [serve] brings it: `make install` in a checkout.")
 
 
 def check_version() -> None:

@@ -89,7 +89,9 @@ def server(tmp_path_factory, identity_token, odd_token):
     folder = tmp_path_factory.mktemp("server")
     odd_token.save(folder / "odd.safetensors")
     command = be_serve(
-        f"--be-registry=sqlite:///{folder / 'registry.db'}", f"--be-token=fixed={folder / 'odd.safetensors'}"
+        f"--be-registry=sqlite:///{folder / 'registry.db'}",
+        f"--be-token=fixed={folder / 'odd.safetensors'}",
+        "--enable-prompt-tokens-details",
     )
     with Server(command, folder / "server.log", {"BE_ADMIN_KEY": ADMIN_KEY}) as running:
         for token, query in ((identity_token, "?match=true"), (odd_token, "")):
@@ -102,7 +104,7 @@ def server(tmp_path_factory, identity_token, odd_token):
 def stock(tmp_path_factory):
     """The same vLLM without the plugin and without its flags."""
     folder = tmp_path_factory.mktemp("stock")
-    with Server(be_serve("--be-off"), folder / "server.log") as running:
+    with Server(be_serve("--be-off", "--enable-prompt-tokens-details"), folder / "server.log") as running:
         yield running
 
 

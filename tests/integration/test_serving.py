@@ -252,6 +252,23 @@ def test_seeded_sampling_survives_a_split_prefill(server, extra):
     assert httpx.get(f"{server.url}/health").status_code == 200
 
 
+def test_the_prefix_cache_serves_a_token_and_keeps_tokens_apart(server):
+    """vLLM hashes the vectors' bytes into each block: the same token hits, another one never does."""
+    turns = [{"role": "user", "content": "The gulls cry over the harbor wall. " * 60}]
+
+    def cached(be_id, messages):
+        return chat(server, messages, be_id=be_id, max_tokens=4).json()["usage"]["prompt_tokens_details"][
+            "cached_tokens"
+        ]
+
+    assert cached("odd", turns) == 0
+    seen = cached("odd", turns)
+    assert seen >= 256
+    assert cached("identity", turns) == 0
+    more = [*turns, {"role": "assistant", "content": "They do."}, {"role": "user", "content": "Why?"}]
+    assert cached("odd", more) >= seen
+
+
 def test_metrics_and_openapi(server):
     chat(server, USER, be_id="identity")
     lines = httpx.get(f"{server.url}/metrics").text
@@ -261,6 +278,7 @@ def test_metrics_and_openapi(server):
         "be_serve_registry_lookups_total",
         "be_serve_refusals_total",
         "be_serve_tokens",
+        "be_serve_inflight_bytes",
     ):
         assert name in lines
     paths = httpx.get(f"{server.url}/openapi.json").json()["paths"]
