@@ -181,7 +181,10 @@ def _samples(teacher: Teacher, reference: Sequence[Example], arms: dict[str, Arm
         return []
 
     def text(ids: list[int]) -> str:
-        return str(teacher.model.tokenizer.decode(teacher.cut(ids), skip_special_tokens=True)).strip()
+        found = str(teacher.model.tokenizer.decode(ids, skip_special_tokens=True))
+        for stop in teacher.stop:
+            found = found.split(stop)[0]
+        return found.strip()
 
     answers = {name: arm.prefix.generate(arm.suffixes[: len(reference)], RESPONSE_TOKENS) for name, arm in arms.items()}
     return [

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from trainer.evaluate import Evaluation
 
 
+_SHOWN = 3
+"""Answers printed side by side; all that were made are in the JSON."""
+
+
 def short_digest(settings: TrainConfig) -> str:
     """Eight hex digits of the settings and of the files they name."""
     sha = hashlib.sha256(json.dumps(settings.model_dump(), sort_keys=True).encode())
@@ -45,7 +49,7 @@ def print_evaluation(evaluation: Evaluation) -> None:
         label = f"{name} (k={evaluation.k})" if name == "be" else name
         click.echo(f"{label:<18}{row['kl']:>14.4f}{row['top1']:>8.3f}{row['first_token_kl']:>10.4f}{row['nll']:>8.3f}")
     click.echo(f"rho = KL(be) / KL(none) = {evaluation.rho:.3f} (0: the full prompt, 1: no prompt)")
-    for sample in evaluation.samples:
+    for sample in evaluation.samples[:_SHOWN]:
         click.echo()
         for name, text in sample.items():
             click.echo(

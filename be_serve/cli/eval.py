@@ -17,7 +17,9 @@ import click
 @click.option(
     "--stop", multiple=True, help="A text that ends a response; \\n is a line break. [default: as in training]"
 )
-@click.option("--samples", type=click.IntRange(0), default=3, show_default=True, help="Answers shown side by side.")
+@click.option(
+    "--samples", type=click.IntRange(0), default=3, show_default=True, help="Answers made by each arm; three are shown."
+)
 @click.option("--serving-dtype", type=click.Choice(["bfloat16", "float16", "float32"]), default="bfloat16")
 @click.option("--device", default="auto", show_default=True)
 @click.option("--dtype", type=click.Choice(["auto", "bfloat16", "float16", "float32"]), default="auto")
