@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import be_serve
 from be_serve.core.artifact import BaseModelRef, Manifest, PromptRef, Token
-from be_serve.core.errors import InputError
+from be_serve.core.errors import BEError, InputError
 from be_serve.core.prompts import prompt_sha256, read_prompt_file
 from trainer.checkpoint import Checkpoint
 from trainer.config import TrainConfig
@@ -105,6 +105,16 @@ class Run:
         fit(self.model, [training], quiet=self.quiet)
         return self.finish()
 
+    def finished(self) -> bool:
+        """Whether the folder holds this run's result: the same settings and prompt, evaluated, its token written."""
+        try:
+            same = TrainConfig.load(self.folder / "run.yaml") == self.config
+            token = Token.load(self.config.output)
+        except BEError:
+            return False
+        made = token.manifest
+        return same and (self.folder / "evaluation.json").exists() and made.prompt.sha256 == prompt_sha256(self.prompt)
+
     def prepare(self) -> Training:
         """All that comes before the first step: queries, the teacher's responses, the start.
 
@@ -112,6 +122,7 @@ class Run:
         """
         config = self.config
         self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "evaluation.json").unlink(missing_ok=True)
         config.save(self.folder / "run.yaml")
         training, self._held_out = self._queries()
         digest = self._digest(training)

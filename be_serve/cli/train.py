@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from be_serve.core.errors import InputError
 from be_serve.core.ids import validate_be_id
+from be_serve.models import DEFAULT_MODEL
+
+if TYPE_CHECKING:
+    from trainer.model import FrozenModel
 
 
 @click.command("train")
@@ -42,12 +46,14 @@ from be_serve.core.ids import validate_be_id
 @click.option("--dtype", type=click.Choice(["auto", "bfloat16", "float16", "float32"]), help="Of the frozen model.")
 @click.option("--with-prompt", is_flag=True, default=None, help="Write the prompt's text into the token file.")
 @click.option("--config", help="Settings of an earlier run (run.yaml); options given here go before them.")
+@click.option("--batch-file", help="JSONL of prompts to train side by side; -o is then a folder.")
 @click.option("--run-dir", help="Run folder. [default: runs/<id>-<digest of the settings>]")
 @click.option("--resume", help="Continue the run in this folder.")
 @click.option("--fresh", is_flag=True, help="Forget a checkpoint that the run folder holds.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line.")
 def command(
     config: str | None,
+    batch_file: str | None,
     run_dir: str | None,
     resume: str | None,
     fresh: bool,
@@ -59,50 +65,40 @@ def command(
     """Train a token that replaces the system prompt in PROMPT_FILE.
 
     The same command, given again, continues an interrupted run; --fresh begins anew.
+    With --batch-file a token for every prompt of the file is trained in one process.
     """
-    from be_serve.cli._training import print_evaluation, short_digest, stop_texts
-    from be_serve.models import DEFAULT_MODEL, resolve_model
+    from be_serve.cli._training import print_evaluation, short_digest
     from trainer.config import RECIPES, make_config, read_yaml
 
-    given = {name: value for name, value in options.items() if value is not None and value != ()}
-    if "stop" in given:
-        given["stop"] = stop_texts(given["stop"])
-    if "be_id" in given:
-        given["id"] = validate_be_id(given.pop("be_id"), param="--id")
+    given = _given(options)
     if resume:
         config, run_dir = str(Path(resume) / "run.yaml"), resume
     values = {**RECIPES[recipe or "default"], **(read_yaml(config) if config else {}), **given}
+    if "ae" in given and "lam" not in values:
+        values["lam"] = 0.9
+    values.setdefault("model", DEFAULT_MODEL)
+    if batch_file:
+        if "prompt_file" in values or resume or summary:
+            raise InputError("--batch-file names the prompts and their summaries; give no PROMPT_FILE and no --resume.")
+        _train_batch(batch_file, values, run_dir, fresh=fresh, as_json=as_json)
+        return
     if "prompt_file" not in values:
         raise InputError("Give a prompt file: be-serve train PROMPT_FILE.")
-    for name in ("prompt_file", "queries", "ae", "output"):
-        if name in given:
-            values[name] = str(Path(given[name]).absolute())
-    values.setdefault("model", DEFAULT_MODEL)
     values.setdefault("output", str(Path.cwd() / (Path(values["prompt_file"]).stem + ".safetensors")))
     if "id" not in values:
         values["id"] = validate_be_id(Path(values["output"]).name.removesuffix(".safetensors"), param="--output")
-    if "ae" in given and "lam" not in values:
-        values["lam"] = 0.9
     settings = make_config(values)
-    found = resolve_model(settings.model)
     folder = Path(run_dir) if run_dir else Path("runs") / f"{settings.id}-{short_digest(settings)}"
+    model = _load_model(values)
 
-    from trainer.model import FrozenModel
     from trainer.run import Run
 
-    model = FrozenModel.load(
-        found.path, name=found.name, revision=found.revision, device=settings.device, dtype=settings.dtype
-    )
     if fresh:
         (folder / "checkpoint.safetensors").unlink(missing_ok=True)
-
-    def say(text: str) -> None:
-        click.echo(text, err=True)
-
     try:
-        result = Run(settings, model, folder, summary=summary, say=say).execute()
+        result = Run(settings, model, folder, summary=summary, say=_say).execute()
     except KeyboardInterrupt:
-        say(f"Stopped; the state is in {folder}. Continue with: be-serve train --resume {folder}")
+        _say(f"Stopped; the state is in {folder}. Continue with: be-serve train --resume {folder}")
         raise
     shown = {"output": settings.output, **result.to_json()}
     print_evaluation(result.evaluation)
@@ -110,3 +106,70 @@ def command(
     click.echo(f"\nToken:  {settings.output}\nRun:    {folder} (log.jsonl, curves.png, run.yaml)\nTime:   {seconds}")
     if as_json:
         click.echo(json.dumps(shown, ensure_ascii=False))
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    """The settings named on the command line, paths made absolute."""
+    from be_serve.cli._training import stop_texts
+
+    given = {name: value for name, value in options.items() if value is not None and value != ()}
+    if "stop" in given:
+        given["stop"] = stop_texts(given["stop"])
+    if "be_id" in given:
+        given["id"] = validate_be_id(given.pop("be_id"), param="--id")
+    for name in ("prompt_file", "queries", "ae", "output"):
+        if name in given:
+            given[name] = str(Path(given[name]).absolute())
+    return given
+
+
+def _load_model(values: dict[str, Any]) -> FrozenModel:
+    from be_serve.models import resolve_model
+    from trainer.model import FrozenModel
+
+    found = resolve_model(values["model"])
+    return FrozenModel.load(
+        found.path,
+        name=found.name,
+        revision=found.revision,
+        device=values.get("device", "auto"),
+        dtype=values.get("dtype", "auto"),
+    )
+
+
+def _train_batch(batch_file: str, values: dict[str, Any], run_dir: str | None, *, fresh: bool, as_json: bool) -> None:
+    """Train every prompt of the file; exit 2 where one of them failed."""
+    from trainer.batch import read_batch, train_batch
+
+    entries = read_batch(batch_file)
+    folder = Path(run_dir) if run_dir else Path("runs") / Path(batch_file).stem
+    output = Path(values.pop("output", Path.cwd()))
+    if fresh:
+        for entry in entries:
+            for name in ("checkpoint.safetensors", "evaluation.json"):
+                (folder / entry.id / name).unlink(missing_ok=True)
+    try:
+        outcomes = train_batch(_load_model(values), entries, values, output=output, run_dir=folder, say=_say)
+    except KeyboardInterrupt:
+        _say(f"Stopped; the states are in {folder}. The same command continues.")
+        raise
+    click.echo(f"\n{'id':<24}{'k':>3}{'KL none':>10}{'KL be':>10}{'rho':>8}  token")
+    for outcome in outcomes:
+        if outcome.result is None:
+            click.echo(f"{outcome.id:<24}{'finished before' if outcome.skipped else f'FAILED: {outcome.fault}'}")
+            continue
+        evaluation = outcome.result.evaluation
+        kl = {name: evaluation.arms[name]["kl"] for name in ("none", "be")}
+        click.echo(
+            f"{outcome.id:<24}{evaluation.k:>3}{kl['none']:>10.3f}{kl['be']:>10.3f}{evaluation.rho:>8.3f}  "
+            f"{output / outcome.id}.safetensors"
+        )
+    if as_json:
+        click.echo(json.dumps({"tokens": [outcome.to_json() for outcome in outcomes]}, ensure_ascii=False))
+    failed = sum(outcome.fault is not None for outcome in outcomes)
+    if failed:
+        raise InputError(f"{failed} of {len(outcomes)} prompts failed; the reasons are above. The others are trained.")
+
+
+def _say(text: str) -> None:
+    click.echo(text, err=True)

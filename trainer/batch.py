@@ -1,0 +1,150 @@
+"""Many prompts in one process: a file of prompts, trained side by side on one model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from be_serve.core.artifact import write_atomically
+from be_serve.core.errors import BEError, InputError
+from be_serve.core.ids import validate_be_id
+from trainer.config import TrainConfig, make_config
+from trainer.loop import fit
+from trainer.model import FrozenModel
+from trainer.run import Run, RunResult, Say
+
+_PATHS = ("prompt_file", "queries", "ae")
+_COMMON = {"model", "device", "dtype", "output"}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One row of a batch file."""
+
+    id: str
+    values: dict[str, Any]
+    prompt: str | None
+    summary: str | None
+
+
+@dataclass
+class Outcome:
+    """What became of one prompt: a result, or the reason why there is none."""
+
+    id: str
+    result: RunResult | None = None
+    fault: str | None = None
+    skipped: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """An object of `train --batch-file --json`."""
+        if self.result is None:
+            return {"id": self.id, "skipped": True} if self.skipped else {"id": self.id, "error": self.fault}
+        return self.result.to_json()
+
+
+def read_batch(path: str | Path) -> list[Entry]:
+    """Read a JSONL file of prompts, one object a line:
+
+        {"id": "captain", "prompt": "You are ..."}
+        {"id": "policy", "prompt_file": "policy.md", "queries": "q.jsonl", "tokens": 16}
+
+    Any setting of a run may stand in a row, and `summary`; paths are relative to the
+    file. The model is the same for all. Raises InputError naming the line at fault.
+    """
+    path = Path(path)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as exc:
+        raise InputError(f"Cannot read the batch file {path}: {exc}.") from exc
+    entries: dict[str, Entry] = {}
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            entry = _entry(json.loads(line), path.parent)
+        except (ValueError, BEError) as exc:
+            raise InputError(f"{path}, line {number}: {exc}") from exc
+        if entry.id in entries:
+            raise InputError(f"{path}, line {number}: the id {entry.id!r} was used before.")
+        entries[entry.id] = entry
+    if not entries:
+        raise InputError(f"{path} holds no prompts.")
+    return list(entries.values())
+
+
+def _entry(row: object, folder: Path) -> Entry:
+    if not isinstance(row, dict):
+        raise ValueError("a row must be a JSON object.")
+    be_id = validate_be_id(row.get("id"), param="id")
+    prompt, summary = row.get("prompt"), row.get("summary")
+    if (prompt is None) == ("prompt_file" not in row):
+        raise ValueError("give `prompt` or `prompt_file`.")
+    for name, value in (("prompt", prompt), ("summary", summary)):
+        if value is not None and not isinstance(value, str):
+            raise ValueError(f"`{name}` must be a string.")
+    values = {name: value for name, value in row.items() if name not in ("id", "prompt", "summary")}
+    unknown = [name for name in values if name not in TrainConfig.model_fields or name in _COMMON]
+    if unknown:
+        raise ValueError(f"`{unknown[0]}` is no setting of a row.")
+    for name in _PATHS:
+        if isinstance(values.get(name), str):
+            values[name] = str((folder / values[name]).absolute())
+    return Entry(be_id, values, prompt, summary)
+
+
+def train_batch(
+    model: FrozenModel,
+    entries: Sequence[Entry],
+    settings: dict[str, Any],
+    *,
+    output: Path,
+    run_dir: Path,
+    say: Say = lambda text: None,
+    quiet: bool = False,
+) -> list[Outcome]:
+    """Train a token for every entry, all in common steps; write `output/<id>.safetensors`.
+
+    `settings` hold for all entries where a row does not say otherwise. A prompt that
+    fails is told in its outcome and stops no other. Finished ones are skipped, so the
+    same call continues an interrupted batch. Raises Stopped after a signal.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    outcomes = {entry.id: Outcome(entry.id) for entry in entries}
+    ready = []
+    for entry in entries:
+        outcome = outcomes[entry.id]
+        try:
+            run = _run(model, entry, settings, output, run_dir, say, quiet)
+            if run.finished():
+                outcome.skipped = True
+                say(f"{entry.id}: finished before, skipped.")
+                continue
+            say(f"{entry.id}:")
+            ready.append((entry.id, run, run.prepare()))
+        except InputError as exc:
+            outcome.fault = str(exc)
+            say(f"{entry.id}: {exc}")
+    fit(model, [training for _, _, training in ready], quiet=quiet)
+    for be_id, run, _ in ready:
+        try:
+            outcomes[be_id].result = run.finish()
+        except BEError as exc:
+            outcomes[be_id].fault = str(exc)
+            say(f"{be_id}: {exc}")
+    return list(outcomes.values())
+
+
+def _run(
+    model: FrozenModel, entry: Entry, settings: dict[str, Any], output: Path, run_dir: Path, say: Say, quiet: bool
+) -> Run:
+    folder = run_dir / entry.id
+    values = {**settings, **entry.values, "id": entry.id, "output": str(output / f"{entry.id}.safetensors")}
+    if entry.prompt is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        values["prompt_file"] = str(folder / "prompt.txt")
+        write_atomically(folder / "prompt.txt", entry.prompt.encode())
+    return Run(make_config(values), model, folder, summary=entry.summary, say=say, quiet=quiet)
