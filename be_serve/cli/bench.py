@@ -10,13 +10,18 @@ from typing import TYPE_CHECKING
 
 import click
 
+from be_serve.cli.bench_train import command as train_command
+
 if TYPE_CHECKING:
     from benchmarks.analysis import Run
 
 
 @click.group("bench")
 def command() -> None:
-    """Measure a server from the client's side."""
+    """Measure a server from the client's side, or the trainer."""
+
+
+command.add_command(train_command, "train")
 
 
 def _parse_cases(_: click.Context, __: click.Parameter, value: str) -> tuple[tuple[int, int], ...]:
