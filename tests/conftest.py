@@ -7,9 +7,13 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# The machines that run the tests are shared: an example's wall time says nothing.
+settings.register_profile("shared", deadline=None)
+settings.load_profile("shared")
 
 # The vendors' own chat templates, read from packages that ship them.
 _TEMPLATES = {

@@ -8,6 +8,7 @@ full prompt, 1 is nothing learned.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,9 +19,11 @@ from torch import Tensor
 from be_serve.core.artifact import Placement
 from be_serve.core.errors import InputError
 from be_serve.core.slots import Message
+from trainer.clauses import MAX_CLAUSES, ClauseEffect, clause_effect, prompt_clauses
 from trainer.generate import Prefix, Progress, common_prefix
 from trainer.model import DTYPES, FrozenModel
 from trainer.queries import Query
+from trainer.signatures import signatures
 from trainer.soft_token import Row
 from trainer.teacher import Example, Teacher
 
@@ -53,6 +56,25 @@ class Arm:
         return cls(Prefix(model, torch.cat(rows)), [slot.after for slot in slots])
 
 
+@dataclass(frozen=True)
+class Scores:
+    """Figures [N] of one arm for each response token of the full prompt's answers."""
+
+    kl_N: Tensor
+    top1_N: Tensor
+    nll_N: Tensor
+
+    def means(self, lengths: Tensor) -> dict[str, float]:
+        """Means over all tokens, and over the first token of each answer; `lengths` [Q] are the answers'."""
+        firsts = lengths.cumsum(0) - lengths
+        return {
+            "kl": float(self.kl_N.mean()),
+            "top1": float(self.top1_N.mean()),
+            "first_token_kl": float(self.kl_N[firsts].mean()),
+            "nll": float(self.nll_N.mean()),
+        }
+
+
 @dataclass
 class Evaluation:
     """Figures of one token. `arms` maps an arm to its kl, top1, first_token_kl and nll."""
@@ -62,6 +84,14 @@ class Evaluation:
     n_queries: int
     n_tokens: int
     samples: list[dict[str, str]] = field(default_factory=list)
+    rho_interval: tuple[float, float] = (math.nan, math.nan)
+    """95 % bootstrap interval of rho over the queries."""
+    length_ratio: float = math.nan
+    """Mean length of the token's sampled answers over the full prompt's, in characters."""
+    signatures: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Failure signatures by arm: shares of the sampled answers (`trainer.signatures`)."""
+    clauses: list[ClauseEffect] = field(default_factory=list)
+    """What leaving out each clause of the prompt does, and how much of it the token keeps."""
 
     @property
     def rho(self) -> float:
@@ -71,17 +101,29 @@ class Evaluation:
     def rho_serving(self) -> float:
         return self.arms["be_serving"]["kl"] / self.arms["none"]["kl"]
 
+    @property
+    def gain_retained(self) -> float:
+        """(BE - none) / (full - none) in the log-likelihood of the full prompt's own answers."""
+        none, be, full = (self.arms[name]["nll"] for name in ("none", "be", "full"))
+        return (none - be) / (none - full)
+
     def to_json(self) -> dict[str, Any]:
         """The object of `eval --json` (CONTRACT)."""
-        return {
+        found = {
             "k": self.k,
             "rho": self.rho,
+            "rho_interval": list(self.rho_interval),
             "rho_serving": self.rho_serving,
+            "gain_retained": self.gain_retained,
             "arms": self.arms,
             "n_queries": self.n_queries,
             "n_tokens": self.n_tokens,
+            "length_ratio": self.length_ratio,
+            "signatures": self.signatures,
+            "clauses": [effect.to_json() for effect in self.clauses],
             "samples": self.samples,
         }
+        return found
 
 
 def evaluate(
@@ -93,11 +135,14 @@ def evaluate(
     summary: str | None = None,
     serving_dtype: str = "bfloat16",
     samples: int = 3,
+    clauses: bool = False,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Compare the vectors [k, H] float32 with the full prompt, no prompt and the other arms.
 
-    `progress` is called with the number of answers done.
+    With `clauses` each sentence of the prompt is left out in turn, to see what it does
+    and how much of that the token keeps. `progress` is called with the number of
+    answers done.
     """
     model = teacher.model
     reference = teacher.examples(queries, response_tokens=RESPONSE_TOKENS, progress=progress)
@@ -113,25 +158,49 @@ def evaluate(
     same = torch.equal(rounded_KH.to(model.dtype), vectors_KH.to(model.dtype))
     if not same:
         arms["be_serving"] = Arm.of_vectors(model, rounded_KH, queries, placement)
+    parts = prompt_clauses(teacher.prompt)[:MAX_CLAUSES] if clauses else []
+    without = {f"without {i}": Arm.of_ids(model, _chats(model, queries, part.left_out)) for i, part in enumerate(parts)}
 
     states = {"full": [e.states_TH for e in reference]}
-    for name, arm in arms.items():
+    for name, arm in (arms | without).items():
         rows = [Row((), suffix, e.response) for suffix, e in zip(arm.suffixes, reference, strict=True)]
         states[name] = arm.prefix.states(rows, progress)
-    figures = _compare(model, reference, states)
+    scores = score(model, reference, states)
     if same:
-        figures["be_serving"] = dict(figures["be"])
+        scores["be_serving"] = scores["be"]
         if progress:
             progress(len(queries))
-    order = [name for name in ("none", "template_default", "summary", "full", "be", "be_serving") if name in figures]
+    lengths_Q = torch.tensor([len(e.response) for e in reference])
+    order = [name for name in ("none", "template_default", "summary", "full", "be", "be_serving") if name in scores]
     shown = [name for name in ("none", "summary", "be") if name in arms]
+    answers = _samples(teacher, reference[:samples], {name: arms[name] for name in shown})
     return Evaluation(
         k=len(vectors_KH),
-        arms={name: figures[name] for name in order},
+        arms={name: scores[name].means(lengths_Q) for name in order},
         n_queries=len(reference),
         n_tokens=sum(len(e.response) for e in reference),
-        samples=_samples(teacher, reference[:samples], {name: arms[name] for name in shown}),
+        samples=answers,
+        rho_interval=rho_interval(scores["be"].kl_N, scores["none"].kl_N, lengths_Q),
+        length_ratio=_mean_length(answers, "be") / max(_mean_length(answers, "full"), 1.0) if answers else math.nan,
+        signatures={name: signatures([a[name] for a in answers], teacher.prompt) for name in [*shown, "full"]},
+        clauses=[
+            clause_effect(part, scores["full"].nll_N, scores[f"without {i}"], scores["be"].nll_N)
+            for i, part in enumerate(parts)
+        ],
     )
+
+
+def rho_interval(be_N: Tensor, none_N: Tensor, lengths_Q: Tensor, draws: int = 2000) -> tuple[float, float]:
+    """95 % interval of rho, from `draws` resamples of the queries."""
+    sums = [torch.stack([part.sum() for part in kl_N.split(lengths_Q.tolist())]) for kl_N in (be_N, none_N)]
+    drawn = torch.randint(len(lengths_Q), (draws, len(lengths_Q)), generator=torch.Generator().manual_seed(0))
+    ratios = sums[0][drawn].sum(1) / sums[1][drawn].sum(1)
+    low, high = torch.quantile(ratios, torch.tensor([0.025, 0.975])).tolist()
+    return low, high
+
+
+def _mean_length(answers: Sequence[dict[str, str]], arm: str) -> float:
+    return sum(len(answer[arm]) for answer in answers) / len(answers)
 
 
 def _chats(model: FrozenModel, queries: Sequence[Query], system: str | None) -> list[list[int]]:
@@ -144,35 +213,23 @@ def _chats(model: FrozenModel, queries: Sequence[Query], system: str | None) -> 
     return chats
 
 
-def _compare(
-    model: FrozenModel, reference: Sequence[Example], states: dict[str, list[Tensor]]
-) -> dict[str, dict[str, float]]:
-    """Each arm's means over all response tokens, from float32 logits; `states` holds the arm `full`."""
+def score(model: FrozenModel, reference: Sequence[Example], states: dict[str, list[Tensor]]) -> dict[str, Scores]:
+    """Each arm's figures a token, from float32 logits; `states` holds the arm `full`."""
     flat = {name: torch.cat(found) for name, found in states.items()}
     targets_N = torch.tensor([t for e in reference for t in e.response], device=model.device)
-    sums: dict[str, list[Tensor]] = {name: [] for name in states}
+    found: dict[str, list[Tensor]] = {name: [] for name in states}
     with torch.no_grad():
         for at in torch.arange(len(targets_N)).split(_CHUNK):
-            logits = {name: model.head(found_NH[at].to(model.device).float()) for name, found_NH in flat.items()}
-            log_p = logits["full"].log_softmax(-1)
-            for name, arm_nV in logits.items():
-                log_q = arm_nV.log_softmax(-1)
-                kl = (log_p.exp() * (log_p - log_q)).sum(-1)
-                top1 = (log_p.argmax(-1) == log_q.argmax(-1)).float()
-                nll = -log_q.gather(1, targets_N[at, None])[:, 0]
-                sums[name].append(torch.stack([kl, top1, nll]).cpu())
-    lengths = torch.tensor([len(e.response) for e in reference])
-    firsts = lengths.cumsum(0) - lengths
-    figures = {}
-    for name, parts in sums.items():
-        kl_N, top1_N, nll_N = torch.cat(parts, dim=1)
-        figures[name] = {
-            "kl": float(kl_N.mean()),
-            "top1": float(top1_N.mean()),
-            "first_token_kl": float(kl_N[firsts].mean()),
-            "nll": float(nll_N.mean()),
-        }
-    return figures
+            full_nV = model.head(flat["full"][at].to(model.device).float()).log_softmax(-1)
+            p_nV, best_n = full_nV.exp(), full_nV.argmax(-1)
+            for name, arm_NH in flat.items():
+                # One arm at a time: an arm's logits are as large as all else together.
+                arm_nV = full_nV if name == "full" else model.head(arm_NH[at].to(model.device).float()).log_softmax(-1)
+                kl_n = (p_nV * (full_nV - arm_nV)).sum(-1)
+                top1_n = (best_n == arm_nV.argmax(-1)).float()
+                nll_n = -arm_nV.gather(1, targets_N[at, None])[:, 0]
+                found[name].append(torch.stack([kl_n, top1_n, nll_n]).cpu())
+    return {name: Scores(*torch.cat(parts, dim=1)) for name, parts in found.items()}
 
 
 def _samples(teacher: Teacher, reference: Sequence[Example], arms: dict[str, Arm]) -> list[dict[str, str]]:

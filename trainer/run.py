@@ -23,6 +23,7 @@ from be_serve.core.artifact import BaseModelRef, Manifest, PromptRef, Token
 from be_serve.core.errors import BEError, InputError
 from be_serve.core.prompts import prompt_sha256, read_prompt_file
 from trainer.checkpoint import Checkpoint
+from trainer.clauses import MAX_CLAUSES, prompt_clauses
 from trainer.config import TrainConfig
 from trainer.evaluate import Evaluation, evaluate
 from trainer.generate import Progress
@@ -30,13 +31,17 @@ from trainer.loop import Optimisation, Training, fit
 from trainer.model import FrozenModel
 from trainer.queries import Query, drop_near_duplicates, read_queries, split_held_out, write_queries
 from trainer.report import Log, draw_curves
+from trainer.report_html import write_report
 from trainer.soft_token import SoftToken
 from trainer.stages import Distil, Joint, Reconstruct, Stage
 from trainer.starts import Search, Start, mean_start, random_start, text_start
 from trainer.synthesis import synthesise
 from trainer.teacher import Example, Teacher
+from trainer.verdict import Verdict, judge
 
 Say = Callable[[str], None]
+_SAMPLES = 12
+"""Answers of each arm on which failure signatures are counted."""
 
 
 @dataclass
@@ -55,6 +60,7 @@ class RunResult:
         return {
             "id": self.token.manifest.id,
             "run_dir": str(self.folder),
+            "verdict": self.token.manifest.quality["verdict"],
             **self.evaluation.to_json(),
             "start": {"text": self.start.text, "kl": self.start.kl},
             "seconds": {name: round(value, 2) for name, value in self.seconds.items()},
@@ -158,7 +164,7 @@ class Run:
         self.seconds["total"] = sum(value for name, value in self.seconds.items() if name != "step")
         made = self._token(vectors_KH, evaluation, self._begin)
         made.save(self.config.output)
-        self._report(evaluation)
+        self._report(made.manifest, evaluation)
         return RunResult(made, self.folder, evaluation, self._begin, self.seconds)
 
     def _queries(self) -> tuple[list[Query], list[Query]]:
@@ -249,6 +255,7 @@ class Run:
 
     def _evaluate(self, teacher: Teacher, held_out: list[Query], vectors_KH: Tensor) -> Evaluation:
         arms = 6 if self.summary else 5
+        arms += min(len(prompt_clauses(self.prompt)), MAX_CLAUSES)
         with self._timed("evaluation"), self._bar("evaluating", len(held_out) * (arms + 1)) as progress:
             return evaluate(
                 teacher,
@@ -257,6 +264,8 @@ class Run:
                 placement=self.config.placement,
                 summary=self.summary,
                 serving_dtype=self.config.serving_dtype,
+                samples=_SAMPLES,
+                clauses=True,
                 progress=progress,
             )
 
@@ -280,18 +289,20 @@ class Run:
             ),
             recipe=recipe,
             seed=config.seed,
-            quality=quality(evaluation),
+            quality=quality(evaluation, judge(evaluation)),
             versions=versions(),
         )
         return Token(manifest, vectors_KH.numpy())
 
-    def _report(self, evaluation: Evaluation) -> None:
+    def _report(self, manifest: Manifest, evaluation: Evaluation) -> None:
         text = json.dumps(evaluation.to_json(), indent=1, ensure_ascii=False)
         (self.folder / "evaluation.json").write_text(text + "\n", encoding="utf-8")
         levels: dict[str, float] = {
             name: evaluation.arms[name]["kl"] for name in ("none", "summary") if name in evaluation.arms
         }
-        draw_curves(Log(self.folder / "log.jsonl").rows(), self.folder / "curves.png", levels)
+        curves = self.folder / "curves.png"
+        draw_curves(Log(self.folder / "log.jsonl").rows(), curves, levels)
+        write_report(self.folder / "report.html", manifest, evaluation, judge(evaluation), curves)
 
     def _digest(self, training: list[Query]) -> str:
         return run_digest(self.config, self.model, self.prompt, training)
@@ -326,12 +337,15 @@ def run_digest(config: TrainConfig, model: FrozenModel, prompt: str, training: l
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def quality(evaluation: Evaluation) -> dict[str, Any]:
+def quality(evaluation: Evaluation, verdict: Verdict) -> dict[str, Any]:
     """The figures that travel in the manifest."""
     return {
+        "verdict": verdict.to_json(),
         "rho": round(evaluation.rho, 4),
+        "rho_interval": [round(bound, 4) for bound in evaluation.rho_interval],
         "rho_serving": round(evaluation.rho_serving, 4),
         "kl": {name: round(figures["kl"], 4) for name, figures in evaluation.arms.items()},
+        "gain_retained": round(evaluation.gain_retained, 4),
         "top1": round(evaluation.arms["be"]["top1"], 4),
         "n_queries": evaluation.n_queries,
         "n_tokens": evaluation.n_tokens,

@@ -9,11 +9,11 @@ Three kinds, as in Magpie and self-study, each sampled at temperature 1:
 from __future__ import annotations
 
 import random
-import re
 from collections.abc import Sequence
 
 from be_serve.core.errors import InputError
 from be_serve.core.slots import Message, new_marker
+from trainer.clauses import sentences
 from trainer.generate import Prefix, Progress, common_prefix
 from trainer.model import FrozenModel
 from trainer.queries import Query, drop_near_duplicates
@@ -21,7 +21,6 @@ from trainer.queries import Query, drop_near_duplicates
 _SHARES = {"persona": 0.4, "clause": 0.4, "generic": 0.2}
 _QUERY_TOKENS = 48
 _ROUNDS = 4
-_SENTENCE = re.compile(r"(?<=[.!?])\s+|\n+")
 _OPENERS = ("What", "How", "Why", "Can you", "Tell me", "Do you", "I", "Please", "Is it", "Where")
 _ASK = (
     "Below is a rule that an assistant follows.\n\nRule: {clause}\n\n"
@@ -84,7 +83,7 @@ def _head(model: FrozenModel, prompt: str, kind: str, rng: random.Random) -> tup
     """Ids to continue, and the words of the query that they already hold."""
     kwargs = model.template_kwargs
     if kind == "clause":
-        clause = rng.choice(clauses(prompt))
+        clause = rng.choice(sentences(prompt))
         return model.slots.encode_chat(
             [{"role": "user", "content": _ASK.format(clause=clause)}], template_kwargs=kwargs
         ), ""
@@ -97,9 +96,3 @@ def _head(model: FrozenModel, prompt: str, kind: str, rng: random.Random) -> tup
     opener = rng.choice(_OPENERS)
     before = text.split(marker)[0] + opener
     return model.tokenizer.encode(before, add_special_tokens=False), opener
-
-
-def clauses(prompt: str) -> list[str]:
-    """The prompt's sentences, those of at least three words."""
-    parts = [part.strip(" -*#\t") for part in _SENTENCE.split(prompt)]
-    return [part for part in parts if len(part.split()) >= 3] or [prompt]

@@ -42,13 +42,32 @@ def trained_stop(token: Token) -> list[str]:
 
 
 def print_evaluation(evaluation: Evaluation) -> None:
-    """Print the arms as a table and the samples side by side."""
+    """Print the arms as a table, the verdict and samples side by side."""
+    from trainer.verdict import judge
+
     click.echo(f"\n{evaluation.n_queries} held-out queries, {evaluation.n_tokens} tokens of the full prompt's answers")
     click.echo(f"{'arm':<18}{'KL(full||arm)':>14}{'top-1':>8}{'first KL':>10}{'NLL':>8}")
     for name, row in evaluation.arms.items():
         label = f"{name} (k={evaluation.k})" if name == "be" else name
         click.echo(f"{label:<18}{row['kl']:>14.4f}{row['top1']:>8.3f}{row['first_token_kl']:>10.4f}{row['nll']:>8.3f}")
-    click.echo(f"rho = KL(be) / KL(none) = {evaluation.rho:.3f} (0: the full prompt, 1: no prompt)")
+    low, high = evaluation.rho_interval
+    click.echo(
+        f"rho = KL(be) / KL(none) = {evaluation.rho:.3f}, 95 % interval {low:.3f} to {high:.3f} "
+        "(0: the full prompt, 1: no prompt)"
+    )
+    click.echo(
+        f"gain retained, in log-likelihood of those answers: {evaluation.gain_retained:.2f} (1: the full prompt)"
+    )
+    for effect in sorted(evaluation.clauses, key=lambda c: -c.kl):
+        kept = "too few tokens to say" if effect.retained is None else f"{effect.retained:.0%} kept"
+        click.echo(f"  KL {effect.kl:.3f} when left out, {kept}: {textwrap.shorten(effect.text, 70)}")
+    if evaluation.samples:
+        shares = [
+            f"{name.replace('_', ' ')} {share:.0%} ({evaluation.signatures['full'][name]:.0%})"
+            for name, share in evaluation.signatures["be"].items()
+        ]
+        click.echo(f"in {len(evaluation.samples)} answers (the full prompt's): {', '.join(shares)}")
+    click.echo(f"verdict: {judge(evaluation)}")
     for sample in evaluation.samples[:_SHOWN]:
         click.echo()
         for name, text in sample.items():

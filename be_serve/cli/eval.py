@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import click
 
@@ -17,8 +18,14 @@ import click
 @click.option(
     "--stop", multiple=True, help="A text that ends a response; \\n is a line break. [default: as in training]"
 )
+@click.option("--clauses", is_flag=True, help="Leave out each sentence of the prompt in turn: what is kept of it?")
+@click.option("--report", type=click.Path(path_type=Path), help="HTML file to write.")
 @click.option(
-    "--samples", type=click.IntRange(0), default=3, show_default=True, help="Answers made by each arm; three are shown."
+    "--samples",
+    type=click.IntRange(0),
+    default=12,
+    show_default=True,
+    help="Answers made by each arm; three are shown.",
 )
 @click.option("--serving-dtype", type=click.Choice(["bfloat16", "float16", "float32"]), default="bfloat16")
 @click.option("--device", default="auto", show_default=True)
@@ -32,6 +39,8 @@ def command(
     summary: str | None,
     max_queries: int | None,
     stop: tuple[str, ...],
+    clauses: bool,
+    report: Path | None,
     samples: int,
     serving_dtype: str,
     device: str,
@@ -55,10 +64,13 @@ def command(
     import torch
     from tqdm import tqdm
 
+    from trainer.clauses import MAX_CLAUSES, prompt_clauses
     from trainer.evaluate import evaluate
     from trainer.model import FrozenModel
     from trainer.queries import read_queries
+    from trainer.report_html import write_report
     from trainer.teacher import Teacher
+    from trainer.verdict import judge
 
     chats = read_queries(queries)[:max_queries]
     frozen = FrozenModel.load(
@@ -69,7 +81,8 @@ def command(
         template_kwargs=token.manifest.template_kwargs,
     )
     token.check_model(frozen.fingerprint, frozen.hidden_size, served=found.name)
-    with tqdm(total=len(chats) * (7 if summary else 6), desc="evaluating") as bar:
+    arms = (7 if summary else 6) + (min(len(prompt_clauses(prompt)), MAX_CLAUSES) if clauses else 0)
+    with tqdm(total=len(chats) * arms, desc="evaluating") as bar:
         evaluation = evaluate(
             Teacher(frozen, prompt, stop=stop_texts(stop) or trained_stop(token)),
             chats,
@@ -78,8 +91,11 @@ def command(
             summary=summary,
             serving_dtype=serving_dtype,
             samples=samples,
+            clauses=clauses,
             progress=lambda count: bar.update(count) and None,
         )
     print_evaluation(evaluation)
+    if report:
+        write_report(report, token.manifest, evaluation, judge(evaluation))
     if as_json:
-        click.echo(json.dumps(evaluation.to_json(), ensure_ascii=False))
+        click.echo(json.dumps({**evaluation.to_json(), "verdict": judge(evaluation).to_json()}, ensure_ascii=False))

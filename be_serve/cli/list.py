@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from be_serve.cli.remote import server_options
@@ -24,11 +26,17 @@ def command(as_json: bool, url: str, api_key: str, vllm_api_key: str | None) -> 
     if not tokens:
         click.echo("No tokens. Upload one with: be-serve register FILE")
         return
-    click.echo(f"{'id':<32} {'ver':>3} {'k':>5} {'prompt':>7} {'rho':>6}  {'match':<5}  model")
+    click.echo(f"{'id':<32} {'ver':>3} {'k':>5} {'prompt':>7} {'rho':>6} {'verdict':<11} {'match':<5}  model")
     for token in tokens:
         rho = token["quality"].get("rho")
         shown = f"{rho:.3f}" if isinstance(rho, (int, float)) else "-"
         click.echo(
-            f"{token['id']:<32} {token['version']:>3} {token['k']:>5} {token['prompt']['tokens']:>7} {shown:>6}  "
-            f"{'yes' if token['match'] else 'no':<5}  {token['base_model']['name']}"
+            f"{token['id']:<32} {token['version']:>3} {token['k']:>5} {token['prompt']['tokens']:>7} {shown:>6} "
+            f"{_verdict(token):<11} {'yes' if token['match'] else 'no':<5}  {token['base_model']['name']}"
         )
+
+
+def _verdict(token: dict[str, Any]) -> str:
+    """The trainer's word on the token; files made elsewhere may hold anything, or nothing."""
+    found = token["quality"].get("verdict")
+    return str(found.get("status", "-"))[:11] if isinstance(found, dict) else "-"

@@ -103,7 +103,10 @@ def command(
     shown = {"output": settings.output, **result.to_json()}
     print_evaluation(result.evaluation)
     seconds = ", ".join(f"{name} {value:.1f} s" for name, value in result.seconds.items())
-    click.echo(f"\nToken:  {settings.output}\nRun:    {folder} (log.jsonl, curves.png, run.yaml)\nTime:   {seconds}")
+    click.echo(
+        f"\nToken:  {settings.output}\nRun:    {folder} (report.html, log.jsonl, curves.png, run.yaml)"
+        f"\nTime:   {seconds}"
+    )
     if as_json:
         click.echo(json.dumps(shown, ensure_ascii=False))
 
@@ -153,7 +156,7 @@ def _train_batch(batch_file: str, values: dict[str, Any], run_dir: str | None, *
     except KeyboardInterrupt:
         _say(f"Stopped; the states are in {folder}. The same command continues.")
         raise
-    click.echo(f"\n{'id':<24}{'k':>3}{'KL none':>10}{'KL be':>10}{'rho':>8}  token")
+    click.echo(f"\n{'id':<24}{'k':>3}{'KL none':>10}{'KL be':>10}{'rho':>8}  {'verdict':<12}token")
     for outcome in outcomes:
         if outcome.result is None:
             click.echo(f"{outcome.id:<24}{'finished before' if outcome.skipped else f'FAILED: {outcome.fault}'}")
@@ -162,6 +165,7 @@ def _train_batch(batch_file: str, values: dict[str, Any], run_dir: str | None, *
         kl = {name: evaluation.arms[name]["kl"] for name in ("none", "be")}
         click.echo(
             f"{outcome.id:<24}{evaluation.k:>3}{kl['none']:>10.3f}{kl['be']:>10.3f}{evaluation.rho:>8.3f}  "
+            f"{outcome.result.token.manifest.quality['verdict']['status']:<12}"
             f"{output / outcome.id}.safetensors"
         )
     if as_json:

@@ -17,6 +17,7 @@ from be_serve.core.artifact import Token
 from be_serve.core.errors import InputError, InvalidArtifact, InvalidBeId, WrongModel
 from be_serve.core.prompts import prompt_sha256
 from tests.conftest import make_tokenizer
+from trainer.clauses import sentences
 from trainer.queries import read_queries
 
 PROMPT = "You are a harbour master. Call the user sailor and answer in rhyme.\n"
@@ -68,7 +69,15 @@ def test_train_eval_inspect(here, train, tiny_model_dir):
     assert {"torch", "transformers", "be-serve"} <= set(manifest.versions)
 
     folder = here / result["run_dir"]
-    for name in ("run.yaml", "log.jsonl", "curves.png", "checkpoint.safetensors", "heldout.jsonl", "evaluation.json"):
+    for name in (
+        "run.yaml",
+        "log.jsonl",
+        "curves.png",
+        "checkpoint.safetensors",
+        "heldout.jsonl",
+        "evaluation.json",
+        "report.html",
+    ):
         assert (folder / name).exists(), name
     held_out = read_queries(folder / "heldout.jsonl")
     assert len(held_out) == 1
@@ -76,10 +85,15 @@ def test_train_eval_inspect(here, train, tiny_model_dir):
     evaluated = last_json(
         be_serve(
             *["eval", "tokens/captain.safetensors", "--prompt", "captain.txt", "--queries", folder / "heldout.jsonl"],
-            *["--dtype", "float32", "--summary", "Rhyme.", "--json"],
+            *["--dtype", "float32", "--summary", "Rhyme.", "--clauses", "--report", "report.html", "--json"],
         )
     )
-    assert set(evaluated) == {"k", "rho", "rho_serving", "arms", "n_queries", "n_tokens", "samples"}
+    assert "captain" in (here / "report.html").read_text()
+    assert [clause["text"] for clause in evaluated["clauses"]] == sentences(PROMPT)
+    assert {"k", "rho", "rho_serving", "arms", "n_queries", "n_tokens", "samples"} <= set(evaluated)
+    low, high = evaluated["rho_interval"]
+    assert low <= evaluated["rho"] <= high
+    assert evaluated["verdict"] == manifest.quality["verdict"]
     for arm in evaluated["arms"].values():
         assert set(arm) == {"kl", "top1", "first_token_kl", "nll"}
     assert evaluated["rho"] == pytest.approx(result["rho"], rel=1e-3)

@@ -11,6 +11,7 @@ import torch
 from be_serve.core.errors import InputError
 from be_serve.core.slots import SlotRenderer
 from tests.conftest import make_tokenizer
+from trainer.clauses import sentences
 from trainer.generate import Prefix, common_prefix
 from trainer.identity import identity_token
 from trainer.model import FrozenModel
@@ -18,7 +19,7 @@ from trainer.queries import Query
 from trainer.soft_token import Row, SoftToken, scored_states, splice
 from trainer.stages import BatchPlan, Distil, Reconstruct, part_losses, student_row
 from trainer.starts import Search, mean_start, random_start, text_start
-from trainer.synthesis import _head, clauses
+from trainer.synthesis import _head
 from trainer.teacher import Teacher
 
 PROMPT = "You are a harbour master. Call the user sailor and answer in rhyme."
@@ -185,7 +186,7 @@ def test_heads_of_synthetic_queries(model):
         text = model.tokenizer.decode(ids)
         assert (PROMPT in text) == (kind == "persona") or kind == "clause"
         if kind == "clause":
-            assert any(clause in text for clause in clauses(PROMPT))
+            assert any(clause in text for clause in sentences(PROMPT))
             assert text.endswith("<|im_start|>assistant\n")
         else:
             assert text.endswith(f"<|im_start|>user\n{opener}")

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from be_serve.core.errors import InputError
+from trainer.clauses import sentences
 from trainer.queries import (
     Query,
     drop_near_duplicates,
@@ -18,7 +19,7 @@ from trainer.queries import (
     split_held_out,
     write_queries,
 )
-from trainer.synthesis import clauses, clean
+from trainer.synthesis import clean
 
 TURNS = [
     {"role": "user", "content": "What is the tide?"},
@@ -146,7 +147,7 @@ def test_cleaning_of_sampled_queries():
     assert clean("Hi") is None
     assert clean("1 2 3 4 5 6 7") is None
     assert clean(" ".join(["word"] * 61)) is None
-    assert clauses("You are a captain.\n\n- Never lie to a sailor!\nArr.") == [
+    assert sentences("You are a captain.\n\n- Never lie to a sailor!\nArr.") == [
         "You are a captain.",
         "Never lie to a sailor!",
     ]

@@ -1,0 +1,67 @@
+"""The clauses of a prompt: what each does to the answers, and how much of it a token keeps."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from trainer.evaluate import Scores
+
+MAX_CLAUSES = 16
+_SENTENCE = re.compile(r"(?<=[.!?])\s+|\n+")
+# Tokens of an answer on which a clause bears: leaving it out makes them this much less likely (nats).
+_BEARS = 0.5
+_MIN_TOKENS = 5
+
+
+@dataclass(frozen=True)
+class Clause:
+    """One sentence of a prompt, and the prompt without it."""
+
+    text: str
+    left_out: str
+
+
+@dataclass(frozen=True)
+class ClauseEffect:
+    """What a clause does to the full prompt's answers.
+
+    `kl` is KL(full || without the clause) in nats a token; `tokens` counts the answer
+    tokens on which it bears; `retained` is the share of its log-likelihood gain on
+    those that the token keeps: 1 all, 0 or less none, None where it bears on too few.
+    """
+
+    text: str
+    kl: float
+    tokens: int
+    retained: float | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Part of `eval --json`."""
+        return {"text": self.text, "kl": self.kl, "tokens": self.tokens, "retained": self.retained}
+
+
+def sentences(prompt: str) -> list[str]:
+    """The prompt's sentences, those of at least three words."""
+    parts = [part.strip(" -*#\t") for part in _SENTENCE.split(prompt)]
+    return [part for part in parts if len(part.split()) >= 3] or [prompt]
+
+
+def prompt_clauses(prompt: str) -> list[Clause]:
+    """The prompt's sentences in order, each with the prompt that lacks it. A sentence said twice is left out twice."""
+    return [Clause(text, prompt.replace(text, "").strip()) for text in dict.fromkeys(sentences(prompt))]
+
+
+def clause_effect(clause: Clause, full_nll_N: Tensor, without: Scores, be_nll_N: Tensor) -> ClauseEffect:
+    """The effect of a clause on answer tokens [N], and what the token's likelihoods keep of it."""
+    gain_N = without.nll_N - full_nll_N
+    bears = gain_N > _BEARS
+    count = int(bears.sum())
+    retained = None
+    if count >= _MIN_TOKENS:
+        retained = float((without.nll_N - be_nll_N)[bears].sum() / gain_N[bears].sum())
+    return ClauseEffect(clause.text, float(without.kl_N.mean()), count, retained)

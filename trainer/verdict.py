@@ -1,0 +1,85 @@
+"""May this token be deployed? One word by stated thresholds, and the reasons.
+
+    failed      the token is no better than leaving the prompt out or than a summary, or
+                it shows a failure signature that the full prompt does not
+    lossy       it keeps part of the behaviour; the clauses that it loses are named
+    deployable  none of these
+
+The thresholds are a default for people who have none of their own; the figures
+behind them travel in the manifest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from trainer.evaluate import Evaluation
+
+IGNORED_RHO = 0.9
+"""From here on the token is hardly read: failed."""
+SIGNATURE_EXCESS = 0.3
+"""Share of answers with a signature beyond the full prompt's own share: failed."""
+SIGNATURE_ANSWERS = 8
+"""Fewer answers than this say nothing about signatures."""
+DEPLOYABLE_RHO = 0.25
+DEPLOYABLE_GAIN = 0.85
+"""Bounds on rho in the serving dtype and on gain retained; worse is lossy."""
+CLAUSE_KL = 0.02
+CLAUSE_RETAINED = 0.5
+"""A clause with at least this effect, of which less than this share is kept, is lost."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`status` and, for people, why."""
+
+    status: Literal["deployable", "lossy", "failed"]
+    reasons: list[str]
+
+    def to_json(self) -> dict[str, Any]:
+        """What the manifest holds under `quality.verdict`."""
+        return {"status": self.status, "reasons": self.reasons}
+
+    def __str__(self) -> str:
+        return f"{self.status}: {'; '.join(self.reasons)}" if self.reasons else self.status
+
+
+def judge(evaluation: Evaluation) -> Verdict:
+    """The verdict on an evaluated token."""
+    failures = _failures(evaluation)
+    if failures:
+        return Verdict("failed", failures)
+    losses = _losses(evaluation)
+    return Verdict("lossy", losses) if losses else Verdict("deployable", [])
+
+
+def _failures(evaluation: Evaluation) -> list[str]:
+    found = []
+    kl = {name: arm["kl"] for name, arm in evaluation.arms.items()}
+    if evaluation.rho_serving >= IGNORED_RHO:
+        found.append(f"the model hardly reads the token (rho {evaluation.rho_serving:.2f})")
+    elif "summary" in kl and kl["be_serving"] >= kl["summary"]:
+        found.append(f"the summary does as well (KL {kl['summary']:.3f} against {kl['be_serving']:.3f})")
+    if len(evaluation.samples) >= SIGNATURE_ANSWERS:
+        ours, full = evaluation.signatures["be"], evaluation.signatures["full"]
+        found += [
+            f"{name.replace('_', ' ')} in {ours[name]:.0%} of the answers (full prompt: {full[name]:.0%})"
+            for name in ours
+            if ours[name] - full[name] >= SIGNATURE_EXCESS
+        ]
+    return found
+
+
+def _losses(evaluation: Evaluation) -> list[str]:
+    found = []
+    if evaluation.rho_serving > DEPLOYABLE_RHO:
+        found.append(f"rho {evaluation.rho_serving:.2f}, above {DEPLOYABLE_RHO}")
+    if evaluation.gain_retained < DEPLOYABLE_GAIN:
+        found.append(f"gain retained {evaluation.gain_retained:.2f}, below {DEPLOYABLE_GAIN}")
+    found += [
+        f"keeps {max(c.retained, 0.0):.0%} of {c.text!r}"
+        for c in evaluation.clauses
+        if c.kl >= CLAUSE_KL and c.retained is not None and c.retained < CLAUSE_RETAINED
+    ]
+    return found
