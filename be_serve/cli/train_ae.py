@@ -40,7 +40,8 @@ def command(
 ) -> None:
     """Train [AE], the embedding that makes a frozen model repeat the text before it (Eq. 1).
 
-    Once for each model; `be-serve train --ae` uses it. The same command continues an interrupted run.
+    Once for each model; `be-serve train --ae` uses it. Further corpus files may follow as
+    MORE. The same command continues an interrupted run.
     """
     from be_serve.models import DEFAULT_MODEL, resolve_model
 
