@@ -148,18 +148,18 @@ def evaluate(
     reference = teacher.examples(queries, response_tokens=RESPONSE_TOKENS, progress=progress)
     rounded_KH = vectors_KH.to(DTYPES[serving_dtype]).to(torch.float32)
     arms = {
-        "none": Arm.of_ids(model, _chats(model, queries, "")),
-        "template_default": Arm.of_ids(model, _chats(model, queries, None)),
+        "none": Arm.of_ids(model, chats(model, queries, "")),
+        "template_default": Arm.of_ids(model, chats(model, queries, None)),
     }
     if summary:
-        arms["summary"] = Arm.of_ids(model, _chats(model, queries, summary))
+        arms["summary"] = Arm.of_ids(model, chats(model, queries, summary))
     arms["be"] = Arm.of_vectors(model, vectors_KH, queries, placement)
     # A model that itself runs in the serving dtype rounds the vectors anyway: one arm, measured once.
     same = torch.equal(rounded_KH.to(model.dtype), vectors_KH.to(model.dtype))
     if not same:
         arms["be_serving"] = Arm.of_vectors(model, rounded_KH, queries, placement)
     parts = prompt_clauses(teacher.prompt)[:MAX_CLAUSES] if clauses else []
-    without = {f"without {i}": Arm.of_ids(model, _chats(model, queries, part.left_out)) for i, part in enumerate(parts)}
+    without = {f"without {i}": Arm.of_ids(model, chats(model, queries, part.left_out)) for i, part in enumerate(parts)}
 
     states = {"full": [e.states_TH for e in reference]}
     for name, arm in (arms | without).items():
@@ -203,7 +203,7 @@ def _mean_length(answers: Sequence[dict[str, str]], arm: str) -> float:
     return sum(len(answer[arm]) for answer in answers) / len(answers)
 
 
-def _chats(model: FrozenModel, queries: Sequence[Query], system: str | None) -> list[list[int]]:
+def chats(model: FrozenModel, queries: Sequence[Query], system: str | None) -> list[list[int]]:
     chats = []
     for query in queries:
         messages: list[Message] = [*query.messages]

@@ -19,8 +19,9 @@ _WORD = re.compile(r"\w+", re.UNICODE)
 _COPIED_WORDS = 12
 _LOOP_WORDS = 4
 _LOOPED = 0.5
+_MACHINE = r"an? (ai\b|artificial intelligence|language model|chatbot)"
 _REFUSAL = re.compile(
-    r"\bas an? (ai|artificial|language model)|\bi('| a)m (just )?an? (ai\b|artificial|language model|chatbot|digital)"
+    rf"\bas {_MACHINE}|\bi('| a)m (just )?{_MACHINE}"
     r"|\bi('m| am) sorry,? but i (can('|no)t|am not able)|\bi can('|no)t (assist|help) with",
     re.IGNORECASE,
 )

@@ -4,6 +4,7 @@
     Reconstruct   stage 1, Eq. 2   trains [BE] through a frozen [AE]
     Distil        stage 2, Eq. 3   trains [BE] on the teacher's responses
     Joint         Eq. 4            stages 1 and 2 in one step
+    Tune          baseline         prompt tuning: cross-entropy of the responses
 
 A step's batch depends on the step and the seed alone, so a resumed run sees the same data.
 Parts are data: the parts of many tokens go through the model in one forward pass.
@@ -138,19 +139,35 @@ class Distil:
         return [Part("kl", [self.rows[i] for i in batch], vectors_KH, loss)]
 
 
+class Tune:
+    """Prompt tuning (Lester et al., arXiv 2104.08691): cross-entropy of the responses. A baseline."""
+
+    name = "tune"
+
+    def __init__(self, distil: Distil) -> None:
+        self.distil = distil
+
+    def parts(self, vectors_KH: Tensor, step: int) -> list[Part]:
+        rows = [self.distil.rows[i] for i in self.distil.plan(step)]
+        return [replace(_reconstruction(self.distil.model, rows, vectors_KH), name="nll")]
+
+
 class Reconstruct:
-    """Stage 1: the prompt from [BE][AE], without a template, Eq. 2. The [AE] stays as it is."""
+    """Stage 1: the prompt from [BE][AE], without a template, Eq. 2. The [AE] stays as it is.
+
+    Without an [AE] it is the memory token of Kuratov et al. (arXiv 2502.13063), a baseline.
+    """
 
     name = "reconstruct"
 
-    def __init__(self, model: FrozenModel, prompt: str, ae_1H: Tensor) -> None:
+    def __init__(self, model: FrozenModel, prompt: str, ae_1H: Tensor | None) -> None:
         self.model = model
         ids = model.tokenizer.encode(prompt, add_special_tokens=False)
         self.row = Row((), (), ids)
-        self.ae_1H = ae_1H.to(model.device)
+        self.ae_1H = torch.zeros(0, model.hidden_size) if ae_1H is None else ae_1H
 
     def parts(self, vectors_KH: Tensor, step: int) -> list[Part]:
-        return [_reconstruction(self.model, [self.row], torch.cat([vectors_KH, self.ae_1H]))]
+        return [_reconstruction(self.model, [self.row], torch.cat([vectors_KH, self.ae_1H.to(vectors_KH)]))]
 
 
 def _reconstruction(model: FrozenModel, rows: Sequence[Row], vectors_KH: Tensor) -> Part:

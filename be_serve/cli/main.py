@@ -16,13 +16,14 @@ _VERBS = {
     "train-ae": ("be_serve.cli.train_ae", "Train the universal [AE] token of a model (stage 0)."),
     "from-text": ("be_serve.cli.from_text", "Write a prompt's own embeddings as a token."),
     "eval": ("be_serve.cli.eval", "Measure a token beside no prompt and the full prompt."),
+    "compare": ("be_serve.cli.compare", "Train methods beside each other on one prompt."),
     "inspect": ("be_serve.cli.inspect", "Show and check a token file."),
     "serve": ("be_serve.cli.serve", "Serve a model on vLLM with the be_id plugin."),
     "register": ("be_serve.cli.register", "Upload a token to a running server."),
     "list": ("be_serve.cli.list", "List a server's tokens."),
     "show": ("be_serve.cli.show", "Show one token of a server."),
     "remove": ("be_serve.cli.remove", "Remove a token from a server."),
-    "bench": ("be_serve.cli.bench", "Measure time to first token."),
+    "bench": ("be_serve.cli.bench", "Measure time to first token, or a training step."),
     "model": ("be_serve.cli.model", "Prepare a model and print its folder and fingerprint."),
 }
 
@@ -45,7 +46,7 @@ class _LazyGroup(click.Group):
 @click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, package_name="be-serve")
 def cli() -> None:
-    """Replace a long system prompt by one learned input embedding."""
+    """Replace a long system prompt by a few learned input embeddings."""
 
 
 def main() -> None:

@@ -1,0 +1,93 @@
+"""`be-serve compare PROMPT_FILE`: methods beside each other on one prompt."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+DEFAULT_METHODS = "truncate:4,memory:1,pt:1,kd:1,pt:4,kd:4"
+
+
+@click.command("compare")
+@click.argument("prompt_file")
+@click.option("--methods", default=DEFAULT_METHODS, show_default=True, help="kd, joint, stages, memory, pt, truncate.")
+@click.option("--model", help="Hugging Face name, local folder or builtin:NAME. [default: the built-in model]")
+@click.option("--queries", required=True, help="JSONL of unlabeled queries.")
+@click.option("--held-out", type=click.IntRange(2), default=32, show_default=True, help="Queries kept for the table.")
+@click.option("--ae", help="[AE] file, for the methods joint and stages.")
+@click.option("--summary", help="A short text in the prompt's place, as a method of its own.")
+@click.option("--steps", type=click.IntRange(1), default=160, show_default=True)
+@click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True)
+@click.option("--lr", type=float, default=1e-2, show_default=True)
+@click.option("--stop", multiple=True, help="A text that ends a response; \\n is a line break.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--device", default="auto", show_default=True)
+@click.option("--dtype", type=click.Choice(["auto", "bfloat16", "float16", "float32"]), default="auto")
+@click.option("--run-dir", help="Run folder. [default: runs/compare-<prompt file>]")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line.")
+def command(
+    prompt_file: str,
+    methods: str,
+    model: str | None,
+    queries: str,
+    held_out: int,
+    ae: str | None,
+    summary: str | None,
+    steps: int,
+    batch_size: int,
+    lr: float,
+    stop: tuple[str, ...],
+    seed: int,
+    device: str,
+    dtype: str,
+    run_dir: str | None,
+    as_json: bool,
+) -> None:
+    """Train methods on the same data for the same steps and print them in one table.
+
+    The same command continues an interrupted comparison.
+    """
+    from be_serve.cli._training import stop_texts
+    from be_serve.core.prompts import read_prompt_file
+    from be_serve.models import DEFAULT_MODEL, resolve_model
+    from trainer.autoencoder import load_ae
+    from trainer.compare import Method, Setting, compare
+    from trainer.model import FrozenModel
+    from trainer.queries import drop_near_duplicates, read_queries, split_held_out
+    from trainer.teacher import Teacher
+
+    chosen = [Method.parse(text) for text in methods.split(",")]
+    if summary:
+        chosen.append(Method("summary", 1))
+    found = resolve_model(model or DEFAULT_MODEL)
+    frozen = FrozenModel.load(found.path, name=found.name, revision=found.revision, device=device, dtype=dtype)
+    folder = Path(run_dir) if run_dir else Path("runs") / f"compare-{Path(prompt_file).stem}"
+    folder.mkdir(parents=True, exist_ok=True)
+    teacher = Teacher(frozen, read_prompt_file(prompt_file), folder, stop=stop_texts(stop))
+    training, kept = split_held_out(drop_near_duplicates(read_queries(queries)), held_out, seed)
+    lines = compare(
+        teacher,
+        teacher.examples(training, response_tokens=64),
+        kept,
+        chosen,
+        Setting(steps=steps, batch_size=batch_size, lr=lr, seed=seed),
+        folder,
+        ae_1H=load_ae(ae, frozen) if ae else None,
+        summary=summary,
+    )
+    click.echo(f"{len(training)} queries to train on, {len(kept)} held out; {steps} steps of batch {batch_size} each\n")
+    click.echo(
+        f"{'method':<14}{'tokens':>7}{'KL':>9}{'rho':>8}  {'95 % interval':<16}{'gain retained':>14}{'top-1':>8}"
+    )
+    for line in lines:
+        low, high = line.rho_interval
+        click.echo(
+            f"{line.method:<14}{line.k:>7}{line.figures['kl']:>9.3f}{line.rho:>8.3f}  {f'{low:.3f} to {high:.3f}':<16}"
+            f"{line.gain_retained:>14.2f}{line.figures['top1']:>8.3f}"
+        )
+    result = {"prompt_file": prompt_file, "steps": steps, "methods": [line.to_json() for line in lines]}
+    (folder / "compare.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    if as_json:
+        click.echo(json.dumps(result))

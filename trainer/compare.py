@@ -1,0 +1,200 @@
+"""Methods of one shape on one prompt: the same data, steps and start, trained side by side and measured alike.
+
+kd        distillation (Eq. 3), what `train` does
+joint     reconstruction through [AE] and distillation together (Eq. 4)
+stages    reconstruction through [AE], then distillation (the paper's order)
+memory    reconstruction of the prompt without [AE], a memory token
+pt        prompt tuning: cross-entropy of the full prompt's own answers
+truncate  the prompt's first k tokens, untrained
+summary   a text of your own in the prompt's place, untrained
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from be_serve.core.errors import InputError
+from trainer.evaluate import RESPONSE_TOKENS, Arm, Scores, chats, rho_interval, score
+from trainer.loop import Optimisation, Training, fit
+from trainer.queries import Query
+from trainer.soft_token import Row, SoftToken
+from trainer.stages import Distil, Joint, Reconstruct, Stage, Tune
+from trainer.starts import Search
+from trainer.teacher import Example, Teacher
+
+TRAINED = ("kd", "joint", "stages", "memory", "pt")
+UNTRAINED = ("truncate", "summary")
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method and its number of vectors or tokens, written `kd:4`; a summary has the length of its text."""
+
+    name: str
+    k: int
+
+    def __str__(self) -> str:
+        return self.name if self.name == "summary" else f"{self.name}:{self.k}"
+
+    @classmethod
+    def parse(cls, text: str) -> Method:
+        """Read `name:k`. Raises InputError."""
+        name, _, k = text.strip().partition(":")
+        if name not in TRAINED + UNTRAINED or (k and not k.isdecimal()) or k == "0":
+            raise InputError(f"No method {text!r}: use {', '.join(TRAINED + UNTRAINED)}, with :k behind the name.")
+        return cls(name, int(k or 1))
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all methods share. The paper's lambda is used where a loss has two parts."""
+
+    steps: int = 160
+    batch_size: int = 8
+    lr: float = 1e-2
+    lam: float = 0.9
+    seed: int = 0
+    search_queries: int = 8
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of the table."""
+
+    method: str
+    k: int
+    figures: dict[str, float]
+    rho: float
+    rho_interval: tuple[float, float]
+    gain_retained: float
+
+    def to_json(self) -> dict[str, Any]:
+        """A line of `compare --json`."""
+        return {
+            "method": self.method,
+            "k": self.k,
+            **self.figures,
+            "rho": self.rho,
+            "rho_interval": list(self.rho_interval),
+            "gain_retained": self.gain_retained,
+        }
+
+
+def compare(
+    teacher: Teacher,
+    examples: Sequence[Example],
+    held_out: Sequence[Query],
+    methods: Sequence[Method],
+    setting: Setting,
+    folder: Path,
+    *,
+    ae_1H: Tensor | None = None,
+    summary: str | None = None,
+    quiet: bool = False,
+) -> list[Line]:
+    """Train and measure every method; `none` and `full` frame the table.
+
+    Raises InputError for a method that lacks what it needs, Stopped after a signal;
+    the same call then continues.
+    """
+    _check(methods, ae_1H, summary)
+    model = teacher.model
+    prompt_ids = model.slots.prompt_ids(teacher.prompt, template_kwargs=model.template_kwargs)
+    search = Search(model, examples[: setting.search_queries], "system")
+    starts = {k: search.run(prompt_ids, k).vectors_KH for k in sorted({m.k for m in methods if m.name in TRAINED})}
+    trainings = {}
+    for method in methods:
+        if method.name in TRAINED:
+            place = folder / str(method).replace(":", "-")
+            place.mkdir(parents=True, exist_ok=True)
+            trainings[method] = Training(
+                SoftToken(starts[method.k].to(model.device)),
+                _stages(teacher, examples, method, setting, ae_1H),
+                Optimisation(setting.lr),
+                folder=place,
+                digest=_digest(teacher, examples, method, setting, ae_1H),
+            )
+    fit(model, list(trainings.values()), quiet=quiet)
+
+    arms: dict[str, Arm] = {"none": Arm.of_ids(model, chats(model, held_out, ""))}
+    for method in methods:
+        if method in trainings:
+            vectors_KH = trainings[method].token.vectors.detach()
+        elif method.name == "truncate":
+            vectors_KH = model.embed(prompt_ids[: method.k]).float()
+        else:
+            arms[str(method)] = Arm.of_ids(model, chats(model, held_out, summary))
+            continue
+        arms[str(method)] = Arm.of_vectors(model, vectors_KH, held_out, "system")
+    scores, lengths_Q = _measure(teacher, held_out, arms)
+    ks = {str(m): m.k for m in methods}
+    if summary is not None:
+        ks["summary"] = len(model.tokenizer.encode(summary, add_special_tokens=False))
+    ks.update(none=0, full=len(prompt_ids))
+    return [_row(name, ks[name], scores, lengths_Q) for name in ("none", *(str(m) for m in methods), "full")]
+
+
+def _check(methods: Sequence[Method], ae_1H: Tensor | None, summary: str | None) -> None:
+    for method in methods:
+        if method.name in ("joint", "stages") and ae_1H is None:
+            raise InputError(f"{method} needs an [AE] file (--ae); make one with `be-serve train-ae`.")
+        if method.name == "summary" and not summary:
+            raise InputError("The method `summary` needs its text (--summary).")
+
+
+def _stages(
+    teacher: Teacher, examples: Sequence[Example], method: Method, setting: Setting, ae_1H: Tensor | None
+) -> list[tuple[Stage, int]]:
+    model = teacher.model
+    distil = Distil(model, examples, batch_size=setting.batch_size, seed=setting.seed)
+    if method.name == "kd":
+        return [(distil, setting.steps)]
+    if method.name == "pt":
+        return [(Tune(distil), setting.steps)]
+    if method.name == "memory":
+        return [(Reconstruct(model, teacher.prompt, None), setting.steps)]
+    reconstruct = Reconstruct(model, teacher.prompt, ae_1H)
+    if method.name == "joint":
+        return [(Joint(reconstruct, distil, setting.lam), setting.steps)]
+    return [(reconstruct, setting.steps // 2), (distil, setting.steps - setting.steps // 2)]
+
+
+def _digest(
+    teacher: Teacher, examples: Sequence[Example], method: Method, setting: Setting, ae_1H: Tensor | None
+) -> str:
+    """Digest of all that decides the method's curve."""
+    data = [[example.query.to_json(), example.response] for example in examples]
+    ae = None if ae_1H is None else ae_1H.tolist()
+    key = [str(method), dataclasses.asdict(setting), teacher.prompt, str(teacher.model.fingerprint), data, ae]
+    return hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
+
+
+def _measure(teacher: Teacher, held_out: Sequence[Query], arms: dict[str, Arm]) -> tuple[dict[str, Scores], Tensor]:
+    reference = teacher.examples(held_out, response_tokens=RESPONSE_TOKENS)
+    states = {"full": [e.states_TH for e in reference]}
+    for name, arm in arms.items():
+        rows = [Row((), suffix, e.response) for suffix, e in zip(arm.suffixes, reference, strict=True)]
+        states[name] = arm.prefix.states(rows)
+    return score(teacher.model, reference, states), torch.tensor([len(e.response) for e in reference])
+
+
+def _row(name: str, k: int, scores: dict[str, Scores], lengths_Q: Tensor) -> Line:
+    figures = {arm: scores[arm].means(lengths_Q) for arm in ("none", name, "full")}
+    gain = figures["none"]["nll"] - figures["full"]["nll"]
+    return Line(
+        name,
+        k,
+        figures[name],
+        figures[name]["kl"] / figures["none"]["kl"],
+        rho_interval(scores[name].kl_N, scores["none"].kl_N, lengths_Q),
+        (figures["none"]["nll"] - figures[name]["nll"]) / gain,
+    )
