@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 
 from be_serve.core.errors import InputError
-from trainer.evaluate import RESPONSE_TOKENS, Arm, Scores, chats, rho_interval, score
+from trainer.evaluate import RESPONSE_TOKENS, Arm, Scores, chats, rho_interval, score_arms
 from trainer.loop import Optimisation, Training, fit
 from trainer.queries import Query
-from trainer.soft_token import Row, SoftToken
+from trainer.soft_token import SoftToken
 from trainer.stages import Distil, Joint, Reconstruct, Stage, Tune
 from trainer.starts import Search
 from trainer.teacher import Example, Teacher
@@ -180,11 +180,7 @@ def _digest(
 
 def _measure(teacher: Teacher, held_out: Sequence[Query], arms: dict[str, Arm]) -> tuple[dict[str, Scores], Tensor]:
     reference = teacher.examples(held_out, response_tokens=RESPONSE_TOKENS)
-    states = {"full": [e.states_TH for e in reference]}
-    for name, arm in arms.items():
-        rows = [Row((), suffix, e.response) for suffix, e in zip(arm.suffixes, reference, strict=True)]
-        states[name] = arm.prefix.states(rows)
-    return score(teacher.model, reference, states), torch.tensor([len(e.response) for e in reference])
+    return score_arms(teacher.model, reference, arms), torch.tensor([len(e.response) for e in reference])
 
 
 def _row(name: str, k: int, scores: dict[str, Scores], lengths_Q: Tensor) -> Line:

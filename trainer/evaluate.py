@@ -92,6 +92,10 @@ class Evaluation:
     """Failure signatures by arm: shares of the sampled answers (`trainer.signatures`)."""
     clauses: list[ClauseEffect] = field(default_factory=list)
     """What leaving out each clause of the prompt does, and how much of it the token keeps."""
+    turns: list[dict[str, float]] = field(default_factory=list)
+    """KL of each turn of a conversation (`trainer.robustness`)."""
+    off_topic: dict[str, float] = field(default_factory=dict)
+    """KL on questions that have nothing to do with the prompt (`trainer.robustness`)."""
 
     @property
     def rho(self) -> float:
@@ -120,6 +124,8 @@ class Evaluation:
             "n_tokens": self.n_tokens,
             "length_ratio": self.length_ratio,
             "signatures": self.signatures,
+            "turns": self.turns,
+            "off_topic": self.off_topic,
             "clauses": [effect.to_json() for effect in self.clauses],
             "samples": self.samples,
         }
@@ -161,11 +167,7 @@ def evaluate(
     parts = prompt_clauses(teacher.prompt)[:MAX_CLAUSES] if clauses else []
     without = {f"without {i}": Arm.of_ids(model, chats(model, queries, part.left_out)) for i, part in enumerate(parts)}
 
-    states = {"full": [e.states_TH for e in reference]}
-    for name, arm in (arms | without).items():
-        rows = [Row((), suffix, e.response) for suffix, e in zip(arm.suffixes, reference, strict=True)]
-        states[name] = arm.prefix.states(rows, progress)
-    scores = score(model, reference, states)
+    scores = score_arms(model, reference, arms | without, progress)
     if same:
         scores["be_serving"] = scores["be"]
         if progress:
@@ -213,6 +215,17 @@ def chats(model: FrozenModel, queries: Sequence[Query], system: str | None) -> l
     return chats
 
 
+def score_arms(
+    model: FrozenModel, reference: Sequence[Example], arms: dict[str, Arm], progress: Progress | None = None
+) -> dict[str, Scores]:
+    """Figures of each arm, and of `full`, on the full prompt's answers."""
+    states = {"full": [e.states_TH for e in reference]}
+    for name, arm in arms.items():
+        rows = [Row((), suffix, e.response) for suffix, e in zip(arm.suffixes, reference, strict=True)]
+        states[name] = arm.prefix.states(rows, progress)
+    return score(model, reference, states)
+
+
 def score(model: FrozenModel, reference: Sequence[Example], states: dict[str, list[Tensor]]) -> dict[str, Scores]:
     """Each arm's figures a token, from float32 logits; `states` holds the arm `full`."""
     flat = {name: torch.cat(found) for name, found in states.items()}
@@ -237,18 +250,12 @@ def _samples(teacher: Teacher, reference: Sequence[Example], arms: dict[str, Arm
     if not reference:
         return []
 
-    def text(ids: list[int]) -> str:
-        found = str(teacher.model.tokenizer.decode(ids, skip_special_tokens=True))
-        for stop in teacher.stop:
-            found = found.split(stop)[0]
-        return found.strip()
-
     answers = {name: arm.prefix.generate(arm.suffixes[: len(reference)], RESPONSE_TOKENS) for name, arm in arms.items()}
     return [
         {
             "query": example.query.text,
-            "full": text(example.response),
-            **{name: text(made[i]) for name, made in answers.items()},
+            "full": teacher.text(example.response),
+            **{name: teacher.text(made[i]) for name, made in answers.items()},
         }
         for i, example in enumerate(reference)
     ]

@@ -49,6 +49,8 @@ def write_report(
     ]
     if evaluation.clauses:
         parts += ["<h2>What it keeps of each sentence</h2>", _clauses(evaluation)]
+    if evaluation.turns or evaluation.off_topic:
+        parts += ["<h2>Over a conversation, and off topic</h2>", _robustness(evaluation)]
     if evaluation.samples:
         parts += ["<h2>What its answers do badly</h2>", _signatures(evaluation)]
         parts += ["<h2>Answers side by side</h2>", _samples(evaluation)]
@@ -96,6 +98,14 @@ def _clauses(evaluation: Evaluation) -> str:
         rows.append(f'<tr><td>{escape(clause.text)}</td><td class="n">{clause.kl:.3f}</td><td>{bar}</td></tr>')
     head = "<tr><th>sentence</th><th>KL when it is left out</th><th>of its effect the token keeps</th></tr>"
     return f"<table>{head}{''.join(rows)}</table>"
+
+
+def _robustness(evaluation: Evaluation) -> str:
+    lines = [(f"turn {turn['turn']:.0f}", turn) for turn in evaluation.turns]
+    if evaluation.off_topic:
+        lines.append(("off topic", evaluation.off_topic))
+    rows = [[name, *(f"{figures[key]:.3f}" for key in ("none", "be", "rho"))] for name, figures in lines]
+    return _table(["", "KL, no prompt", "KL, [BE]", "rho"], rows)
 
 
 def _signatures(evaluation: Evaluation) -> str:

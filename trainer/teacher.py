@@ -49,6 +49,13 @@ class Teacher:
         self.folder = folder
         self.stop = tuple(stop)
 
+    def text(self, response: Sequence[int]) -> str:
+        """A response as a client sees it: without special tokens, and without the stop text."""
+        found = str(self.model.tokenizer.decode(response, skip_special_tokens=True))
+        for stop in self.stop:
+            found = found.split(stop)[0]
+        return found.strip()
+
     def cut(self, response: list[int]) -> list[int]:
         """A response up to the id with which the first stop text is complete, that id included."""
         decode = self.model.tokenizer.decode

@@ -25,6 +25,8 @@ SIGNATURE_ANSWERS = 8
 DEPLOYABLE_RHO = 0.25
 DEPLOYABLE_GAIN = 0.85
 """Bounds on rho in the serving dtype and on gain retained; worse is lossy."""
+DRIFT_RHO = 0.2
+"""A token whose rho grows by more than this over a conversation is lossy."""
 CLAUSE_KL = 0.02
 CLAUSE_RETAINED = 0.5
 """A clause with at least this effect, of which less than this share is kept, is lost."""
@@ -77,6 +79,10 @@ def _losses(evaluation: Evaluation) -> list[str]:
         found.append(f"rho {evaluation.rho_serving:.2f}, above {DEPLOYABLE_RHO}")
     if evaluation.gain_retained < DEPLOYABLE_GAIN:
         found.append(f"gain retained {evaluation.gain_retained:.2f}, below {DEPLOYABLE_GAIN}")
+    if evaluation.turns:
+        first, last = evaluation.turns[0]["rho"], evaluation.turns[-1]["rho"]
+        if last - first > DRIFT_RHO:
+            found.append(f"persona drift: rho {first:.2f} in turn 1, {last:.2f} in turn {len(evaluation.turns)}")
     found += [
         f"keeps {max(c.retained, 0.0):.0%} of {c.text!r}"
         for c in evaluation.clauses

@@ -58,6 +58,11 @@ def print_evaluation(evaluation: Evaluation) -> None:
     click.echo(
         f"gain retained, in log-likelihood of those answers: {evaluation.gain_retained:.2f} (1: the full prompt)"
     )
+    for turn in evaluation.turns:
+        click.echo(f"  turn {turn['turn']}: KL none {turn['none']:.3f}, be {turn['be']:.3f}, rho {turn['rho']:.3f}")
+    if evaluation.off_topic:
+        found = evaluation.off_topic
+        click.echo(f"  off topic: KL none {found['none']:.3f}, be {found['be']:.3f}, rho {found['rho']:.3f}")
     for effect in sorted(evaluation.clauses, key=lambda c: -c.kl):
         kept = "too few tokens to say" if effect.retained is None else f"{effect.retained:.0%} kept"
         click.echo(f"  KL {effect.kl:.3f} when left out, {kept}: {textwrap.shorten(effect.text, 70)}")

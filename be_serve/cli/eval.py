@@ -19,6 +19,8 @@ import click
     "--stop", multiple=True, help="A text that ends a response; \\n is a line break. [default: as in training]"
 )
 @click.option("--clauses", is_flag=True, help="Leave out each sentence of the prompt in turn: what is kept of it?")
+@click.option("--turns", type=click.IntRange(2, 12), help="Also hold conversations of this many turns.")
+@click.option("--off-topic", is_flag=True, help="Also ask questions that have nothing to do with the prompt.")
 @click.option("--report", type=click.Path(path_type=Path), help="HTML file to write.")
 @click.option(
     "--samples",
@@ -40,6 +42,8 @@ def command(
     max_queries: int | None,
     stop: tuple[str, ...],
     clauses: bool,
+    turns: int | None,
+    off_topic: bool,
     report: Path | None,
     samples: int,
     serving_dtype: str,
@@ -69,6 +73,7 @@ def command(
     from trainer.model import FrozenModel
     from trainer.queries import read_queries
     from trainer.report_html import write_report
+    from trainer.robustness import measure_off_topic, measure_turns
     from trainer.teacher import Teacher
     from trainer.verdict import judge
 
@@ -81,12 +86,14 @@ def command(
         template_kwargs=token.manifest.template_kwargs,
     )
     token.check_model(frozen.fingerprint, frozen.hidden_size, served=found.name)
+    teacher = Teacher(frozen, prompt, stop=stop_texts(stop) or trained_stop(token))
+    vectors_KH = torch.from_numpy(token.vectors.copy())
     arms = (7 if summary else 6) + (min(len(prompt_clauses(prompt)), MAX_CLAUSES) if clauses else 0)
     with tqdm(total=len(chats) * arms, desc="evaluating") as bar:
         evaluation = evaluate(
-            Teacher(frozen, prompt, stop=stop_texts(stop) or trained_stop(token)),
+            teacher,
             chats,
-            torch.from_numpy(token.vectors.copy()),
+            vectors_KH,
             placement=token.manifest.placement,
             summary=summary,
             serving_dtype=serving_dtype,
@@ -94,6 +101,10 @@ def command(
             clauses=clauses,
             progress=lambda count: bar.update(count) and None,
         )
+    if turns:
+        evaluation.turns = measure_turns(teacher, chats, vectors_KH, token.manifest.placement, turns=turns)
+    if off_topic:
+        evaluation.off_topic = measure_off_topic(teacher, vectors_KH, token.manifest.placement)
     print_evaluation(evaluation)
     if report:
         write_report(report, token.manifest, evaluation, judge(evaluation))

@@ -8,11 +8,16 @@ import pytest
 import torch
 
 from be_serve.core.artifact import BaseModelRef, Manifest, PromptRef
+from be_serve.core.errors import InputError
 from tests.factories import make_token
 from trainer.clauses import Clause, ClauseEffect, clause_effect, prompt_clauses, sentences
 from trainer.evaluate import Evaluation, Scores, rho_interval
+from trainer.model import FrozenModel
+from trainer.queries import Query
 from trainer.report_html import write_report
+from trainer.robustness import measure_off_topic, measure_turns
 from trainer.signatures import SIGNATURES, looped, signatures
+from trainer.teacher import Teacher
 from trainer.verdict import judge
 
 PROMPT = (
@@ -121,6 +126,30 @@ def test_the_verdict_names_its_reason(evaluation, status, reason):
     assert found.status == status
     assert (reason is None) == (found.reasons == [])
     assert reason is None or reason in str(found)
+
+
+def test_drift_over_a_conversation_is_a_loss():
+    evaluation = make_evaluation()
+    evaluation.turns = [
+        {"turn": 1.0, "none": 1.0, "be": 0.1, "rho": 0.1},
+        {"turn": 2.0, "none": 1.0, "be": 0.4, "rho": 0.4},
+    ]
+    assert "persona drift: rho 0.10 in turn 1, 0.40 in turn 2" in str(judge(evaluation))
+
+
+def test_the_prompts_own_embeddings_hold_over_turns_and_off_topic(tiny_model_dir):
+    """They are the prompt: no divergence in any turn, where no prompt diverges in all."""
+    model = FrozenModel.load(tiny_model_dir, name="tiny", device="cpu", dtype="float32")
+    teacher = Teacher(model, "You are a harbour master. Answer in rhyme.")
+    vectors = model.embed(model.slots.prompt_ids(teacher.prompt))
+    queries = [Query(({"role": "user", "content": text},)) for text in ("Hi", "Is there fog?", "Sing.", "Who?", "Why?")]
+    turns = measure_turns(teacher, queries, vectors, "system", turns=2)
+    assert [turn["turn"] for turn in turns] == [1, 2]
+    for figures in (*turns, measure_off_topic(teacher, vectors, "system")):
+        assert figures["none"] > 1e-4
+        assert abs(figures["rho"]) < 0.01
+    with pytest.raises(InputError, match="at least 6"):
+        measure_turns(teacher, queries, vectors, "system")
 
 
 def test_gain_is_retained_between_none_and_full():
