@@ -27,7 +27,7 @@ from trainer.evaluate import RESPONSE_TOKENS, Arm, Scores, chats, rho_interval, 
 from trainer.loop import Optimisation, Training, fit
 from trainer.queries import Query
 from trainer.soft_token import SoftToken
-from trainer.stages import Distil, Joint, Reconstruct, Stage, Tune
+from trainer.stages import Distil, Joint, Memorise, Reconstruct, Stage, Tune
 from trainer.starts import Search
 from trainer.teacher import Example, Teacher
 
@@ -161,7 +161,8 @@ def _stages(
     if method.name == "pt":
         return [(Tune(distil), setting.steps)]
     if method.name == "memory":
-        return [(Reconstruct(model, teacher.prompt, None), setting.steps)]
+        return [(Memorise(model, model.tokenizer.encode(teacher.prompt, add_special_tokens=False)), setting.steps)]
+    assert ae_1H is not None  # _check has seen to it
     reconstruct = Reconstruct(model, teacher.prompt, ae_1H)
     if method.name == "joint":
         return [(Joint(reconstruct, distil, setting.lam), setting.steps)]

@@ -5,6 +5,7 @@
     Distil        stage 2, Eq. 3   trains [BE] on the teacher's responses
     Joint         Eq. 4            stages 1 and 2 in one step
     Tune          baseline         prompt tuning: cross-entropy of the responses
+    Memorise      baseline, probe  a text from the vectors alone
 
 A step's batch depends on the step and the seed alone, so a resumed run sees the same data.
 Parts are data: the parts of many tokens go through the model in one forward pass.
@@ -153,21 +154,30 @@ class Tune:
 
 
 class Reconstruct:
-    """Stage 1: the prompt from [BE][AE], without a template, Eq. 2. The [AE] stays as it is.
-
-    Without an [AE] it is the memory token of Kuratov et al. (arXiv 2502.13063), a baseline.
-    """
+    """Stage 1: the prompt from [BE][AE], without a template, Eq. 2. The [AE] stays as it is."""
 
     name = "reconstruct"
 
-    def __init__(self, model: FrozenModel, prompt: str, ae_1H: Tensor | None) -> None:
+    def __init__(self, model: FrozenModel, prompt: str, ae_1H: Tensor) -> None:
         self.model = model
-        ids = model.tokenizer.encode(prompt, add_special_tokens=False)
-        self.row = Row((), (), ids)
-        self.ae_1H = torch.zeros(0, model.hidden_size) if ae_1H is None else ae_1H
+        self.row = Row((), (), model.tokenizer.encode(prompt, add_special_tokens=False))
+        self.ae_1H = ae_1H.to(model.device)
 
     def parts(self, vectors_KH: Tensor, step: int) -> list[Part]:
-        return [_reconstruction(self.model, [self.row], torch.cat([vectors_KH, self.ae_1H.to(vectors_KH)]))]
+        return [_reconstruction(self.model, [self.row], torch.cat([vectors_KH, self.ae_1H]))]
+
+
+class Memorise:
+    """A text from the vectors alone: the memory token of Kuratov et al. (arXiv 2502.13063). Baseline and probe."""
+
+    name = "memorise"
+
+    def __init__(self, model: FrozenModel, ids: Sequence[int]) -> None:
+        self.model = model
+        self.row = Row((), (), list(ids))
+
+    def parts(self, vectors_KH: Tensor, step: int) -> list[Part]:
+        return [_reconstruction(self.model, [self.row], vectors_KH)]
 
 
 def _reconstruction(model: FrozenModel, rows: Sequence[Row], vectors_KH: Tensor) -> Part:

@@ -17,6 +17,8 @@ _VERBS = {
     "from-text": ("be_serve.cli.from_text", "Write a prompt's own embeddings as a token."),
     "eval": ("be_serve.cli.eval", "Measure a token beside no prompt and the full prompt."),
     "compare": ("be_serve.cli.compare", "Train methods beside each other on one prompt."),
+    "probe": ("be_serve.cli.probe", "Measure how many bits a vector of a model holds."),
+    "fit": ("be_serve.cli.fit", "Estimate whether a prompt fits into a few vectors."),
     "inspect": ("be_serve.cli.inspect", "Show and check a token file."),
     "serve": ("be_serve.cli.serve", "Serve a model on vLLM with the be_id plugin."),
     "register": ("be_serve.cli.register", "Upload a token to a running server."),

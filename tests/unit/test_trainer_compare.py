@@ -16,7 +16,7 @@ from trainer.model import FrozenModel
 from trainer.queries import Query
 from trainer.soft_token import Row, SoftToken, scored_states
 from trainer.speed import PlainLoop, Trained, measure
-from trainer.stages import Distil, Reconstruct, Tune, part_losses
+from trainer.stages import Distil, Memorise, Tune, part_losses
 from trainer.teacher import Teacher
 
 PROMPT = "You are a harbour master. Call the user sailor and answer in rhyme."
@@ -84,9 +84,9 @@ def test_prompt_tuning_is_the_responses_cross_entropy(model, examples):
 
 def test_a_memory_token_reconstructs_without_an_ae(model):
     vectors = torch.randn(2, model.hidden_size)
-    (part,) = Reconstruct(model, PROMPT, None).parts(vectors, 0)
+    (part,) = Memorise(model, [5, 6, 7]).parts(vectors, 0)
     assert torch.equal(part.vectors_KH, vectors)
-    assert part.rows == [Row((), (), model.tokenizer.encode(PROMPT, add_special_tokens=False))]
+    assert part.rows == [Row((), (), [5, 6, 7])]
 
 
 def test_compare_from_the_command_line(tmp_path, monkeypatch, tiny_model_dir, model):

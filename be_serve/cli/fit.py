@@ -1,0 +1,67 @@
+"""`be-serve fit PROMPT_FILE`: will a prompt fit into a few vectors?"""
+
+from __future__ import annotations
+
+import json
+import re
+import textwrap
+
+import click
+
+# Wording that is lost first: ids, numbers, addresses, code, schemas.
+_VERBATIM = re.compile(r"\d{2,}|https?://|\S+@\S+|[{}<>`]|\b[A-Z]{2,}[-_]\w+")
+
+
+@click.command("fit")
+@click.argument("prompt_file")
+@click.option("--model", help="Hugging Face name, local folder or builtin:NAME. [default: the built-in model]")
+@click.option("--device", default="auto", show_default=True)
+@click.option("--dtype", type=click.Choice(["auto", "bfloat16", "float16", "float32"]), default="auto")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line.")
+def command(prompt_file: str, model: str | None, device: str, dtype: str, as_json: bool) -> None:
+    """Hold the bits of a prompt's wording against what the vectors of the model hold.
+
+    A guide, not a proof: a prompt's behaviour is less than its wording, and the
+    thresholds are uncalibrated guesses. Measure the model once with `be-serve probe`.
+    """
+    from be_serve.core.errors import InputError
+    from be_serve.core.prompts import read_prompt_file
+    from be_serve.models import DEFAULT_MODEL, be_home, resolve_model
+    from trainer.capacity import FITS, LOSES, load_capacity, will_it_fit
+    from trainer.model import FrozenModel
+
+    found = resolve_model(model or DEFAULT_MODEL)
+    frozen = FrozenModel.load(found.path, name=found.name, revision=found.revision, device=device, dtype=dtype)
+    capacity = load_capacity(be_home() / "capacity", frozen)
+    if capacity is None:
+        raise InputError(f"The capacity of {found.name} was never measured: run `be-serve probe --model {found.name}`.")
+    result = will_it_fit(frozen, read_prompt_file(prompt_file), capacity)
+    verbatim = [text for text, _ in result.clauses if _VERBATIM.search(text)]
+    click.echo(f"demand {result.demand_bits:.0f} bits, capacity {result.bits_a_vector:.0f} bits a vector\n")
+    click.echo(f"{'k':>3}{'demand / capacity':>20}")
+    for k in (1, 2, 4, 8, 16):
+        share = result.share(k)
+        word = "should fit" if share <= FITS else "loses details" if share <= LOSES else "loses the wording"
+        click.echo(f"{k:>3}{share:>20.2f}  {word}")
+    fewest = result.recommended_k()
+    click.echo(
+        f"\nrecommended: {f'--tokens {fewest}' if fewest else 'more than 16 vectors, or keep part of it as text'}"
+    )
+    if verbatim:
+        click.echo("\nbetter kept as text (numbers, names of things, schemas):")
+        for text in verbatim:
+            click.echo(textwrap.fill(text, 100, initial_indent="  - ", subsequent_indent="    "))
+    if as_json:
+        shares = {str(k): result.share(k) for k in (1, 2, 4, 8, 16)}
+        clauses = [{"text": text, "bits": bits, "verbatim": text in verbatim} for text, bits in result.clauses]
+        click.echo(
+            json.dumps(
+                {
+                    "demand_bits": result.demand_bits,
+                    "bits_a_vector": result.bits_a_vector,
+                    "share": shares,
+                    "recommended_k": fewest,
+                    "clauses": clauses,
+                }
+            )
+        )

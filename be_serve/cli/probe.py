@@ -1,0 +1,84 @@
+"""`be-serve probe`: how many bits one vector of a model holds."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from trainer.model import FrozenModel
+
+
+@click.command("probe")
+@click.option("--model", help="Hugging Face name, local folder or builtin:NAME. [default: the built-in model]")
+@click.option(
+    "--corpus", multiple=True, help="Texts to hold: .txt or .jsonl (`text`), also .gz. [default: random words]"
+)
+@click.option("--texts", type=click.IntRange(1), default=4, show_default=True, help="How many texts.")
+@click.option("--length", type=click.IntRange(2), default=64, show_default=True, help="Tokens of each text.")
+@click.option("--tokens", type=click.IntRange(1, 16), default=1, show_default=True, help="Number of vectors k.")
+@click.option("--steps", type=click.IntRange(1), default=600, show_default=True)
+@click.option("--lr", type=float, default=1e-2, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--device", default="auto", show_default=True)
+@click.option("--dtype", type=click.Choice(["auto", "bfloat16", "float16", "float32"]), default="auto")
+@click.option("--run-dir", help="Run folder. [default: runs/probe]")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line.")
+def command(
+    model: str | None,
+    corpus: tuple[str, ...],
+    texts: int,
+    length: int,
+    tokens: int,
+    steps: int,
+    lr: float,
+    seed: int,
+    device: str,
+    dtype: str,
+    run_dir: str | None,
+    as_json: bool,
+) -> None:
+    """Train vectors to repeat texts, and measure what they hold (Kuratov et al., arXiv 2502.13063).
+
+    The result is kept for `be-serve fit`. The same command continues an interrupted probe.
+    """
+    from be_serve.core.errors import InputError
+    from be_serve.models import DEFAULT_MODEL, be_home, resolve_model
+    from trainer.autoencoder import TextBatches
+    from trainer.capacity import probe, save_capacity
+    from trainer.model import FrozenModel
+
+    found = resolve_model(model or DEFAULT_MODEL)
+    frozen = FrozenModel.load(found.path, name=found.name, revision=found.revision, device=device, dtype=dtype)
+    if corpus:
+        batches = TextBatches(frozen, corpus, length=length, batch_size=1, seed=seed)
+        pieces = [batch[0] for batch in itertools.islice(batches, texts)]
+    else:
+        pieces = [_random_words(frozen, length, f"{seed}/{n}") for n in range(texts)]
+    if any(len(piece) < length for piece in pieces):
+        raise InputError(f"The tokenizer has too few words for texts of {length} tokens; give a smaller --length.")
+    capacity = probe(frozen, pieces, Path(run_dir or "runs/probe"), k=tokens, steps=steps, lr=lr, seed=seed)
+    path = save_capacity(be_home() / "capacity", frozen, capacity)
+    click.echo(f"{'text':<6}{'tokens':>8}{'bits':>9}{'with k':>9}{'gain':>9}{'exact prefix':>14}")
+    for n, text in enumerate(capacity.texts):
+        click.echo(
+            f"{n:<6}{text.tokens:>8}{text.bits_alone:>9.0f}{text.bits_with:>9.0f}{text.gain:>9.0f}{text.exact_prefix:>14}"
+        )
+    click.echo(f"{capacity.bits_a_vector:.0f} bits a vector (k={tokens}, {steps} steps); kept in {path}")
+    if as_json:
+        click.echo(json.dumps({**asdict(capacity), "bits_a_vector": capacity.bits_a_vector}))
+
+
+def _random_words(model: FrozenModel, length: int, seed: str) -> list[int]:
+    """Ids of words drawn evenly from the vocabulary: what no model can guess."""
+    decode = model.tokenizer.decode
+    rng = random.Random(seed)  # noqa: S311
+    ids = range(min(model.vocab_size, len(model.tokenizer)))
+    words = (i for i in rng.sample(ids, len(ids)) if decode([i])[:1] == " " and decode([i])[1:].isalpha())
+    return list(itertools.islice(words, length))
