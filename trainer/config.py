@@ -40,6 +40,10 @@ class TrainConfig(BaseModel):
     # Data.
     queries: str | None = None
     """JSONL of unlabeled queries; None: the model writes its own."""
+    teacher_url: str | None = None
+    """OpenAI-compatible server of the same model that writes the responses; None: decoded here."""
+    teacher_model: str | None = None
+    """The model's name on that server; None: as `model`."""
     gold: bool = False
     """Train on the file's `answer` fields instead of the teacher's own responses."""
     synthesise: int = Field(default=240, ge=8)
@@ -102,6 +106,8 @@ class TrainConfig(BaseModel):
                 "lambda < 1 and reconstruct_steps need an [AE] file: make one with `be-serve train-ae --corpus TEXTS "
                 "-o ae.safetensors` and give it as --ae; reconstruction without one does harm"
             )
+        if self.gold and self.teacher_url:
+            raise ValueError("gold answers and a teacher's server (--teacher-url) exclude each other")
         if self.gold and self.queries is None:
             raise ValueError("gold answers need a file of queries (--queries)")
         kind, _, rest = self.init.partition(":")
@@ -120,7 +126,18 @@ class TrainConfig(BaseModel):
 
     def recipe(self) -> dict[str, Any]:
         """What the manifest tells of the run: every choice, no path."""
-        kept = self.model_dump(exclude={"prompt_file", "output", "queries", "ae", "model", "id", "with_prompt"})
+        hidden = {
+            "prompt_file",
+            "output",
+            "queries",
+            "ae",
+            "model",
+            "id",
+            "with_prompt",
+            "teacher_url",
+            "teacher_model",
+        }
+        kept = self.model_dump(exclude=hidden)
         return {**kept, "queries": "file" if self.queries else "synthetic", "ae": self.ae is not None}
 
 

@@ -25,6 +25,7 @@ from be_serve.core.prompts import prompt_sha256, read_prompt_file
 from trainer.checkpoint import Checkpoint
 from trainer.clauses import MAX_CLAUSES, prompt_clauses
 from trainer.config import TrainConfig
+from trainer.endpoint import answered
 from trainer.evaluate import Evaluation, evaluate
 from trainer.generate import Progress
 from trainer.loop import Optimisation, Training, fit
@@ -189,15 +190,39 @@ class Run:
 
     def _examples(self, teacher: Teacher, training: list[Query]) -> list[Example]:
         config = self.config
+        if config.teacher_url:
+            training = self._answered(config.teacher_url, training)
         with self._timed("teacher"), self._bar("teacher", 2 * len(training)) as progress:
             return teacher.examples(
                 training,
                 response_tokens=config.response_tokens,
                 temperature=config.temperature,
-                gold=config.gold,
+                gold=config.gold or config.teacher_url is not None,
                 seed=config.seed,
                 progress=progress,
             )
+
+    def _answered(self, url: str, training: list[Query]) -> list[Query]:
+        """The queries with the server's answers, asked for once a run."""
+        config, kept = self.config, self.folder / "answers.jsonl"
+        if kept.exists():
+            found = read_queries(kept)
+            if [query.messages for query in found] == [query.messages for query in training]:
+                return found
+        with self._timed("teacher"), self._bar("asking the teacher", len(training)) as progress:
+            found = answered(
+                training,
+                self.prompt,
+                url=url,
+                model=config.teacher_model or config.model,
+                max_tokens=config.response_tokens,
+                temperature=config.temperature,
+                seed=config.seed,
+                stop=config.stop,
+                progress=progress,
+            )
+        write_queries(kept, found)
+        return found
 
     def _start(self, examples: list[Example], digest: str) -> tuple[SoftToken, Start]:
         """The first vectors; a checkpoint's where there is one. The first checkpoint is written here."""

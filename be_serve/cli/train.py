@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 @click.option("--response-tokens", type=click.IntRange(1), help="Response tokens that count, each query.")
 @click.option("--temperature", type=float, help="Sampling temperature of the teacher; 0 is greedy.")
 @click.option("--stop", multiple=True, help="A text that ends a response, as clients send it; \\n is a line break.")
+@click.option("--teacher-url", help="OpenAI-compatible server of the same model that writes the responses.")
+@click.option("--teacher-model", help="The model's name on that server. [default: --model]")
 @click.option("--gold", is_flag=True, default=None, help="Train on the file's `answer` fields.")
 @click.option("--max-queries", type=click.IntRange(2), help="Use at most this many queries of the file.")
 @click.option("--synthesise", type=click.IntRange(8), help="How many queries to write without --queries.")

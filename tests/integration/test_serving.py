@@ -7,8 +7,11 @@ import json
 import httpx
 import pytest
 
+from be_serve.core.errors import InputError
 from tests.integration.conftest import KEY, PROMPT, chat, post, text
 from tests.integration.servers import MODEL
+from trainer.endpoint import answered
+from trainer.queries import Query
 
 pytestmark = [pytest.mark.server, pytest.mark.model]
 
@@ -270,6 +273,28 @@ def test_the_prefix_cache_serves_a_token_and_keeps_tokens_apart(server):
     assert cached("identity", turns) == 0
     more = [*turns, {"role": "assistant", "content": "They do."}, {"role": "user", "content": "Why?"}]
     assert cached("odd", more) >= seen
+
+
+def test_a_server_can_write_the_teachers_responses(server):
+    """The full prompt's own answers, though a token is registered to match that prompt."""
+    queries = [Query(({"role": "user", "content": words},)) for words in ("Who are you?", "What is the sea like?")]
+    found = answered(queries, PROMPT, url=f"{server.url}/v1", model=MODEL, max_tokens=12, stop=["."])
+    for query, known in zip(found, queries, strict=True):
+        system = {"role": "system", "content": PROMPT}
+        full = chat(
+            server,
+            [system, *known.messages],
+            be_match=False,
+            max_tokens=12,
+            stop=["."],
+            include_stop_str_in_output=True,
+        )
+        assert query.messages == known.messages
+        assert query.answer == text(full)
+    with pytest.raises(InputError, match="404"):
+        answered(queries, PROMPT, url=server.url, model="unknown", max_tokens=4)
+    with pytest.raises(InputError, match="No answer"):
+        answered(queries, PROMPT, url="http://127.0.0.1:9", model=MODEL, max_tokens=4)
 
 
 def test_metrics_and_openapi(server):
