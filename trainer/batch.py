@@ -17,6 +17,7 @@ from trainer.model import FrozenModel
 from trainer.run import Run, RunResult, Say
 
 _PATHS = ("prompt_file", "queries", "ae")
+_CACHE = "teacher"
 _COMMON = {"model", "device", "dtype", "output"}
 
 
@@ -80,6 +81,8 @@ def _entry(row: object, folder: Path) -> Entry:
     if not isinstance(row, dict):
         raise ValueError("a row must be a JSON object.")
     be_id = validate_be_id(row.get("id"), param="id")
+    if be_id == _CACHE:
+        raise ValueError(f"the id {_CACHE!r} is taken by the batch's own folder.")
     prompt, summary = row.get("prompt"), row.get("summary")
     if (prompt is None) == ("prompt_file" not in row):
         raise ValueError("give `prompt` or `prompt_file`.")
@@ -147,4 +150,7 @@ def _run(
         folder.mkdir(parents=True, exist_ok=True)
         values["prompt_file"] = str(folder / "prompt.txt")
         write_atomically(folder / "prompt.txt", entry.prompt.encode())
-    return Run(make_config(values), model, folder, summary=entry.summary, say=say, quiet=quiet)
+    # Rows that differ in their settings alone share the teacher's responses.
+    cache = run_dir / _CACHE
+    cache.mkdir(parents=True, exist_ok=True)
+    return Run(make_config(values), model, folder, summary=entry.summary, cache=cache, say=say, quiet=quiet)

@@ -85,6 +85,7 @@ class Run:
         folder: Path,
         *,
         summary: str | None = None,
+        cache: Path | None = None,
         say: Say = lambda text: None,
         quiet: bool = False,
     ) -> None:
@@ -92,6 +93,7 @@ class Run:
         self.model = model
         self.folder = folder
         self.summary = summary
+        self.cache = cache or folder
         self.say = say
         self.quiet = quiet
         self.seconds: dict[str, float] = {}
@@ -133,7 +135,7 @@ class Run:
         config.save(self.folder / "run.yaml")
         training, self._held_out = self._queries()
         digest = self._digest(training)
-        self._teacher = Teacher(self.model, self.prompt, self.folder, stop=config.stop)
+        self._teacher = Teacher(self.model, self.prompt, self.cache, stop=config.stop)
         examples = self._examples(self._teacher, training)
         token, self._begin = self._start(examples, digest)
         self._training = Training(

@@ -79,10 +79,19 @@ def test_a_batch_goes_on_where_it_stopped(here, tiny_model_dir):
     assert "skipped" not in found["tokens"][0]
 
 
+def test_rows_of_one_prompt_share_the_teacher(here, tiny_model_dir):
+    file = write(here, CAPTAIN, {**CAPTAIN, "id": "quick", "lr": 0.1})
+    found, _ = train(tiny_model_dir, "--batch-file", file, "-o", "out")
+    assert [token["id"] for token in found["tokens"]] == ["captain", "quick"]
+    shards = list((here / "runs" / "prompts" / "teacher").iterdir())
+    assert len(shards) == 2  # one for the training queries, one for those held out
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
         ({"id": "A b", "prompt": "x"}, "line 1"),
+        ({"id": "teacher", "prompt": "x"}, "taken"),
         ({"id": "a"}, "`prompt` or `prompt_file`"),
         ({"id": "a", "prompt": "x", "prompt_file": "y"}, "`prompt` or `prompt_file`"),
         ({"id": "a", "prompt": 3}, "must be a string"),
