@@ -51,7 +51,7 @@ def command(
     from trainer.model import FrozenModel
     from trainer.queries import read_queries
     from trainer.run import versions
-    from trainer.speed import ARMS, measure, peak_bytes
+    from trainer.speed import ARMS, measure, peak_bytes, reset_peak
     from trainer.teacher import Teacher
 
     found = resolve_model(model)
@@ -60,6 +60,7 @@ def command(
     made = teacher.examples(read_queries(queries)[:examples], response_tokens=response_tokens)
     start_KH = frozen.embed(frozen.slots.prompt_ids(teacher.prompt, template_kwargs=frozen.template_kwargs)[:tokens])
     arms = (arm,) if arm else ARMS
+    reset_peak(frozen.device)
     measured = measure(teacher, made, start_KH, steps=steps, batch_size=batch_size, arms=arms)
     result: dict[str, Any] = {
         "prompt_tokens": len(frozen.slots.prompt_ids(teacher.prompt, template_kwargs=frozen.template_kwargs)),

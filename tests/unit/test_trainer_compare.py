@@ -15,7 +15,7 @@ from trainer.compare import Method, Setting, compare
 from trainer.model import FrozenModel
 from trainer.queries import Query
 from trainer.soft_token import Row, SoftToken, scored_states
-from trainer.speed import PlainLoop, Trained, measure
+from trainer.speed import PlainLoop, Trained, measure, peak_bytes, reset_peak
 from trainer.stages import Distil, Memorise, Tune, part_losses
 from trainer.teacher import Teacher
 
@@ -108,6 +108,15 @@ def test_the_plain_loop_computes_the_same_loss(model, teacher, examples):
     for step in range(2):
         plain, ours = (loop.loss(vectors, step) for loop in (PlainLoop(teacher, distil), Trained(model, distil)))
         assert plain.item() == pytest.approx(ours.item(), rel=1e-4)
+
+
+def test_the_peak_is_that_since_it_was_reset():
+    cpu = torch.device("cpu")
+    large = torch.ones(64 * 2**20)
+    high = peak_bytes(cpu)
+    del large
+    reset_peak(cpu)
+    assert peak_bytes(cpu) < high - 100 * 2**20
 
 
 def test_speed_is_measured_in_turns(teacher, examples, model):
