@@ -18,7 +18,7 @@ from trainer.run import Run, RunResult, Say
 
 _PATHS = ("prompt_file", "queries", "ae")
 _CACHE = "teacher"
-_COMMON = {"model", "device", "dtype", "output"}
+_COMMON = {"model", "device", "dtype", "output", "teacher_url", "teacher_model"}
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,6 @@ class Entry:
     id: str
     values: dict[str, Any]
     prompt: str | None
-    summary: str | None
 
 
 @dataclass
@@ -53,7 +52,7 @@ def read_batch(path: str | Path) -> list[Entry]:
         {"id": "captain", "prompt": "You are ..."}
         {"id": "policy", "prompt_file": "policy.md", "queries": "q.jsonl", "tokens": 16}
 
-    Any setting of a run may stand in a row, and `summary`; paths are relative to the
+    Any setting of a run may stand in a row; paths are relative to the
     file. The model is the same for all. Raises InputError naming the line at fault.
     """
     path = Path(path)
@@ -83,20 +82,22 @@ def _entry(row: object, folder: Path) -> Entry:
     be_id = validate_be_id(row.get("id"), param="id")
     if be_id == _CACHE:
         raise ValueError(f"the id {_CACHE!r} is taken by the batch's own folder.")
-    prompt, summary = row.get("prompt"), row.get("summary")
+    prompt = row.get("prompt")
     if (prompt is None) == ("prompt_file" not in row):
         raise ValueError("give `prompt` or `prompt_file`.")
-    for name, value in (("prompt", prompt), ("summary", summary)):
+    for name, value in (("prompt", prompt), ("summary", row.get("summary"))):
         if value is not None and not isinstance(value, str):
             raise ValueError(f"`{name}` must be a string.")
-    values = {name: value for name, value in row.items() if name not in ("id", "prompt", "summary")}
+        if value is not None and not value.isascii():
+            value.encode()  # a lone surrogate is no text
+    values = {name: value for name, value in row.items() if name not in ("id", "prompt")}
     unknown = [name for name in values if name not in TrainConfig.model_fields or name in _COMMON]
     if unknown:
         raise ValueError(f"`{unknown[0]}` is no setting of a row.")
     for name in _PATHS:
         if isinstance(values.get(name), str):
             values[name] = str((folder / values[name]).absolute())
-    return Entry(be_id, values, prompt, summary)
+    return Entry(be_id, values, prompt)
 
 
 def train_batch(
@@ -108,12 +109,13 @@ def train_batch(
     run_dir: Path,
     say: Say = lambda text: None,
     quiet: bool = False,
+    fresh: bool = False,
 ) -> list[Outcome]:
     """Train a token for every entry, all in common steps; write `output/<id>.safetensors`.
 
     `settings` hold for all entries where a row does not say otherwise. A prompt that
     fails is told in its outcome and stops no other. Finished ones are skipped, so the
-    same call continues an interrupted batch. Raises Stopped after a signal.
+    same call continues an interrupted batch; `fresh` begins all anew. Raises Stopped after a signal.
     """
     output.mkdir(parents=True, exist_ok=True)
     outcomes = {entry.id: Outcome(entry.id) for entry in entries}
@@ -122,13 +124,15 @@ def train_batch(
         outcome = outcomes[entry.id]
         try:
             run = _run(model, entry, settings, output, run_dir, say, quiet)
+            if fresh:
+                run.forget()
             if run.finished():
                 outcome.skipped = True
                 say(f"{entry.id}: finished before, skipped.")
                 continue
             say(f"{entry.id}:")
             ready.append((entry.id, run, run.prepare()))
-        except InputError as exc:
+        except BEError as exc:
             outcome.fault = str(exc)
             say(f"{entry.id}: {exc}")
     fit(model, [training for _, _, training in ready], quiet=quiet)
@@ -145,7 +149,10 @@ def _run(
     model: FrozenModel, entry: Entry, settings: dict[str, Any], output: Path, run_dir: Path, say: Say, quiet: bool
 ) -> Run:
     folder = run_dir / entry.id
-    values = {**settings, **entry.values, "id": entry.id, "output": str(output / f"{entry.id}.safetensors")}
+    values = {**settings, **entry.values}
+    if values.get("ae"):
+        values.setdefault("lam", 0.9)
+    values |= {"id": entry.id, "output": str(output / f"{entry.id}.safetensors")}
     if entry.prompt is not None:
         folder.mkdir(parents=True, exist_ok=True)
         values["prompt_file"] = str(folder / "prompt.txt")
@@ -153,4 +160,4 @@ def _run(
     # Rows that differ in their settings alone share the teacher's responses.
     cache = run_dir / _CACHE
     cache.mkdir(parents=True, exist_ok=True)
-    return Run(make_config(values), model, folder, summary=entry.summary, cache=cache, say=say, quiet=quiet)
+    return Run(make_config(values), model, folder, cache=cache, say=say, quiet=quiet)

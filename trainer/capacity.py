@@ -90,7 +90,8 @@ def probe(
 ) -> Capacity:
     """Train k vectors for each text (ids), all side by side, to repeat it; say what they hold.
 
-    The same call continues an interrupted probe. Raises Stopped after a signal.
+    The same call continues an interrupted probe. Raises Stopped after a signal,
+    InputError where training diverged or the vectors learned nothing.
     """
     trainings = []
     for n, ids in enumerate(texts):
@@ -107,13 +108,19 @@ def probe(
             )
         )
     fit(model, trainings, quiet=quiet)
+    for training in trainings:
+        if training.fault:
+            raise training.fault
     found = []
     for ids, training in zip(texts, trainings, strict=True):
         alone, _ = token_bits(model, ids)
         within, right = token_bits(model, ids, training.token.vectors.detach())
         # The first token counts with the vectors alone: without them nothing says what it costs.
         found.append(Probed(len(ids), float(alone.sum()), float(within[1:].sum()), exact_prefix(right)))
-    return Capacity(k, steps, found)
+    capacity = Capacity(k, steps, found)
+    if capacity.bits_a_vector <= 0:
+        raise InputError("The vectors hold nothing of the texts: train them for more --steps, or with another --lr.")
+    return capacity
 
 
 def exact_prefix(right_N: Tensor) -> int:

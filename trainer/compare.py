@@ -124,6 +124,9 @@ def compare(
                 digest=_digest(teacher, examples, method, setting, ae_1H),
             )
     fit(model, list(trainings.values()), quiet=quiet)
+    for method, training in trainings.items():
+        if training.fault:
+            raise InputError(f"{method}: {training.fault}")
 
     arms: dict[str, Arm] = {"none": Arm.of_ids(model, chats(model, held_out, ""))}
     for method in methods:
@@ -174,7 +177,7 @@ def _digest(
 ) -> str:
     """Digest of all that decides the method's curve."""
     data = [[example.query.to_json(), example.response] for example in examples]
-    ae = None if ae_1H is None else ae_1H.tolist()
+    ae = ae_1H.tolist() if ae_1H is not None and method.name in ("joint", "stages") else None
     key = [str(method), dataclasses.asdict(setting), teacher.prompt, str(teacher.model.fingerprint), data, ae]
     return hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
 

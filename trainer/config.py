@@ -59,6 +59,9 @@ class TrainConfig(BaseModel):
     temperature: float = Field(default=0.0, ge=0)
     """Sampling temperature of the teacher's responses; 0 is greedy, as in the paper's code."""
 
+    summary: str | None = None
+    """A short text of the same intent, evaluated beside the token."""
+
     # Objective.
     ae: str | None = None
     """[AE] file of `train-ae`; needed for reconstruction (Eq. 2, lambda < 1)."""
@@ -106,6 +109,10 @@ class TrainConfig(BaseModel):
                 "lambda < 1 and reconstruct_steps need an [AE] file: make one with `be-serve train-ae --corpus TEXTS "
                 "-o ae.safetensors` and give it as --ae; reconstruction without one does harm"
             )
+        if not all(self.stop):
+            raise ValueError("stop: a text that ends a response cannot be empty")
+        if self.teacher_url and "@" in self.teacher_url:
+            raise ValueError("teacher_url: leave user and password out of the URL; a key comes from BE_TEACHER_KEY")
         if self.gold and self.teacher_url:
             raise ValueError("gold answers and a teacher's server (--teacher-url) exclude each other")
         if self.gold and self.queries is None:
@@ -136,8 +143,11 @@ class TrainConfig(BaseModel):
             "with_prompt",
             "teacher_url",
             "teacher_model",
+            "summary",
         }
         kept = self.model_dump(exclude=hidden)
+        if not self.with_prompt:
+            kept["init"] = self.init.partition(":")[0]  # its words may be the prompt's
         return {**kept, "queries": "file" if self.queries else "synthetic", "ae": self.ae is not None}
 
 

@@ -7,6 +7,7 @@ on the text it answers with.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -18,8 +19,10 @@ from be_serve.core.errors import InputError
 from trainer.generate import Progress
 from trainer.queries import Query
 
-KEY_VARIABLE = "OPENAI_API_KEY"
+KEY_VARIABLE = "BE_TEACHER_KEY"
 _AT_ONCE = 16
+_TRIES = 5
+_BUSY = (429, 502, 503)
 
 
 def answered(
@@ -36,7 +39,7 @@ def answered(
 ) -> list[Query]:
     """The queries with the server's answers under the prompt as `answer`.
 
-    A key is read from OPENAI_API_KEY. A token that serves this very prompt is passed
+    A key is read from BE_TEACHER_KEY. A token that serves this very prompt is passed
     over (`be_match`). Raises InputError where the server cannot be reached or refuses.
     """
     key = os.environ.get(KEY_VARIABLE)
@@ -55,15 +58,23 @@ def answered(
     def ask(query: Query) -> Query:
         messages = [{"role": "system", "content": prompt}, *query.messages]
         body = {**fixed, "messages": messages, "be_match": False}
-        try:
-            response = client.post("/v1/chat/completions", json=body)
-        except httpx.TransportError as exc:
-            raise InputError(f"No answer from the teacher at {base}: {exc}.") from exc
-        if response.is_error:
+        for attempt in range(1, _TRIES + 1):
+            try:
+                response = client.post("/v1/chat/completions", json=body)
+            except httpx.TransportError as exc:
+                raise InputError(f"No answer from the teacher at {base}: {exc}.") from exc
+            if response.status_code not in _BUSY or attempt == _TRIES:
+                break
+            time.sleep(2.0**attempt)
+        if not response.is_success:
             raise InputError(f"The teacher at {base} answered {response.status_code}: {response.text[:300]}")
+        try:
+            answer = response.json()["choices"][0]["message"]["content"] or ""
+        except (ValueError, KeyError, IndexError, TypeError) as exc:
+            raise InputError(f"The teacher at {base} sent no chat completion: {response.text[:300]}") from exc
         if progress:
             progress(1)
-        return replace(query, answer=response.json()["choices"][0]["message"]["content"] or "")
+        return replace(query, answer=answer)
 
     with client, ThreadPoolExecutor(_AT_ONCE) as pool:
         return list(pool.map(ask, queries))

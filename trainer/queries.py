@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from be_serve.core.artifact import write_atomically
 from be_serve.core.errors import InputError
 from be_serve.core.slots import SYSTEM_ROLES, text_of
 
@@ -114,7 +115,7 @@ def _from_messages(messages: object, answer: str | None) -> Query:
 def write_queries(path: Path, queries: Sequence[Query]) -> None:
     """Write queries as JSONL."""
     lines = [json.dumps(query.to_json(), ensure_ascii=False) for query in queries]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_atomically(path, ("\n".join(lines) + "\n").encode())
 
 
 def drop_near_duplicates(queries: Sequence[Query], similar: float = _SIMILAR) -> list[Query]:

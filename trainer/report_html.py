@@ -69,7 +69,7 @@ def write_report(
 
 
 def _verdict(verdict: Verdict) -> str:
-    reasons = "".join(f"<li>{escape(reason)}</li>" for reason in verdict.reasons)
+    reasons = "".join(f"<li>{escape(reason)}</li>" for reason in verdict.named())
     return f'<div class="verdict {verdict.status}"><b>{verdict.status}</b><ul>{reasons}</ul></div>'
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import be_serve
-from be_serve.core.artifact import BaseModelRef, Manifest, PromptRef, Token
+from be_serve.core.artifact import BaseModelRef, Manifest, PromptRef, Token, write_atomically
 from be_serve.core.errors import BEError, InputError
 from be_serve.core.prompts import prompt_sha256, read_prompt_file
 from trainer.checkpoint import Checkpoint
@@ -41,6 +41,7 @@ from trainer.teacher import Example, Teacher
 from trainer.verdict import Verdict, judge
 
 Say = Callable[[str], None]
+_ASKED_AT_ONCE = 64
 _SAMPLES = 12
 """Answers of each arm on which failure signatures are counted."""
 
@@ -73,7 +74,7 @@ class Run:
 
     result = Run(config, model, Path("runs/captain-1f2e3d4c")).execute()
 
-    The folder holds `run.yaml` (the settings), `queries.jsonl` and `heldout.jsonl`,
+    The folder holds `run.yaml` (the settings), the queries, `heldout.jsonl`,
     the teacher's cache, `checkpoint.safetensors`, `log.jsonl`, `curves.png` and
     `evaluation.json`. A run that finds its own checkpoint there continues it.
     """
@@ -84,7 +85,6 @@ class Run:
         model: FrozenModel,
         folder: Path,
         *,
-        summary: str | None = None,
         cache: Path | None = None,
         say: Say = lambda text: None,
         quiet: bool = False,
@@ -92,7 +92,6 @@ class Run:
         self.config = config
         self.model = model
         self.folder = folder
-        self.summary = summary
         self.cache = cache or folder
         self.say = say
         self.quiet = quiet
@@ -115,14 +114,25 @@ class Run:
         return self.finish()
 
     def finished(self) -> bool:
-        """Whether the folder holds this run's result: the same settings and prompt, evaluated, its token written."""
+        """Whether the folder holds the result of these very settings, prompt and files, and the token is written."""
         try:
-            same = TrainConfig.load(self.folder / "run.yaml") == self.config
-            token = Token.load(self.config.output)
-        except BEError:
+            found = json.loads((self.folder / "evaluation.json").read_text(encoding="utf-8"))
+            Token.load(self.config.output)
+        except (OSError, ValueError, BEError):
             return False
-        made = token.manifest
-        return same and (self.folder / "evaluation.json").exists() and made.prompt.sha256 == prompt_sha256(self.prompt)
+        return isinstance(found, dict) and found.get("inputs") == self._inputs()
+
+    def forget(self) -> None:
+        """Begin anew: drop the checkpoint, the result and what the model or a server wrote for this run."""
+        for pattern in ("checkpoint.safetensors", "evaluation.json", "queries-*.jsonl", "answers-*.jsonl"):
+            for file in self.folder.glob(pattern):
+                file.unlink()
+
+    def _inputs(self) -> str:
+        """Digest of the settings and of the files that they name."""
+        config = self.config
+        files = [Path(name).read_bytes() for name in (config.queries, config.ae) if name and Path(name).is_file()]
+        return _digest_of([config.model_dump(), self.prompt, [hashlib.sha256(data).hexdigest() for data in files]])
 
     def prepare(self) -> Training:
         """All that comes before the first step: queries, the teacher's responses, the start.
@@ -131,10 +141,14 @@ class Run:
         """
         config = self.config
         self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "evaluation.json").unlink(missing_ok=True)
-        config.save(self.folder / "run.yaml")
         training, self._held_out = self._queries()
         digest = self._digest(training)
+        checkpoint = self.folder / "checkpoint.safetensors"
+        if checkpoint.exists():
+            Checkpoint.load(checkpoint, digest)  # another run's folder is refused before anything in it changes
+        (self.folder / "evaluation.json").unlink(missing_ok=True)
+        config.save(self.folder / "run.yaml")
+        write_queries(self.folder / "heldout.jsonl", self._held_out)
         self._teacher = Teacher(self.model, self.prompt, self.cache, stop=config.stop)
         examples = self._examples(self._teacher, training)
         token, self._begin = self._start(examples, digest)
@@ -172,7 +186,9 @@ class Run:
 
     def _queries(self) -> tuple[list[Query], list[Query]]:
         """Training and held-out queries, without near-duplicates across or within."""
-        config, kept = self.config, self.folder / "queries.jsonl"
+        config = self.config
+        key = [self.prompt, config.synthesise, config.seed, str(self.model.fingerprint), str(self.model.dtype)]
+        kept = self.folder / f"queries-{_digest_of(key)}.jsonl"
         if config.queries:
             found = read_queries(config.queries)
         elif kept.exists():
@@ -186,7 +202,6 @@ class Run:
             self.say(f"{len(found) - len(unique)} near-duplicates of {len(found)} queries left out.")
         training, held_out = split_held_out(unique, config.held_out, config.seed)
         training = training[: config.max_queries]
-        write_queries(self.folder / "heldout.jsonl", held_out)
         self.say(f"{len(training)} queries to train on, {len(held_out)} held out.")
         return training, held_out
 
@@ -205,25 +220,32 @@ class Run:
             )
 
     def _answered(self, url: str, training: list[Query]) -> list[Query]:
-        """The queries with the server's answers, asked for once a run."""
-        config, kept = self.config, self.folder / "answers.jsonl"
-        if kept.exists():
-            found = read_queries(kept)
-            if [query.messages for query in found] == [query.messages for query in training]:
-                return found
+        """The queries with the server's answers; what was answered before an interruption is not asked again."""
+        config = self.config
+        settings = [config.response_tokens, config.temperature, config.seed, config.stop, config.teacher_model]
+        found: list[Query] = []
         with self._timed("teacher"), self._bar("asking the teacher", len(training)) as progress:
-            found = answered(
-                training,
-                self.prompt,
-                url=url,
-                model=config.teacher_model or config.model,
-                max_tokens=config.response_tokens,
-                temperature=config.temperature,
-                seed=config.seed,
-                stop=config.stop,
-                progress=progress,
-            )
-        write_queries(kept, found)
+            for start in range(0, len(training), _ASKED_AT_ONCE):
+                asked = training[start : start + _ASKED_AT_ONCE]
+                key = [self.prompt, settings, [query.to_json() for query in asked]]
+                kept = self.folder / f"answers-{_digest_of(key)}.jsonl"
+                if kept.exists():
+                    found += read_queries(kept)
+                    progress(len(asked))
+                    continue
+                made = answered(
+                    asked,
+                    self.prompt,
+                    url=url,
+                    model=config.teacher_model or config.model,
+                    max_tokens=config.response_tokens,
+                    temperature=config.temperature,
+                    seed=config.seed,
+                    stop=config.stop,
+                    progress=progress,
+                )
+                write_queries(kept, made)
+                found += made
         return found
 
     def _start(self, examples: list[Example], digest: str) -> tuple[SoftToken, Start]:
@@ -281,7 +303,7 @@ class Run:
         return load_ae(path, self.model)
 
     def _evaluate(self, teacher: Teacher, held_out: list[Query], vectors_KH: Tensor) -> Evaluation:
-        arms = 6 if self.summary else 5
+        arms = 6 if self.config.summary else 5
         arms += min(len(prompt_clauses(self.prompt)), MAX_CLAUSES)
         with self._timed("evaluation"), self._bar("evaluating", len(held_out) * (arms + 1)) as progress:
             return evaluate(
@@ -289,7 +311,7 @@ class Run:
                 held_out,
                 vectors_KH,
                 placement=self.config.placement,
-                summary=self.summary,
+                summary=self.config.summary,
                 serving_dtype=self.config.serving_dtype,
                 samples=_SAMPLES,
                 clauses=True,
@@ -299,8 +321,8 @@ class Run:
     def _token(self, vectors_KH: Tensor, evaluation: Evaluation, start: Start) -> Token:
         config, model = self.config, self.model
         recipe = config.recipe()
-        if start.text is not None:
-            recipe["start"] = start.text
+        if start.text is not None and config.with_prompt:
+            recipe["start"] = start.text  # words of the prompt
         manifest = Manifest(
             id=config.id,
             base_model=BaseModelRef(name=model.name, revision=model.revision, fingerprint=model.fingerprint),
@@ -322,14 +344,15 @@ class Run:
         return Token(manifest, vectors_KH.numpy())
 
     def _report(self, manifest: Manifest, evaluation: Evaluation) -> None:
-        text = json.dumps(evaluation.to_json(), indent=1, ensure_ascii=False)
-        (self.folder / "evaluation.json").write_text(text + "\n", encoding="utf-8")
         levels: dict[str, float] = {
             name: evaluation.arms[name]["kl"] for name in ("none", "summary") if name in evaluation.arms
         }
         curves = self.folder / "curves.png"
         draw_curves(Log(self.folder / "log.jsonl").rows(), curves, levels)
         write_report(self.folder / "report.html", manifest, evaluation, judge(evaluation), curves)
+        # Last, for it marks the run as finished.
+        text = json.dumps({**evaluation.to_json(), "inputs": self._inputs()}, indent=1, ensure_ascii=False)
+        write_atomically(self.folder / "evaluation.json", f"{text}\n".encode())
 
     def _digest(self, training: list[Query]) -> str:
         return run_digest(self.config, self.model, self.prompt, training)
@@ -352,16 +375,22 @@ class Run:
 
 def run_digest(config: TrainConfig, model: FrozenModel, prompt: str, training: list[Query]) -> str:
     """Digest of all that decides a run's curve; where files lie does not."""
-    shaping = config.model_dump(exclude={"prompt_file", "output", "queries", "model", "id", "with_prompt", "ae"})
+    elsewhere = {"prompt_file", "output", "queries", "model", "id", "with_prompt", "ae", "summary"}
+    shaping = config.model_dump(exclude=elsewhere | {"teacher_url", "teacher_model"})
     ae = hashlib.sha256(Path(config.ae).read_bytes()).hexdigest() if config.ae and Path(config.ae).exists() else None
     key = {
         **shaping,
         "ae": ae,
+        "served": config.teacher_url is not None,
         "prompt": prompt,
         "model": str(model.fingerprint),
         "queries": [query.to_json() for query in training],
     }
-    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    return _digest_of(key)
+
+
+def _digest_of(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def quality(evaluation: Evaluation, verdict: Verdict) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from trainer.generate import Progress
 from trainer.losses import Head
 from trainer.model import FrozenModel
 from trainer.soft_token import Row, scored_states
-from trainer.stages import Distil, part_losses, student_row
+from trainer.stages import student_row
 from trainer.teacher import Example
 
 _SCREEN_QUERIES, _SCREEN_TOKENS = 2, 16
@@ -83,17 +83,10 @@ class Search:
         examples: Sequence[Example],
         placement: Placement,
         progress: Progress | None = None,
-        *,
-        swaps: int = 3,
     ) -> None:
         self.model = model
         self.progress = progress
-        self.swaps = swaps
         self._cases = [_Case(model, example, placement) for example in examples]
-        self._distil = Distil(model, examples, placement=placement, batch_size=len(examples))
-        special = set(model.tokenizer.all_special_ids)
-        ids = [i for i in range(min(model.vocab_size, len(model.tokenizer))) if i not in special]
-        self._usable = torch.tensor(ids, device=model.device)
 
     def run(self, prompt_ids: Sequence[int], k: int) -> Start:
         """The best start of k tokens found."""
@@ -108,46 +101,8 @@ class Search:
             windows = self._windows(prompt_ids, k, set(tokens[:_FINALISTS]))
             rival, rival_kl = self._best(windows, _FINALISTS // 3)[0]
             chosen, kl = (rival, rival_kl) if rival_kl < kl else (chosen, kl)
-        chosen, kl = self._swap(chosen, kl)
         vectors = self.model.embed(chosen).float()
         return Start(vectors, self.model.tokenizer.decode(chosen), kl)
-
-    def _swap(self, chosen: list[int], kl: float) -> tuple[list[int], float]:
-        """Exchange single tokens for any of the vocabulary while that lowers the KL.
-
-        The gradient at the chosen tokens ranks all others by what an exchange should
-        gain to first order (HotFlip, arXiv 1712.06751); the best are scored.
-        """
-        for _ in range(self.swaps):
-            tried, tried_kl = self._best(self._exchanges(chosen, _POOL + _POOL // 2), _FINALISTS // 3)[0]
-            if tried_kl >= kl:
-                break
-            chosen, kl = tried, tried_kl
-        return chosen, kl
-
-    def _exchanges(self, chosen: list[int], count: int) -> list[list[int]]:
-        """`count` copies of the chosen tokens, each with one exchanged."""
-        vectors_KH = self.model.embed(chosen).float().detach().requires_grad_()
-        (part,) = self._distil.parts(vectors_KH, 0)
-        part_losses(self.model, [part])[0].backward()
-        grad_KH = vectors_KH.grad
-        assert grad_KH is not None
-        slopes = [grad_KH @ self.model.embed(part).float().T for part in self._usable.split(16_384)]
-        gain_KV = (vectors_KH.detach() * grad_KH).sum(1, keepdim=True) - torch.cat(slopes, dim=1)
-        best = gain_KV.topk(min(count, gain_KV.shape[1]), dim=1)
-        ranked = sorted(
-            (
-                (float(gain), position, int(self._usable[at]))
-                for position, (gains, places) in enumerate(zip(best.values, best.indices, strict=True))
-                for gain, at in zip(gains, places, strict=True)
-            ),
-            reverse=True,
-        )
-        found = []
-        for _, position, token in ranked:
-            if token != chosen[position]:
-                found.append([*chosen[:position], token, *chosen[position + 1 :]])
-        return found[:count]
 
     def _words(self, prompt_ids: Sequence[int]) -> list[int]:
         """Distinct tokens with a letter or digit, in order of appearance."""

@@ -138,7 +138,7 @@ class Teacher:
         ]
 
     def _gold_ids(self, query: Query, limit: int) -> list[int]:
-        if not query.answer:
+        if query.answer is None:
             raise InputError(f"Gold answers were asked for, but this query has none: {query.text[:60]!r}.")
         ids = self.model.tokenizer.encode(query.answer, add_special_tokens=False)
         return [*ids, self.model.stop_ids()[-1]][:limit]

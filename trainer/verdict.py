@@ -11,7 +11,8 @@ behind them travel in the manifest.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from trainer.evaluate import Evaluation
@@ -34,26 +35,41 @@ CLAUSE_RETAINED = 0.5
 
 @dataclass(frozen=True)
 class Verdict:
-    """`status` and, for people, why."""
+    """`status` and, for people, why; `lost` are sentences of the prompt, with the share that is kept."""
 
     status: Literal["deployable", "lossy", "failed"]
     reasons: list[str]
+    lost: list[tuple[str, float]] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
-        """What the manifest holds under `quality.verdict`."""
-        return {"status": self.status, "reasons": self.reasons}
+        """What the manifest holds under `quality.verdict`: no word of the prompt, which may be secret."""
+        count = len(self.lost)
+        lost = [f"{count} sentence{'s' * (count > 1)} of the prompt lost"] if count else []
+        return {"status": self.status, "reasons": [*self.reasons, *lost]}
+
+    def named(self) -> list[str]:
+        """All reasons, the lost sentences word for word."""
+        return [*self.reasons, *(f"keeps {max(kept, 0.0):.0%} of {text!r}" for text, kept in self.lost)]
 
     def __str__(self) -> str:
-        return f"{self.status}: {'; '.join(self.reasons)}" if self.reasons else self.status
+        return f"{self.status}: {'; '.join(self.named())}" if self.named() else self.status
 
 
 def judge(evaluation: Evaluation) -> Verdict:
     """The verdict on an evaluated token."""
+    figures = [evaluation.rho_serving, evaluation.gain_retained, *(arm["kl"] for arm in evaluation.arms.values())]
+    if not all(map(math.isfinite, figures)):
+        return Verdict("failed", ["its figures are not finite: try --dtype bfloat16 or float32"])
     failures = _failures(evaluation)
     if failures:
         return Verdict("failed", failures)
     losses = _losses(evaluation)
-    return Verdict("lossy", losses) if losses else Verdict("deployable", [])
+    lost = [
+        (c.text, c.retained)
+        for c in evaluation.clauses
+        if c.kl >= CLAUSE_KL and c.retained is not None and c.retained < CLAUSE_RETAINED
+    ]
+    return Verdict("lossy" if losses or lost else "deployable", losses, lost)
 
 
 def _failures(evaluation: Evaluation) -> list[str]:
@@ -83,9 +99,4 @@ def _losses(evaluation: Evaluation) -> list[str]:
         first, last = evaluation.turns[0]["rho"], evaluation.turns[-1]["rho"]
         if last - first > DRIFT_RHO:
             found.append(f"persona drift: rho {first:.2f} in turn 1, {last:.2f} in turn {len(evaluation.turns)}")
-    found += [
-        f"keeps {max(c.retained, 0.0):.0%} of {c.text!r}"
-        for c in evaluation.clauses
-        if c.kl >= CLAUSE_KL and c.retained is not None and c.retained < CLAUSE_RETAINED
-    ]
     return found

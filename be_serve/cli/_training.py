@@ -38,7 +38,7 @@ def stop_texts(given: Sequence[str]) -> list[str]:
 def trained_stop(token: Token) -> list[str]:
     """The stop texts of a token's training, where its manifest names any."""
     found = token.manifest.recipe.get("stop")
-    return [text for text in found if isinstance(text, str)] if isinstance(found, list) else []
+    return [text for text in found if isinstance(text, str) and text] if isinstance(found, list) else []
 
 
 def print_evaluation(evaluation: Evaluation) -> None:

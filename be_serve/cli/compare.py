@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -25,7 +26,7 @@ DEFAULT_METHODS = "truncate:4,memory:1,pt:1,kd:1,pt:4,kd:4"
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--device", default="auto", show_default=True)
 @click.option("--dtype", type=click.Choice(["auto", "bfloat16", "float16", "float32"]), default="auto")
-@click.option("--run-dir", help="Run folder. [default: runs/compare-<prompt file>]")
+@click.option("--run-dir", help="Run folder. [default: runs/compare-<prompt>-<digest>]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line.")
 def command(
     prompt_file: str,
@@ -63,9 +64,12 @@ def command(
         chosen.append(Method("summary", 1))
     found = resolve_model(model or DEFAULT_MODEL)
     frozen = FrozenModel.load(found.path, name=found.name, revision=found.revision, device=device, dtype=dtype)
-    folder = Path(run_dir) if run_dir else Path("runs") / f"compare-{Path(prompt_file).stem}"
+    prompt = read_prompt_file(prompt_file)
+    key = [prompt, Path(queries).read_text(encoding="utf-8"), held_out, steps, batch_size, lr, stop, seed, found.name]
+    digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:8]
+    folder = Path(run_dir) if run_dir else Path("runs") / f"compare-{Path(prompt_file).stem}-{digest}"
     folder.mkdir(parents=True, exist_ok=True)
-    teacher = Teacher(frozen, read_prompt_file(prompt_file), folder, stop=stop_texts(stop))
+    teacher = Teacher(frozen, prompt, folder, stop=stop_texts(stop))
     training, kept = split_held_out(drop_near_duplicates(read_queries(queries)), held_out, seed)
     lines = compare(
         teacher,

@@ -86,7 +86,10 @@ def command(
         template_kwargs=token.manifest.template_kwargs,
     )
     token.check_model(frozen.fingerprint, frozen.hidden_size, served=found.name)
-    teacher = Teacher(frozen, prompt, stop=stop_texts(stop) or trained_stop(token))
+    ends = stop_texts(stop) or trained_stop(token)
+    if ends:
+        click.echo(f"Responses end at {ends}{'' if stop else ', as the token file says'}.", err=True)
+    teacher = Teacher(frozen, prompt, stop=ends)
     vectors_KH = torch.from_numpy(token.vectors.copy())
     arms = (7 if summary else 6) + (min(len(prompt_clauses(prompt)), MAX_CLAUSES) if clauses else 0)
     with tqdm(total=len(chats) * arms, desc="evaluating") as bar:

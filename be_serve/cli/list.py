@@ -29,7 +29,7 @@ def command(as_json: bool, url: str, api_key: str, vllm_api_key: str | None) -> 
     click.echo(f"{'id':<32} {'ver':>3} {'k':>5} {'prompt':>7} {'rho':>6} {'verdict':<11} {'match':<5}  model")
     for token in tokens:
         rho = token["quality"].get("rho")
-        shown = f"{rho:.3f}" if isinstance(rho, (int, float)) else "-"
+        shown = f"{rho:.3f}" if isinstance(rho, float) else "-"
         click.echo(
             f"{token['id']:<32} {token['version']:>3} {token['k']:>5} {token['prompt']['tokens']:>7} {shown:>6} "
             f"{_verdict(token):<11} {'yes' if token['match'] else 'no':<5}  {token['base_model']['name']}"
@@ -39,4 +39,5 @@ def command(as_json: bool, url: str, api_key: str, vllm_api_key: str | None) -> 
 def _verdict(token: dict[str, Any]) -> str:
     """The trainer's word on the token; files made elsewhere may hold anything, or nothing."""
     found = token["quality"].get("verdict")
-    return str(found.get("status", "-"))[:11] if isinstance(found, dict) else "-"
+    status = found.get("status") if isinstance(found, dict) else None
+    return status if status in ("deployable", "lossy", "failed") else "-"

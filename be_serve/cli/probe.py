@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import random
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--device", default="auto", show_default=True)
 @click.option("--dtype", type=click.Choice(["auto", "bfloat16", "float16", "float32"]), default="auto")
-@click.option("--run-dir", help="Run folder. [default: runs/probe]")
+@click.option("--run-dir", help="Run folder. [default: runs/probe-<digest>]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line.")
 def command(
     model: str | None,
@@ -63,7 +64,9 @@ def command(
         pieces = [_random_words(frozen, length, f"{seed}/{n}") for n in range(texts)]
     if any(len(piece) < length for piece in pieces):
         raise InputError(f"The tokenizer has too few words for texts of {length} tokens; give a smaller --length.")
-    capacity = probe(frozen, pieces, Path(run_dir or "runs/probe"), k=tokens, steps=steps, lr=lr, seed=seed)
+    key = json.dumps([str(frozen.fingerprint), pieces, tokens, steps, lr, seed])
+    folder = Path(run_dir or f"runs/probe-{hashlib.sha256(key.encode()).hexdigest()[:8]}")
+    capacity = probe(frozen, pieces, folder, k=tokens, steps=steps, lr=lr, seed=seed)
     path = save_capacity(be_home() / "capacity", frozen, capacity)
     click.echo(f"{'text':<6}{'tokens':>8}{'bits':>9}{'with k':>9}{'gain':>9}{'exact prefix':>14}")
     for n, text in enumerate(capacity.texts):

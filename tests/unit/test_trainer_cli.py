@@ -165,7 +165,7 @@ def test_without_queries_the_model_writes_its_own(here, train, monkeypatch):
     monkeypatch.setattr(trainer.synthesis, "_sample", sample)
     result = last_json(train("--synthesise", 12, "--init", "text:sailor rhyme", "--tokens", 1, "--json"))
     folder = here / result["run_dir"]
-    written = read_queries(folder / "queries.jsonl")
+    written = read_queries(next(folder.glob("queries-*.jsonl")))
     assert 8 <= len(written) <= 12
     assert len({query.text for query in written}) == len(written)
     assert Token.load("captain.safetensors").manifest.recipe["queries"] == "synthetic"

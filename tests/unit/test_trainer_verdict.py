@@ -124,7 +124,7 @@ LOST = ClauseEffect("Never lie to a sailor!", 0.05, 40, 0.2)
 def test_the_verdict_names_its_reason(evaluation, status, reason):
     found = judge(evaluation)
     assert found.status == status
-    assert (reason is None) == (found.reasons == [])
+    assert (reason is None) == (found.named() == [])
     assert reason is None or reason in str(found)
 
 
@@ -155,7 +155,18 @@ def test_the_prompts_own_embeddings_hold_over_turns_and_off_topic(tiny_model_dir
 def test_gain_is_retained_between_none_and_full():
     assert make_evaluation(nll=2.0).gain_retained == pytest.approx(0.0)
     assert make_evaluation(nll=1.0).gain_retained == pytest.approx(1.0)
-    assert math.isnan(make_evaluation().to_json()["length_ratio"]) is False
+
+
+def test_figures_that_are_no_numbers_fail():
+    found = judge(make_evaluation(kl=math.nan))
+    assert found.status == "failed"
+    assert "not finite" in str(found)
+
+
+def test_the_manifests_verdict_holds_no_word_of_the_prompt():
+    found = judge(make_evaluation(clauses=[LOST]))
+    assert found.to_json() == {"status": "lossy", "reasons": ["1 sentence of the prompt lost"]}
+    assert LOST.text in str(found)
 
 
 def test_the_report_is_one_file_and_escapes_what_it_shows(tmp_path):
