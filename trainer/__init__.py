@@ -16,6 +16,7 @@
     evaluate    KL(full || arm) on held-out queries
     clauses     what each sentence of a prompt does, and what a token keeps of it
     signatures  failure signatures in generated answers
+    checkers    habits that a program can check; compliance: how often answers have them
     robustness  over a conversation, and off topic
     verdict     deployable, lossy or failed
     compare     the method's rivals on the same data

@@ -19,7 +19,9 @@ from torch import Tensor
 from be_serve.core.artifact import Placement
 from be_serve.core.errors import InputError
 from be_serve.core.slots import Message
+from trainer.checkers import Check
 from trainer.clauses import MAX_CLAUSES, ClauseEffect, clause_effect, prompt_clauses
+from trainer.compliance import Compliance, measure_compliance
 from trainer.generate import Prefix, Progress, common_prefix
 from trainer.model import DTYPES, FrozenModel
 from trainer.queries import Query
@@ -90,6 +92,8 @@ class Evaluation:
     """Mean length of the token's sampled answers over the full prompt's, in characters."""
     signatures: dict[str, dict[str, float]] = field(default_factory=dict)
     """Failure signatures by arm: shares of the sampled answers (`trainer.signatures`)."""
+    compliance: Compliance | None = None
+    """How often answers have the habits that a program can check (`trainer.compliance`)."""
     clauses: list[ClauseEffect] = field(default_factory=list)
     """What leaving out each clause of the prompt does, and how much of it the token keeps."""
     turns: list[dict[str, float]] = field(default_factory=list)
@@ -124,6 +128,7 @@ class Evaluation:
             "n_tokens": self.n_tokens,
             "length_ratio": self.length_ratio,
             "signatures": self.signatures,
+            "compliance": None if self.compliance is None else self.compliance.to_json(),
             "turns": self.turns,
             "off_topic": self.off_topic,
             "clauses": [effect.to_json() for effect in self.clauses],
@@ -142,12 +147,15 @@ def evaluate(
     serving_dtype: str = "bfloat16",
     samples: int = 3,
     clauses: bool = False,
+    checks: Sequence[Check] = (),
+    check_tokens: int = 256,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Compare the vectors [k, H] float32 with the full prompt, no prompt and the other arms.
 
     With `clauses` each sentence of the prompt is left out in turn, to see what it does
-    and how much of that the token keeps. `progress` is called with the number of
+    and how much of that the token keeps. `checks` are held against answers of up to
+    `check_tokens` tokens of no prompt, the full prompt and the token. `progress` is called with the number of
     answers done.
     """
     model = teacher.model
@@ -176,12 +184,24 @@ def evaluate(
     order = [name for name in ("none", "template_default", "summary", "full", "be", "be_serving") if name in scores]
     shown = [name for name in ("none", "summary", "be") if name in arms]
     answers = _samples(teacher, reference[:samples], {name: arms[name] for name in shown})
+    compliance = None
+    if checks:
+        full = Arm.of_ids(model, [teacher.chat_ids(query) for query in queries])
+        compared = {"none": arms["none"], "full": full, "be": arms["be"]}
+        compliance = measure_compliance(
+            checks,
+            {
+                name: [teacher.text(ids) for ids in arm.prefix.generate(arm.suffixes, check_tokens)]
+                for name, arm in compared.items()
+            },
+        )
     return Evaluation(
         k=len(vectors_KH),
         arms={name: scores[name].means(lengths_Q) for name in order},
         n_queries=len(reference),
         n_tokens=sum(len(e.response) for e in reference),
         samples=answers,
+        compliance=compliance,
         rho_interval=rho_interval(scores["be"].kl_N, scores["none"].kl_N, lengths_Q),
         length_ratio=_mean_length(answers, "be") / max(_mean_length(answers, "full"), 1.0) if answers else math.nan,
         signatures={name: signatures([a[name] for a in answers], teacher.prompt) for name in [*shown, "full"]},

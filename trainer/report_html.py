@@ -49,6 +49,9 @@ def write_report(
     ]
     if evaluation.clauses:
         parts += ["<h2>What it keeps of each sentence</h2>", _clauses(evaluation)]
+    if evaluation.compliance:
+        lines = "".join(f"<li>{escape(line)}</li>" for line in evaluation.compliance.lines())
+        parts += ["<h2>Habits that a program can check</h2>", f"<ul>{lines}</ul>"]
     if evaluation.turns or evaluation.off_topic:
         parts += ["<h2>Over a conversation, and off topic</h2>", _robustness(evaluation)]
     if evaluation.samples:

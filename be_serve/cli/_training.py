@@ -58,6 +58,9 @@ def print_evaluation(evaluation: Evaluation) -> None:
     click.echo(
         f"gain retained, in log-likelihood of those answers: {evaluation.gain_retained:.2f} (1: the full prompt)"
     )
+    if evaluation.compliance:
+        for line in evaluation.compliance.lines():
+            click.echo(f"  {line}")
     for turn in evaluation.turns:
         click.echo(f"  turn {turn['turn']}: KL none {turn['none']:.3f}, be {turn['be']:.3f}, rho {turn['rho']:.3f}")
     if evaluation.off_topic:

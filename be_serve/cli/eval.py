@@ -19,6 +19,10 @@ import click
     "--stop", multiple=True, help="A text that ends a response; \\n is a line break. [default: as in training]"
 )
 @click.option("--clauses", is_flag=True, help="Leave out each sentence of the prompt in turn: what is kept of it?")
+@click.option("--checks", help="JSON list of checks (`trainer/checkers.py`) on the answers' form and words.")
+@click.option(
+    "--check-tokens", type=click.IntRange(1), default=256, show_default=True, help="Answers' length for them."
+)
 @click.option("--turns", type=click.IntRange(2, 12), help="Also hold conversations of this many turns.")
 @click.option("--off-topic", is_flag=True, help="Also ask questions that have nothing to do with the prompt.")
 @click.option("--report", type=click.Path(path_type=Path), help="HTML file to write.")
@@ -42,6 +46,8 @@ def command(
     max_queries: int | None,
     stop: tuple[str, ...],
     clauses: bool,
+    checks: str | None,
+    check_tokens: int,
     turns: int | None,
     off_topic: bool,
     report: Path | None,
@@ -56,8 +62,10 @@ def command(
     from be_serve.core.artifact import Token, check_vectors
     from be_serve.core.prompts import prompt_sha256, read_prompt_file
     from be_serve.models import resolve_model
+    from trainer.checkers import read_checks
 
     token = Token.load(token_file)
+    wanted = read_checks(checks) if checks else []
     check_vectors(token.vectors, dtype=serving_dtype)
     prompt = read_prompt_file(prompt_file)
     if prompt_sha256(prompt) != token.manifest.prompt.sha256:
@@ -102,6 +110,8 @@ def command(
             serving_dtype=serving_dtype,
             samples=samples,
             clauses=clauses,
+            checks=wanted,
+            check_tokens=check_tokens,
             progress=lambda count: bar.update(count) and None,
         )
     if turns:

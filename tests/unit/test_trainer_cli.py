@@ -82,13 +82,16 @@ def test_train_eval_inspect(here, train, tiny_model_dir):
     held_out = read_queries(folder / "heldout.jsonl")
     assert len(held_out) == 1
 
+    (here / "checks.json").write_text('[{"check": "NoComma"}]')
     evaluated = last_json(
         be_serve(
             *["eval", "tokens/captain.safetensors", "--prompt", "captain.txt", "--queries", folder / "heldout.jsonl"],
             *["--dtype", "float32", "--summary", "Rhyme.", "--clauses", "--report", "report.html", "--json"],
+            *["--checks", "checks.json", "--check-tokens", 8],
         )
     )
     assert "captain" in (here / "report.html").read_text()
+    assert set(evaluated["compliance"]["shares"]["NoComma()"]) == {"none", "full", "be"}
     assert [clause["text"] for clause in evaluated["clauses"]] == sentences(PROMPT)
     assert {"k", "rho", "rho_serving", "arms", "n_queries", "n_tokens", "samples"} <= set(evaluated)
     low, high = evaluated["rho_interval"]
