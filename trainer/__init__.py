@@ -25,6 +25,7 @@
     report      log, curves; report_html: one page for people
     run         one training run from config to token file
     batch       many of them in one process
+    provenance  digests, figures and versions that travel with a token
 
 It works for any Hugging Face causal LM and knows nothing of serving.
 Importing `trainer` itself loads neither torch nor transformers.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from be_serve.core.artifact import BaseModelRef, Manifest, PromptRef, Token
 from be_serve.core.prompts import prompt_sha256
 from trainer.model import FrozenModel
-from trainer.run import versions
+from trainer.provenance import versions
 
 
 def identity_token(model: FrozenModel, prompt: str, be_id: str, *, with_prompt: bool = False) -> Token:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -14,11 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 from tqdm import tqdm
 
-import be_serve
 from be_serve.core.artifact import BaseModelRef, Manifest, PromptRef, Token, write_atomically
 from be_serve.core.errors import BEError, InputError
 from be_serve.core.prompts import prompt_sha256, read_prompt_file
@@ -30,6 +27,7 @@ from trainer.evaluate import Evaluation, evaluate
 from trainer.generate import Progress
 from trainer.loop import Optimisation, Training, fit
 from trainer.model import FrozenModel
+from trainer.provenance import digest_of, quality, run_digest, versions
 from trainer.queries import Query, drop_near_duplicates, read_queries, split_held_out, write_queries
 from trainer.report import Log, draw_curves
 from trainer.report_html import write_report
@@ -38,7 +36,7 @@ from trainer.stages import Distil, Joint, Reconstruct, Stage
 from trainer.starts import Search, Start, mean_start, random_start, text_start
 from trainer.synthesis import synthesise
 from trainer.teacher import Example, Teacher
-from trainer.verdict import Verdict, judge
+from trainer.verdict import judge
 
 Say = Callable[[str], None]
 _ASKED_AT_ONCE = 64
@@ -132,7 +130,7 @@ class Run:
         """Digest of the settings and of the files that they name."""
         config = self.config
         files = [Path(name).read_bytes() for name in (config.queries, config.ae) if name and Path(name).is_file()]
-        return _digest_of([config.model_dump(), self.prompt, [hashlib.sha256(data).hexdigest() for data in files]])
+        return digest_of([config.model_dump(), self.prompt, [hashlib.sha256(data).hexdigest() for data in files]])
 
     def prepare(self) -> Training:
         """All that comes before the first step: queries, the teacher's responses, the start.
@@ -188,7 +186,7 @@ class Run:
         """Training and held-out queries, without near-duplicates across or within."""
         config = self.config
         key = [self.prompt, config.synthesise, config.seed, str(self.model.fingerprint), str(self.model.dtype)]
-        kept = self.folder / f"queries-{_digest_of(key)}.jsonl"
+        kept = self.folder / f"queries-{digest_of(key)}.jsonl"
         if config.queries:
             found = read_queries(config.queries)
         elif kept.exists():
@@ -228,7 +226,7 @@ class Run:
             for start in range(0, len(training), _ASKED_AT_ONCE):
                 asked = training[start : start + _ASKED_AT_ONCE]
                 key = [self.prompt, settings, [query.to_json() for query in asked]]
-                kept = self.folder / f"answers-{_digest_of(key)}.jsonl"
+                kept = self.folder / f"answers-{digest_of(key)}.jsonl"
                 if kept.exists():
                     found += read_queries(kept)
                     progress(len(asked))
@@ -371,48 +369,3 @@ class Run:
                 bar.update(count)
 
             yield advance
-
-
-def run_digest(config: TrainConfig, model: FrozenModel, prompt: str, training: list[Query]) -> str:
-    """Digest of all that decides a run's curve; where files lie does not."""
-    elsewhere = {"prompt_file", "output", "queries", "model", "id", "with_prompt", "ae", "summary"}
-    shaping = config.model_dump(exclude=elsewhere | {"teacher_url", "teacher_model"})
-    ae = hashlib.sha256(Path(config.ae).read_bytes()).hexdigest() if config.ae and Path(config.ae).exists() else None
-    key = {
-        **shaping,
-        "ae": ae,
-        "served": config.teacher_url is not None,
-        "prompt": prompt,
-        "model": str(model.fingerprint),
-        "queries": [query.to_json() for query in training],
-    }
-    return _digest_of(key)
-
-
-def _digest_of(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def quality(evaluation: Evaluation, verdict: Verdict) -> dict[str, Any]:
-    """The figures that travel in the manifest."""
-    return {
-        "verdict": verdict.to_json(),
-        "rho": round(evaluation.rho, 4),
-        "rho_interval": [round(bound, 4) for bound in evaluation.rho_interval],
-        "rho_serving": round(evaluation.rho_serving, 4),
-        "kl": {name: round(figures["kl"], 4) for name, figures in evaluation.arms.items()},
-        "gain_retained": round(evaluation.gain_retained, 4),
-        "top1": round(evaluation.arms["be"]["top1"], 4),
-        "n_queries": evaluation.n_queries,
-        "n_tokens": evaluation.n_tokens,
-    }
-
-
-def versions() -> dict[str, str]:
-    """Versions of what made a token."""
-    return {
-        "be-serve": be_serve.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-    }

@@ -49,8 +49,8 @@ def command(
     from be_serve.core.prompts import read_prompt_file
     from be_serve.models import resolve_model
     from trainer.model import FrozenModel
+    from trainer.provenance import versions
     from trainer.queries import read_queries
-    from trainer.run import versions
     from trainer.speed import ARMS, measure, peak_bytes, reset_peak
     from trainer.teacher import Teacher
 

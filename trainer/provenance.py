@@ -1,0 +1,65 @@
+"""Where a token comes from: digests of what decides a run, and the figures and versions that travel with it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import be_serve
+from trainer.config import TrainConfig
+from trainer.evaluate import Evaluation
+from trainer.model import FrozenModel
+from trainer.queries import Query
+from trainer.verdict import Verdict
+
+
+def run_digest(config: TrainConfig, model: FrozenModel, prompt: str, training: list[Query]) -> str:
+    """Digest of all that decides a run's curve; where files lie does not."""
+    elsewhere = {"prompt_file", "output", "queries", "model", "id", "with_prompt", "ae", "summary"}
+    shaping = config.model_dump(exclude=elsewhere | {"teacher_url", "teacher_model"})
+    ae = hashlib.sha256(Path(config.ae).read_bytes()).hexdigest() if config.ae and Path(config.ae).exists() else None
+    key = {
+        **shaping,
+        "ae": ae,
+        "served": config.teacher_url is not None,
+        "prompt": prompt,
+        "model": str(model.fingerprint),
+        "queries": [query.to_json() for query in training],
+    }
+    return digest_of(key)
+
+
+def digest_of(value: Any) -> str:
+    """Sixteen hex digits of anything that JSON can hold."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def quality(evaluation: Evaluation, verdict: Verdict) -> dict[str, Any]:
+    """The figures that travel in the manifest."""
+    return {
+        "verdict": verdict.to_json(),
+        "rho": round(evaluation.rho, 4),
+        "rho_interval": [round(bound, 4) for bound in evaluation.rho_interval],
+        "rho_serving": round(evaluation.rho_serving, 4),
+        "kl": {name: round(figures["kl"], 4) for name, figures in evaluation.arms.items()},
+        "gain_retained": round(evaluation.gain_retained, 4),
+        "top1": round(evaluation.arms["be"]["top1"], 4),
+        "n_queries": evaluation.n_queries,
+        "n_tokens": evaluation.n_tokens,
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of what made a token."""
+    return {
+        "be-serve": be_serve.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
