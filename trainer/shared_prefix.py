@@ -42,6 +42,7 @@ def works(causal_lm: Any, rows_TH: Tensor) -> bool:
                     use_cache=True,
                 ).last_hidden_state
         except (NotImplementedError, AttributeError, ValueError, TypeError):
+            # This is the question that the function answers: such a model gets a copy of the prefix for each row.
             return False
     scale = float(whole.float().abs().max())
     return bool(torch.allclose(shared.float(), whole.expand(2, -1, -1).float(), atol=0.05 * scale))
@@ -65,6 +66,7 @@ def attending_to(causal_lm: Any, prefix: list[tuple[Tensor, Tensor]]) -> Iterato
         module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, **kwargs: Any
     ) -> tuple[Tensor, None]:
         if any(kwargs.get(name) is not None for name in _UNKNOWN):
+            # No stub: `works` takes this as its no, and an answer without these options would be wrong.
             raise NotImplementedError(f"{type(module).__name__} needs more than plain attention")
         keys, values = prefix[module.layer_idx]
         return shared_attention(query, key, value, mask, keys, values, scaling), None
