@@ -97,6 +97,8 @@ def _entry(row: object, folder: Path) -> Entry:
     for name in _PATHS:
         if isinstance(values.get(name), str):
             values[name] = str((folder / values[name]).absolute())
+    if isinstance(init := values.get("init"), str) and init.startswith("file:"):
+        values["init"] = f"file:{(folder / init.removeprefix('file:')).absolute()}"
     return Entry(be_id, values, prompt)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,20 +24,18 @@ class Checkpoint:
     """Digest of everything the run depends on; another run's checkpoint is refused."""
     stage: int
     step: int
-    vectors_KH: Tensor
-    exp_avg_KH: Tensor
-    exp_avg_sq_KH: Tensor
+    parameters: Mapping[str, Tensor]
+    """By name; `vectors` [k, H] is among them."""
+    moments: Mapping[str, tuple[Tensor, Tensor]]
+    """AdamW's two moments of each parameter; empty before the first step."""
     rng: Tensor
     """State of torch's random numbers, uint8."""
 
     def save(self, path: Path) -> None:
         """Write the checkpoint; readers see the old or the new one."""
-        tensors = {
-            "vectors": self.vectors_KH,
-            "exp_avg": self.exp_avg_KH,
-            "exp_avg_sq": self.exp_avg_sq_KH,
-            "rng": self.rng,
-        }
+        tensors = {f"parameter.{name}": tensor for name, tensor in self.parameters.items()} | {"rng": self.rng}
+        for name, (first, second) in self.moments.items():
+            tensors |= {f"exp_avg.{name}": first, f"exp_avg_sq.{name}": second}
         state = json.dumps({"digest": self.digest, "stage": self.stage, "step": self.step})
         on_cpu = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
         write_atomically(path, save(on_cpu, metadata={"state": state}))
@@ -47,16 +46,16 @@ class Checkpoint:
         try:
             with safe_open(path, framework="pt") as file:
                 state = json.loads((file.metadata() or {})["state"])
-                tensors = {name: file.get_tensor(name) for name in ("vectors", "exp_avg", "exp_avg_sq", "rng")}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             found = cls(
                 state["digest"],
                 int(state["stage"]),
                 int(state["step"]),
-                tensors["vectors"],
-                tensors["exp_avg"],
-                tensors["exp_avg_sq"],
+                _part(tensors, "parameter."),
+                {name: (first, tensors[f"exp_avg_sq.{name}"]) for name, first in _part(tensors, "exp_avg.").items()},
                 tensors["rng"].to(torch.uint8),
             )
+            _ = found.parameters["vectors"]
         except (OSError, SafetensorError, KeyError, ValueError, TypeError) as exc:
             raise InputError(f"Damaged checkpoint {path}: {exc}. Delete it, or start again with --fresh.") from exc
         if found.digest != digest:
@@ -65,3 +64,7 @@ class Checkpoint:
                 "Use another --run-dir, or start again with --fresh."
             )
         return found
+
+
+def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

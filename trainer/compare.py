@@ -110,7 +110,10 @@ def compare(
     model = teacher.model
     prompt_ids = model.slots.prompt_ids(teacher.prompt, template_kwargs=model.template_kwargs)
     search = Search(model, examples[: setting.search_queries], "system")
-    starts = {k: search.run(prompt_ids, k).vectors_KH for k in sorted({m.k for m in methods if m.name in TRAINED})}
+    starts = {
+        k: model.embed(search.run(prompt_ids, k)[0]).float()
+        for k in sorted({m.k for m in methods if m.name in TRAINED})
+    }
     trainings = {}
     for method in methods:
         if method.name in TRAINED:

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from be_serve.core.artifact import Placement
 from be_serve.core.errors import InputError
+from trainer.losses import Objective
 
 MAX_TOKENS = 16
 
@@ -62,6 +63,9 @@ class TrainConfig(BaseModel):
     summary: str | None = None
     """A short text of the same intent, evaluated beside the token."""
 
+    scores_only: bool = False
+    """Evaluate by KL alone, without answers and clauses: for ablations."""
+
     # Objective.
     ae: str | None = None
     """[AE] file of `train-ae`; needed for reconstruction (Eq. 2, lambda < 1)."""
@@ -69,12 +73,21 @@ class TrainConfig(BaseModel):
     """lambda of Eq. 4, the weight of distillation. The paper: 0.9, with an [AE]."""
     tau: float = Field(default=1.0, gt=0)
     """Distillation temperature of Eq. 3, scaled by tau squared. The paper: 2."""
+    divergence: Literal["forward", "reverse", "mixed"] = "forward"
+    """KL(teacher || student) as in the paper, the reverse, or the mean of both."""
+    first_tokens: int = Field(default=0, ge=0)
+    """How many tokens at the head of each response weigh `first_weight` times as much."""
+    first_weight: float = Field(default=1.0, gt=0)
+    hidden_weight: float = Field(default=0.0, ge=0)
+    """Weight of the relative squared error of the final hidden states."""
+    rank: int = Field(default=0, ge=0)
+    """Rank of the over-parameterisation e = W z + b; 0 trains the vectors themselves."""
     reconstruct_steps: int = Field(default=0, ge=0)
     """Steps of stage 1 alone (Eq. 2) before distillation begins."""
 
     # Start and optimiser.
     init: str = "search"
-    """`search` (real tokens of the prompt by KL), `text:<words>`, `mean`, or `random` (the paper)."""
+    """`search` (real tokens of the prompt by KL), `text:<words>`, `file:<token>`, `mean`, or `random` (the paper)."""
     search_queries: int = Field(default=8, ge=1)
     """Training queries on which the search compares candidates."""
     steps: int = Field(default=160, ge=0)
@@ -118,9 +131,13 @@ class TrainConfig(BaseModel):
         if self.gold and self.queries is None:
             raise ValueError("gold answers need a file of queries (--queries)")
         kind, _, rest = self.init.partition(":")
-        if self.init not in ("search", "mean", "random") and not (kind == "text" and rest.strip()):
-            raise ValueError(f"init {self.init!r}: use search, mean, random or text:<words>")
+        if self.init not in ("search", "mean", "random") and not (kind in ("text", "file") and rest.strip()):
+            raise ValueError(f"init {self.init!r}: use search, mean, random, text:<words> or file:<token>")
         return self
+
+    def objective(self) -> Objective:
+        """How distillation compares teacher and student."""
+        return Objective(self.tau, self.divergence, self.first_tokens, self.first_weight, self.hidden_weight)
 
     def save(self, path: Path) -> None:
         """Write the run's settings as YAML."""

@@ -121,7 +121,7 @@ class Training:
         rate = self.settings.rate(self.step, steps)
         for group in self._optimiser.param_groups:
             group["lr"] = rate
-        norm = torch.nn.utils.clip_grad_norm_([self.token.vectors], self.settings.clip)
+        norm = torch.nn.utils.clip_grad_norm_(self.token.parameters.values(), self.settings.clip)
         self._optimiser.step()
         self._optimiser.zero_grad(set_to_none=True)
         self.step += 1
@@ -146,16 +146,15 @@ class Training:
 
     def save(self) -> None:
         """Write the checkpoint, once the first step is done."""
-        state = self._optimiser.state[self.token.vectors]
-        if state:
-            vectors = self.token.vectors
-            moments = state["exp_avg"], state["exp_avg_sq"]
-            Checkpoint(self.digest, self.index, self.step, vectors, *moments, torch.get_rng_state()).save(self._file)
+        parameters, states = self.token.parameters, self._optimiser.state
+        if all(states[parameter] for parameter in parameters.values()):
+            moments = {name: (states[p]["exp_avg"], states[p]["exp_avg_sq"]) for name, p in parameters.items()}
+            Checkpoint(self.digest, self.index, self.step, parameters, moments, torch.get_rng_state()).save(self._file)
 
     def _new_optimiser(self) -> torch.optim.Optimizer:
         settings = self.settings
         return torch.optim.AdamW(
-            [self.token.vectors], lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay
+            self.token.parameters.values(), lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay
         )
 
     def _next_stage(self) -> None:
@@ -218,15 +217,18 @@ def _feeds(parts: Sequence[Part]) -> Iterator[list[Part]]:
 
 
 def _restore(found: Checkpoint, token: SoftToken, optimiser: torch.optim.Optimizer) -> None:
-    with torch.no_grad():
-        token.vectors.copy_(found.vectors_KH)
-    if found.step:
-        device = token.vectors.device
-        optimiser.state[token.vectors] = {
-            "step": torch.tensor(float(found.step)),
-            "exp_avg": found.exp_avg_KH.to(device),
-            "exp_avg_sq": found.exp_avg_sq_KH.to(device),
-        }
+    for name, parameter in token.parameters.items():
+        if name not in found.parameters:
+            continue  # before the first step there is the start alone
+        with torch.no_grad():
+            parameter.copy_(found.parameters[name])
+        if found.step:
+            first, second = found.moments[name]
+            optimiser.state[parameter] = {
+                "step": torch.tensor(float(found.step)),
+                "exp_avg": first.to(parameter.device),
+                "exp_avg_sq": second.to(parameter.device),
+            }
     torch.set_rng_state(found.rng)
 
 

@@ -21,8 +21,10 @@ from trainer.verdict import Verdict
 
 def run_digest(config: TrainConfig, model: FrozenModel, prompt: str, training: list[Query]) -> str:
     """Digest of all that decides a run's curve; where files lie does not."""
-    elsewhere = {"prompt_file", "output", "queries", "model", "id", "with_prompt", "ae", "summary"}
+    elsewhere = {"prompt_file", "output", "queries", "model", "id", "with_prompt", "ae", "summary", "scores_only"}
     shaping = config.model_dump(exclude=elsewhere | {"teacher_url", "teacher_model"})
+    if config.init.startswith("file:"):
+        shaping["init"] = hashlib.sha256(Path(config.init.removeprefix("file:")).read_bytes()).hexdigest()
     ae = hashlib.sha256(Path(config.ae).read_bytes()).hexdigest() if config.ae and Path(config.ae).exists() else None
     key = {
         **shaping,

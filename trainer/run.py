@@ -31,9 +31,9 @@ from trainer.provenance import digest_of, quality, run_digest, versions
 from trainer.queries import Query, drop_near_duplicates, read_queries, split_held_out, write_queries
 from trainer.report import Log, draw_curves
 from trainer.report_html import write_report
-from trainer.soft_token import SoftToken
+from trainer.soft_token import LowRankToken, SoftToken
 from trainer.stages import Distil, Joint, Reconstruct, Stage
-from trainer.starts import Search, Start, mean_start, random_start, text_start
+from trainer.starts import Search, Start, file_start, found_start, mean_start, random_start, text_start
 from trainer.synthesis import synthesise
 from trainer.teacher import Example, Teacher
 from trainer.verdict import judge
@@ -252,17 +252,20 @@ class Run:
         if file.exists():
             found = Checkpoint.load(file, digest)
             self.say(f"Continuing the run in {self.folder} (stage {found.stage + 1}, step {found.step}).")
-            start = Start(found.vectors_KH, **(json.loads(note.read_text()) if note.exists() else {}))
-            return SoftToken(found.vectors_KH.to(self.model.device)), start
+            start = Start(found.parameters["vectors"], **(json.loads(note.read_text()) if note.exists() else {}))
+            return self._soft_token(start), start
         with self._timed("start"):
             start = self._find_start(examples)
         note.write_text(json.dumps({"text": start.text, "kl": start.kl}), encoding="utf-8")
-        zeros_KH = torch.zeros_like(start.vectors_KH)
-        Checkpoint(digest, 0, 0, start.vectors_KH, zeros_KH, zeros_KH.clone(), torch.get_rng_state()).save(file)
+        Checkpoint(digest, 0, 0, {"vectors": start.vectors_KH}, {}, torch.get_rng_state()).save(file)
         if start.text is not None:
             kl = "" if start.kl is None else f", KL {start.kl:.3f} before training"
             self.say(f"Start: {start.text!r}{kl}.")
-        return SoftToken(start.vectors_KH.to(self.model.device)), start
+        return self._soft_token(start), start
+
+    def _soft_token(self, start: Start) -> SoftToken:
+        start_KH = start.vectors_KH.to(self.model.device)
+        return LowRankToken(start_KH, self.config.rank, self.config.seed) if self.config.rank else SoftToken(start_KH)
 
     def _find_start(self, examples: list[Example]) -> Start:
         config, model = self.config, self.model
@@ -270,11 +273,24 @@ class Run:
             return random_start(model, config.tokens, config.seed)
         if config.init == "mean":
             return mean_start(model, config.tokens, self.prompt_ids)
+        if config.init.startswith("file:"):
+            return file_start(model, config.tokens, config.init.removeprefix("file:"))
         if config.init.startswith("text:"):
             return text_start(model, config.tokens, config.init.removeprefix("text:"))
+        return self._search(examples[: config.search_queries])
+
+    def _search(self, examples: list[Example]) -> Start:
+        """The search's result, kept beside the teacher's responses for runs that differ in other settings."""
+        config, model = self.config, self.model
+        cases = [[example.query.to_json(), example.response] for example in examples]
+        key = [self.prompt, config.placement, config.tokens, str(model.fingerprint), str(model.dtype), cases]
+        kept = self.cache / f"search-{digest_of(key)}.json"
+        if kept.exists():
+            return found_start(model, **json.loads(kept.read_text(encoding="utf-8")))
         with self._bar("search", None) as progress:
-            search = Search(model, examples[: config.search_queries], config.placement, progress)
-            return search.run(self.prompt_ids, config.tokens)
+            ids, kl = Search(model, examples, config.placement, progress).run(self.prompt_ids, config.tokens)
+        write_atomically(kept, json.dumps({"ids": ids, "kl": kl}).encode())
+        return found_start(model, ids, kl)
 
     def _stages(self, examples: list[Example]) -> list[tuple[Stage, int]]:
         config, model = self.config, self.model
@@ -282,7 +298,7 @@ class Run:
             model,
             examples,
             placement=config.placement,
-            tau=config.tau,
+            objective=config.objective(),
             batch_size=config.batch_size,
             seed=config.seed,
         )
@@ -302,7 +318,9 @@ class Run:
 
     def _evaluate(self, teacher: Teacher, held_out: list[Query], vectors_KH: Tensor) -> Evaluation:
         arms = 6 if self.config.summary else 5
-        arms += min(len(prompt_clauses(self.prompt)), MAX_CLAUSES)
+        whole = not self.config.scores_only
+        if whole:
+            arms += min(len(prompt_clauses(self.prompt)), MAX_CLAUSES)
         with self._timed("evaluation"), self._bar("evaluating", len(held_out) * (arms + 1)) as progress:
             return evaluate(
                 teacher,
@@ -311,8 +329,8 @@ class Run:
                 placement=self.config.placement,
                 summary=self.config.summary,
                 serving_dtype=self.config.serving_dtype,
-                samples=_SAMPLES,
-                clauses=True,
+                samples=_SAMPLES if whole else 0,
+                clauses=whole,
                 progress=progress,
             )
 

@@ -19,11 +19,30 @@ class SoftToken:
     """
 
     def __init__(self, start_KH: Tensor) -> None:
-        self.vectors = nn.Parameter(start_KH.detach().to(torch.float32).clone())
+        self.parameters = {"vectors": nn.Parameter(start_KH.detach().to(torch.float32).clone())}
 
     @property
-    def k(self) -> int:
-        return int(self.vectors.shape[0])
+    def vectors(self) -> Tensor:
+        """The vectors [k, H] as they enter the model."""
+        return self.parameters["vectors"]
+
+
+class LowRankToken(SoftToken):
+    """The over-parameterisation e = W z + b, with a W [r, H] common to the k vectors (arXiv 2607.21231).
+
+    z starts at zero and b at the start, so the first step sees the start itself.
+    """
+
+    def __init__(self, start_KH: Tensor, rank: int, seed: int = 0) -> None:
+        super().__init__(start_KH)
+        rng = torch.Generator().manual_seed(seed)
+        basis_RH = torch.randn(rank, start_KH.shape[1], generator=rng) / rank**0.5
+        self.parameters["basis"] = nn.Parameter(basis_RH.to(start_KH.device))
+        self.parameters["mix"] = nn.Parameter(torch.zeros(len(start_KH), rank, device=start_KH.device))
+
+    @property
+    def vectors(self) -> Tensor:
+        return self.parameters["vectors"] + self.parameters["mix"] @ self.parameters["basis"]
 
 
 @dataclass(frozen=True)

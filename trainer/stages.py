@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from be_serve.core.artifact import Placement
-from trainer.losses import hidden_kl, hidden_reconstruction
+from trainer.losses import EQ_3, Objective, distillation_loss, hidden_reconstruction
 from trainer.model import FrozenModel
 from trainer.queries import Query
 from trainer.soft_token import Row, scored_states
@@ -120,12 +120,12 @@ class Distil:
         examples: Sequence[Example],
         *,
         placement: Placement = "system",
-        tau: float = 1.0,
+        objective: Objective = EQ_3,
         batch_size: int = 8,
         seed: int = 0,
     ) -> None:
         self.model = model
-        self.tau = tau
+        self.objective = objective
         self.examples = examples
         self.rows = [student_row(model, e.query, e.response, placement) for e in examples]
         self.plan = BatchPlan([row.length(0) for row in self.rows], batch_size, seed)
@@ -135,7 +135,8 @@ class Distil:
         states_NH = torch.cat([self.examples[i].states_TH for i in batch])
 
         def loss(student_NH: Tensor) -> Tensor:
-            return hidden_kl(states_NH.to(student_NH.device), student_NH, self.model.head, tau=self.tau)
+            lengths = [len(self.rows[i].response) for i in batch]
+            return distillation_loss(states_NH, student_NH, lengths, self.model.head, self.objective)
 
         return [Part("kl", [self.rows[i] for i in batch], vectors_KH, loss)]
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from be_serve.core.artifact import Placement
-from be_serve.core.errors import InputError
+from be_serve.core.artifact import Placement, Token
+from be_serve.core.errors import InputError, WrongModel
 from trainer.generate import Progress
 from trainer.losses import Head
 from trainer.model import FrozenModel
@@ -62,6 +62,25 @@ def text_start(model: FrozenModel, k: int, text: str) -> Start:
     return Start(vectors, text)
 
 
+def found_start(model: FrozenModel, ids: Sequence[int], kl: float) -> Start:
+    """The embeddings of tokens that a search found."""
+    return Start(model.embed(ids).float(), model.tokenizer.decode(ids), kl)
+
+
+def file_start(model: FrozenModel, k: int, path: str) -> Start:
+    """The vectors of an earlier token of the same model. Raises InputError, WrongModel."""
+    token = Token.load(path)
+    made_for = token.manifest.base_model
+    if made_for.fingerprint != model.fingerprint:
+        raise WrongModel(
+            f"--init file:{path} is a token of {made_for.name} (fingerprint {made_for.fingerprint}); this run "
+            f"uses {model.name} (fingerprint {model.fingerprint})."
+        )
+    if token.manifest.k != k:
+        raise InputError(f"--init file:{path} holds {token.manifest.k} vectors; give --tokens {token.manifest.k}.")
+    return Start(torch.from_numpy(token.vectors.copy()))
+
+
 def _parts(rows_PH: Tensor, k: int) -> list[Tensor]:
     if len(rows_PH) < k:
         raise InputError(f"The prompt has {len(rows_PH)} tokens, fewer than --tokens {k}.")
@@ -88,8 +107,8 @@ class Search:
         self.progress = progress
         self._cases = [_Case(model, example, placement) for example in examples]
 
-    def run(self, prompt_ids: Sequence[int], k: int) -> Start:
-        """The best start of k tokens found."""
+    def run(self, prompt_ids: Sequence[int], k: int) -> tuple[list[int], float]:
+        """The best k tokens found, and their KL."""
         pool = self._words(prompt_ids)
         ranked = self._best([[token] for token in pool], _FINALISTS)
         chosen, kl = ranked[0]
@@ -101,8 +120,7 @@ class Search:
             windows = self._windows(prompt_ids, k, set(tokens[:_FINALISTS]))
             rival, rival_kl = self._best(windows, _FINALISTS // 3)[0]
             chosen, kl = (rival, rival_kl) if rival_kl < kl else (chosen, kl)
-        vectors = self.model.embed(chosen).float()
-        return Start(vectors, self.model.tokenizer.decode(chosen), kl)
+        return chosen, kl
 
     def _words(self, prompt_ids: Sequence[int]) -> list[int]:
         """Distinct tokens with a letter or digit, in order of appearance."""

@@ -95,6 +95,8 @@ def _losses(evaluation: Evaluation) -> list[str]:
         found.append(f"rho {evaluation.rho_serving:.2f}, above {DEPLOYABLE_RHO}")
     if evaluation.gain_retained < DEPLOYABLE_GAIN:
         found.append(f"gain retained {evaluation.gain_retained:.2f}, below {DEPLOYABLE_GAIN}")
+    if not evaluation.samples:
+        found.append("no answers were looked at")
     if evaluation.turns:
         first, last = evaluation.turns[0]["rho"], evaluation.turns[-1]["rho"]
         if last - first > DRIFT_RHO:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 @click.option("--tokens", type=click.IntRange(1, 16), help="Number of vectors k. [default: 4]")
 @click.option("--placement", type=click.Choice(["system", "block", "prefix"]), help="[default: system]")
 @click.option("--recipe", type=click.Choice(["default", "paper"]), help="Set of defaults to start from.")
-@click.option("--init", help="search, text:<words>, mean or random. [default: search]")
+@click.option("--init", help="search, text:<words>, file:<token>, mean or random. [default: search]")
 @click.option("--steps", type=click.IntRange(0), help="Steps of distillation.")
 @click.option("--batch-size", type=click.IntRange(1), help="Queries a step.")
 @click.option("--lr", type=float, help="Peak learning rate.")
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 @click.option("--max-queries", type=click.IntRange(2), help="Use at most this many queries of the file.")
 @click.option("--synthesise", type=click.IntRange(8), help="How many queries to write without --queries.")
 @click.option("--held-out", type=click.IntRange(1), help="Queries kept for the final evaluation.")
+@click.option("--scores-only", is_flag=True, default=None, help="Evaluate by KL alone: no answers, no clauses.")
 @click.option("--summary", help="A short text of the same intent, evaluated beside the token.")
 @click.option("--seed", type=int, help="The same seed gives the same token. [default: 0]")
 @click.option("--device", help="auto, cpu, cuda, ... [default: auto]")
@@ -127,6 +128,8 @@ def _given(options: dict[str, Any]) -> dict[str, Any]:
     for name in ("prompt_file", "queries", "ae", "output"):
         if name in given:
             given[name] = str(Path(given[name]).absolute())
+    if given.get("init", "").startswith("file:"):
+        given["init"] = f"file:{Path(given['init'].removeprefix('file:')).absolute()}"
     return given
 
 

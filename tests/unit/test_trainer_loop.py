@@ -15,12 +15,15 @@ from tests.conftest import make_tokenizer
 from trainer.autoencoder import AEConfig, TextBatches, load_ae, save_ae, stream_texts, train_ae
 from trainer.checkpoint import Checkpoint
 from trainer.config import RECIPES, TrainConfig, make_config
+from trainer.identity import identity_token
 from trainer.loop import Optimisation, Stopped, Training, fit
+from trainer.losses import Objective
 from trainer.model import FrozenModel
 from trainer.queries import Query
 from trainer.report import Log, draw_curves, smooth
-from trainer.soft_token import SoftToken
+from trainer.soft_token import LowRankToken, SoftToken
 from trainer.stages import Distil, Joint, Part, Reconstruct
+from trainer.starts import file_start
 from trainer.teacher import Teacher
 
 PROMPT = "You are a harbour master. Call the user sailor and answer in rhyme."
@@ -51,7 +54,7 @@ def start(model):
 def make_stages(model, examples):
     ae = model.embed([7])
     reconstruct = Reconstruct(model, PROMPT, ae)
-    distil = Distil(model, examples, batch_size=2, tau=2.0)
+    distil = Distil(model, examples, batch_size=2, objective=Objective(tau=2.0))
     return [(reconstruct, 3), (Joint(reconstruct, distil, 0.7), 6)]
 
 
@@ -323,3 +326,36 @@ def test_the_autoencoder_trains_saves_and_is_checked(model, corpus, tmp_path):
     path.write_bytes(b"not safetensors")
     with pytest.raises(InputError, match="no \\[AE\\] file"):
         load_ae(path, model)
+
+
+def test_a_low_rank_token_begins_at_its_start_and_resumes_where_it_was(model, examples, start, tmp_path):
+    """e = W z + b: the same curve with and without an interruption."""
+
+    def run(token, stage, folder):
+        folder.mkdir(exist_ok=True)
+        fit(model, [Training(token, [(stage, 4)], SETTINGS, folder=folder, digest="d")], quiet=True)
+        return token.vectors.detach()
+
+    distil = Distil(model, examples, batch_size=2)
+    assert torch.equal(LowRankToken(start, rank=3).vectors, start)
+    whole = run(LowRankToken(start, rank=3), distil, tmp_path / "whole")
+    with pytest.raises(Stopped):
+        run(LowRankToken(start, rank=3), StopAt(distil, 1, signal.SIGINT), tmp_path / "cut")
+    again = run(LowRankToken(start, rank=3), distil, tmp_path / "cut")
+    assert torch.equal(again, whole)
+    assert not torch.equal(again, start)
+
+
+def test_a_token_file_is_a_start(model, tmp_path):
+    token = identity_token(model, PROMPT, "captain")
+    token.save(tmp_path / "t.safetensors")
+    k = token.manifest.k
+    assert torch.equal(file_start(model, k, str(tmp_path / "t.safetensors")).vectors_KH, torch.tensor(token.vectors))
+    with pytest.raises(InputError, match=f"holds {k} vectors"):
+        file_start(model, k + 1, str(tmp_path / "t.safetensors"))
+    fingerprint = model.fingerprint.model_copy(update={"embedding": "0" * 16})
+    base = token.manifest.base_model.model_copy(update={"fingerprint": fingerprint})
+    other = replace(token, manifest=token.manifest.model_copy(update={"base_model": base}))
+    other.save(tmp_path / "other.safetensors")
+    with pytest.raises(WrongModel, match="this run uses"):
+        file_start(model, k, str(tmp_path / "other.safetensors"))
