@@ -1,17 +1,13 @@
-"""Responses of the full prompt from an OpenAI-compatible server, in place of decoding here.
-
-The server must run the same model: the teacher's states are still computed here,
-on the text it answers with.
-"""
+"""OpenAI-compatible servers that a run asks: a teacher that writes responses, a judge that compares them."""
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 
@@ -19,10 +15,57 @@ from be_serve.core.errors import InputError
 from trainer.generate import Progress
 from trainer.queries import Query
 
-KEY_VARIABLE = "BE_TEACHER_KEY"
+TEACHER_KEY = "BE_TEACHER_KEY"
 _AT_ONCE = 16
 _TRIES = 5
 _BUSY = (429, 502, 503)
+
+_In = TypeVar("_In")
+_Out = TypeVar("_Out")
+
+
+class Endpoint:
+    """A server's chat completions. `role` (teacher, judge) names it in errors.
+
+    The key, where one is needed, is read from the environment variable `key_variable`:
+    it must stand in no file and in no process list. A busy server is asked again.
+    """
+
+    def __init__(self, url: str, model: str, *, role: str, key_variable: str) -> None:
+        self.base = url.rstrip("/").removesuffix("/v1")
+        self.model = model
+        self.role = role
+        key = os.environ.get(key_variable)
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        if "@" in url:
+            raise InputError(f"--{role}-url: leave user and password out; a key comes from {key_variable}.")
+        try:
+            self._client = httpx.Client(base_url=self.base, headers=headers, timeout=600)
+        except httpx.InvalidURL as exc:
+            raise InputError(f"--{role}-url {url!r} is no URL: {exc}.") from exc
+
+    def chat(self, messages: Sequence[Mapping[str, str]], settings: Mapping[str, Any]) -> str:
+        """The answer to a chat. Raises InputError where the server cannot be reached, or refuses."""
+        body = {"model": self.model, **settings, "messages": list(messages)}
+        for attempt in range(1, _TRIES + 1):
+            try:
+                response = self._client.post("/v1/chat/completions", json=body)
+            except (httpx.TransportError, httpx.UnsupportedProtocol) as exc:
+                raise InputError(f"No answer from the {self.role} at {self.base}: {exc}.") from exc
+            if response.status_code not in _BUSY or attempt == _TRIES:
+                break
+            time.sleep(2.0**attempt)
+        if not response.is_success:
+            raise InputError(f"The {self.role} at {self.base} answered {response.status_code}: {response.text[:300]}")
+        try:
+            return response.json()["choices"][0]["message"]["content"] or ""
+        except (ValueError, KeyError, IndexError, TypeError) as exc:
+            raise InputError(f"The {self.role} at {self.base} sent no chat completion: {response.text[:300]}") from exc
+
+    def each(self, ask: Callable[[_In], _Out], items: Iterable[_In]) -> list[_Out]:
+        """`ask` of each item, in order, several at a time; the connections are closed behind them."""
+        with self._client, ThreadPoolExecutor(_AT_ONCE) as pool:
+            return list(pool.map(ask, items))
 
 
 def answered(
@@ -39,42 +82,20 @@ def answered(
 ) -> list[Query]:
     """The queries with the server's answers under the prompt as `answer`.
 
-    A key is read from BE_TEACHER_KEY. A token that serves this very prompt is passed
-    over (`be_match`). Raises InputError where the server cannot be reached or refuses.
+    The server must run the same model: the teacher's states are still computed here, on
+    the text it answers with. A token that serves this very prompt is passed over
+    (`be_match`). Raises InputError where the server cannot be reached or refuses.
     """
-    key = os.environ.get(KEY_VARIABLE)
-    base = url.rstrip("/").removesuffix("/v1")
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
-    fixed: dict[str, Any] = {"model": model, "max_tokens": max_tokens, "temperature": temperature, "seed": seed}
+    server = Endpoint(url, model, role="teacher", key_variable=TEACHER_KEY)
+    settings: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed, "be_match": False}
     if stop:
-        fixed["stop"] = list(stop)
-        fixed["include_stop_str_in_output"] = True  # vLLM: the text that ends a response is part of what is learned
-
-    try:
-        client = httpx.Client(base_url=base, headers=headers, timeout=600)
-    except httpx.InvalidURL as exc:
-        raise InputError(f"--teacher-url {url!r} is no URL: {exc}.") from exc
+        settings["stop"] = list(stop)
+        settings["include_stop_str_in_output"] = True  # vLLM: the text that ends a response is part of what is learned
 
     def ask(query: Query) -> Query:
-        messages = [{"role": "system", "content": prompt}, *query.messages]
-        body = {**fixed, "messages": messages, "be_match": False}
-        for attempt in range(1, _TRIES + 1):
-            try:
-                response = client.post("/v1/chat/completions", json=body)
-            except httpx.TransportError as exc:
-                raise InputError(f"No answer from the teacher at {base}: {exc}.") from exc
-            if response.status_code not in _BUSY or attempt == _TRIES:
-                break
-            time.sleep(2.0**attempt)
-        if not response.is_success:
-            raise InputError(f"The teacher at {base} answered {response.status_code}: {response.text[:300]}")
-        try:
-            answer = response.json()["choices"][0]["message"]["content"] or ""
-        except (ValueError, KeyError, IndexError, TypeError) as exc:
-            raise InputError(f"The teacher at {base} sent no chat completion: {response.text[:300]}") from exc
+        answer = server.chat([{"role": "system", "content": prompt}, *query.messages], settings)
         if progress:
             progress(1)
         return replace(query, answer=answer)
 
-    with client, ThreadPoolExecutor(_AT_ONCE) as pool:
-        return list(pool.map(ask, queries))
+    return server.each(ask, queries)

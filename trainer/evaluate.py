@@ -23,6 +23,7 @@ from trainer.checkers import Check
 from trainer.clauses import MAX_CLAUSES, ClauseEffect, clause_effect, prompt_clauses
 from trainer.compliance import Compliance, measure_compliance
 from trainer.generate import Prefix, Progress, common_prefix
+from trainer.judge import Tally
 from trainer.model import DTYPES, FrozenModel
 from trainer.queries import Query
 from trainer.signatures import signatures
@@ -101,6 +102,9 @@ class Evaluation:
     off_topic: dict[str, float] = field(default_factory=dict)
     """KL on questions that have nothing to do with the prompt (`trainer.robustness`)."""
 
+    judged: dict[str, Tally] = field(default_factory=dict)
+    """How a judge model saw the token's answers beside the full prompt's and those without one (`trainer.judge`)."""
+
     @property
     def rho(self) -> float:
         return self.arms["be"]["kl"] / self.arms["none"]["kl"]
@@ -131,6 +135,7 @@ class Evaluation:
             "compliance": None if self.compliance is None else self.compliance.to_json(),
             "turns": self.turns,
             "off_topic": self.off_topic,
+            "judged": {rival: tally.to_json() for rival, tally in self.judged.items()},
             "clauses": [effect.to_json() for effect in self.clauses],
             "samples": self.samples,
         }

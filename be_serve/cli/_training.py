@@ -75,6 +75,12 @@ def print_evaluation(evaluation: Evaluation) -> None:
             for name, share in evaluation.signatures["be"].items()
         ]
         click.echo(f"in {len(evaluation.samples)} answers (the full prompt's): {', '.join(shares)}")
+    for rival, tally in evaluation.judged.items():
+        score = "no verdict could be read" if tally.score is None else f"score {tally.score:.2f} (.50: no difference)"
+        click.echo(
+            f"judge, token against {rival}: {tally.wins} better, {tally.ties} equal, {tally.losses} worse, "
+            f"{tally.unreadable} unreadable; {score}"
+        )
     click.echo(f"verdict: {judge(evaluation)}")
     for sample in evaluation.samples[:_SHOWN]:
         click.echo()

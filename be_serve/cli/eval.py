@@ -25,6 +25,11 @@ import click
 )
 @click.option("--turns", type=click.IntRange(2, 12), help="Also hold conversations of this many turns.")
 @click.option("--off-topic", is_flag=True, help="Also ask questions that have nothing to do with the prompt.")
+@click.option(
+    "--judge-url",
+    help="OpenAI-compatible server of a judge, which is sent the prompt and the answers. [key: BE_JUDGE_KEY]",
+)
+@click.option("--judge-model", help="The judge's name on that server.")
 @click.option("--report", type=click.Path(path_type=Path), help="HTML file to write.")
 @click.option(
     "--samples",
@@ -50,6 +55,8 @@ def command(
     check_tokens: int,
     turns: int | None,
     off_topic: bool,
+    judge_url: str | None,
+    judge_model: str | None,
     report: Path | None,
     samples: int,
     serving_dtype: str,
@@ -60,10 +67,13 @@ def command(
     """Measure TOKEN_FILE: KL(full || arm) in nats a token on the full prompt's own greedy answers."""
     from be_serve.cli._training import print_evaluation, stop_texts, trained_stop
     from be_serve.core.artifact import Token, check_vectors
+    from be_serve.core.errors import InputError
     from be_serve.core.prompts import prompt_sha256, read_prompt_file
     from be_serve.models import resolve_model
     from trainer.checkers import read_checks
 
+    if judge_url and not (judge_model and samples):
+        raise InputError("--judge-url needs --judge-model, and answers to compare (--samples).")
     token = Token.load(token_file)
     wanted = read_checks(checks) if checks else []
     check_vectors(token.vectors, dtype=serving_dtype)
@@ -77,7 +87,9 @@ def command(
     from tqdm import tqdm
 
     from trainer.clauses import MAX_CLAUSES, prompt_clauses
+    from trainer.endpoint import Endpoint
     from trainer.evaluate import evaluate
+    from trainer.judge import JUDGE_KEY, RIVALS, judge_pairs
     from trainer.model import FrozenModel
     from trainer.queries import read_queries
     from trainer.report_html import write_report
@@ -118,6 +130,12 @@ def command(
         evaluation.turns = measure_turns(teacher, chats, vectors_KH, token.manifest.placement, turns=turns)
     if off_topic:
         evaluation.off_topic = measure_off_topic(teacher, vectors_KH, token.manifest.placement)
+    if judge_url and judge_model:
+        server = Endpoint(judge_url, judge_model, role="judge", key_variable=JUDGE_KEY)
+        with tqdm(total=2 * len(RIVALS) * len(evaluation.samples), desc="judging") as bar:
+            evaluation.judged = judge_pairs(
+                server, prompt, evaluation.samples, progress=lambda count: bar.update(count) and None
+            )
     print_evaluation(evaluation)
     if report:
         write_report(report, token.manifest, evaluation, judge(evaluation))
