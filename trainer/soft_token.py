@@ -55,9 +55,13 @@ class Row:
     before: Sequence[int]
     after: Sequence[int]
     response: Sequence[int]
+    at_once: bool = False
+    """One-step generation: vector i itself predicts response id i, and nothing of the response is fed."""
 
     def length(self, k: int) -> int:
         """Positions fed to the model: the response's last id is predicted, never fed."""
+        if self.at_once:
+            return len(self.before) + k + len(self.after)
         return len(self.before) + k + len(self.after) + max(len(self.response) - 1, 0)
 
 
@@ -79,11 +83,11 @@ def splice(model: FrozenModel, rows: Sequence[Row], vectors: Vectors | None) -> 
     scored: list[int] = []
     replaced: list[int] = []
     for i, (row, k) in enumerate(zip(rows, counts, strict=True)):
-        fed = [*row.before, *([0] * k), *row.after, *row.response[:-1]]
+        fed = [*row.before, *([0] * k), *row.after, *(() if row.at_once else row.response[:-1])]
         ids_BT[i, : len(fed)] = torch.tensor(fed)
         start = i * width + len(row.before)
         replaced.extend(range(start, start + k))
-        first = start + k + len(row.after) - 1
+        first = start if row.at_once else start + k + len(row.after) - 1
         scored.extend(range(first, first + len(row.response)))
     inputs_BTH = model.embed(ids_BT)
     if replaced:

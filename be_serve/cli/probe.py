@@ -8,7 +8,7 @@ import json
 import random
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 @click.option("--texts", type=click.IntRange(1), default=4, show_default=True, help="How many texts.")
 @click.option("--length", type=click.IntRange(2), default=64, show_default=True, help="Tokens of each text.")
 @click.option("--tokens", type=click.IntRange(1, 16), default=1, show_default=True, help="Number of vectors k.")
+@click.option("--one-step", is_flag=True, help="Tell each text in one forward pass, from two vectors e and m.")
+@click.option("--shared", is_flag=True, help="With --one-step: one m for all texts.")
+@click.option("--curve", is_flag=True, help="With --one-step: two solutions of the first text, and the way between.")
 @click.option("--steps", type=click.IntRange(1), default=600, show_default=True)
 @click.option("--lr", type=float, default=1e-2, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
@@ -37,6 +40,9 @@ def command(
     texts: int,
     length: int,
     tokens: int,
+    one_step: bool,
+    shared: bool,
+    curve: bool,
     steps: int,
     lr: float,
     seed: int,
@@ -47,7 +53,8 @@ def command(
 ) -> None:
     """Train vectors to repeat texts, and measure what they hold (Kuratov et al., arXiv 2502.13063).
 
-    The result is kept for `be-serve fit`. The same command continues an interrupted probe.
+    The result is kept for `be-serve fit`. With --one-step nothing of the text is fed back:
+    position i of [e, m, m, ...] predicts token i. The same command continues an interrupted probe.
     """
     from be_serve.core.errors import InputError
     from be_serve.models import DEFAULT_MODEL, be_home, resolve_model
@@ -55,6 +62,8 @@ def command(
     from trainer.capacity import probe, save_capacity
     from trainer.model import FrozenModel
 
+    if (shared or curve or one_step) and not (one_step and tokens == 1 and not (shared and curve)):
+        raise InputError("--one-step trains e and m: give no --tokens, and --shared or --curve only with it, not both.")
     found = resolve_model(model or DEFAULT_MODEL)
     frozen = FrozenModel.load(found.path, name=found.name, revision=found.revision, device=device, dtype=dtype)
     if corpus:
@@ -64,8 +73,14 @@ def command(
         pieces = [_random_words(frozen, length, f"{seed}/{n}") for n in range(texts)]
     if any(len(piece) < length for piece in pieces):
         raise InputError(f"The tokenizer has too few words for texts of {length} tokens; give a smaller --length.")
-    key = json.dumps([str(frozen.fingerprint), pieces, tokens, steps, lr, seed])
+    key = json.dumps([str(frozen.fingerprint), pieces, tokens, one_step, shared, curve, steps, lr, seed])
     folder = Path(run_dir or f"runs/probe-{hashlib.sha256(key.encode()).hexdigest()[:8]}")
+    if one_step:
+        shown = _connected(frozen, pieces, folder, steps, lr, seed) if curve else None
+        shown = shown or _told(frozen, pieces, folder, shared, steps, lr, seed)
+        if as_json:
+            click.echo(json.dumps(shown))
+        return
     capacity = probe(frozen, pieces, folder, k=tokens, steps=steps, lr=lr, seed=seed)
     path = save_capacity(be_home() / "capacity", frozen, capacity)
     click.echo(f"{'text':<6}{'tokens':>8}{'bits':>9}{'with k':>9}{'gain':>9}{'exact prefix':>14}")
@@ -76,6 +91,33 @@ def command(
     click.echo(f"{capacity.bits_a_vector:.0f} bits a vector (k={tokens}, {steps} steps); kept in {path}")
     if as_json:
         click.echo(json.dumps({**asdict(capacity), "bits_a_vector": capacity.bits_a_vector}))
+
+
+def _told(
+    model: FrozenModel, texts: list[list[int]], folder: Path, shared: bool, steps: int, lr: float, seed: int
+) -> dict[str, Any]:
+    """Run and print the one-step probe."""
+    from trainer.one_step import probe_one_step
+
+    found = probe_one_step(model, texts, folder, shared=shared, steps=steps, lr=lr, seed=seed)
+    click.echo(f"{'text':<6}{'tokens':>8}{'accuracy':>10}{'C_tokens':>10}{'H_LM, bits':>12}")
+    for n, told in enumerate(found):
+        click.echo(f"{n:<6}{told.tokens:>8}{told.accuracy:>10.3f}{told.exact_prefix:>10}{told.bits:>12.0f}")
+    click.echo(f"one step, {'one m for all texts' if shared else 'an m for each text'}, {steps} steps")
+    return {"shared": shared, "steps": steps, "texts": [asdict(told) for told in found]}
+
+
+def _connected(
+    model: FrozenModel, texts: list[list[int]], folder: Path, steps: int, lr: float, seed: int
+) -> dict[str, Any]:
+    """Run and print the way between two solutions of the first text."""
+    from trainer.one_step import connect
+
+    found = connect(model, texts[0], folder, steps=steps, lr=lr, seed=seed)
+    click.echo(f"{'t':<6}{'line':>8}{'Bezier':>8}   accuracy between two solutions of one text")
+    for i, (line, bezier) in enumerate(zip(found.line, found.bezier, strict=True)):
+        click.echo(f"{i / (len(found.line) - 1):<6.1f}{line:>8.3f}{bezier:>8.3f}")
+    return {"steps": steps, **asdict(found)}
 
 
 def _random_words(model: FrozenModel, length: int, seed: str) -> list[int]:

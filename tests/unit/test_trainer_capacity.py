@@ -79,6 +79,14 @@ def test_probe_then_fit_from_the_command_line(tmp_path, monkeypatch, tiny_model_
         run("fit", "p.txt")
     out = run("probe", "--corpus", "corpus.txt", "--texts", 2, "--length", 8, "--steps", 5, "--json")
     assert len(json.loads(out.splitlines()[-1])["texts"]) == 2
+    small = ("--corpus", "corpus.txt", "--texts", 2, "--length", 4, "--steps", 3, "--json")
+    told = json.loads(run("probe", *small, "--one-step", "--shared").splitlines()[-1])
+    assert [text["tokens"] for text in told["texts"]] == [4, 4]
+    curve = json.loads(run("probe", *small, "--one-step", "--curve").splitlines()[-1])
+    assert len(curve["line"]) == len(curve["bezier"]) == 11
+    for wrong in (["--shared"], ["--one-step", "--tokens", 2], ["--one-step", "--shared", "--curve"]):
+        with pytest.raises(InputError, match="one-step"):
+            run("probe", *small, *wrong)
     out = run("fit", "p.txt", "--json")
     assert "better kept as text" in out
     found = json.loads(out.splitlines()[-1])
