@@ -23,6 +23,8 @@ def run_digest(config: TrainConfig, model: FrozenModel, prompt: str, training: l
     """Digest of all that decides a run's curve; where files lie does not."""
     elsewhere = {"prompt_file", "output", "queries", "model", "id", "with_prompt", "ae", "summary", "scores_only"}
     shaping = config.model_dump(exclude=elsewhere | {"teacher_url", "teacher_model"})
+    if config.init == "search" and config.tokens > 1:
+        shaping["summary"] = config.summary  # one of the texts that the search compares
     if config.init.startswith("file:"):
         shaping["init"] = hashlib.sha256(Path(config.init.removeprefix("file:")).read_bytes()).hexdigest()
     ae = hashlib.sha256(Path(config.ae).read_bytes()).hexdigest() if config.ae and Path(config.ae).exists() else None

@@ -33,7 +33,7 @@ from trainer.report import Log, draw_curves
 from trainer.report_html import write_report
 from trainer.soft_token import LowRankToken, SoftToken
 from trainer.stages import Distil, Joint, Reconstruct, Stage
-from trainer.starts import Search, Start, file_start, found_start, mean_start, random_start, text_start
+from trainer.starts import Search, Start, file_start, found_start, mean_start, random_start, text_start, written_texts
 from trainer.synthesis import synthesise
 from trainer.teacher import Example, Teacher
 from trainer.verdict import judge
@@ -283,12 +283,16 @@ class Run:
         """The search's result, kept beside the teacher's responses for runs that differ in other settings."""
         config, model = self.config, self.model
         cases = [[example.query.to_json(), example.response] for example in examples]
-        key = [self.prompt, config.placement, config.tokens, str(model.fingerprint), str(model.dtype), cases]
-        kept = self.cache / f"search-{digest_of(key)}.json"
+        key = [self.prompt, config.placement, config.tokens, config.summary, str(model.fingerprint), str(model.dtype)]
+        kept = self.cache / f"search-{digest_of([*key, cases])}.json"
         if kept.exists():
             return found_start(model, **json.loads(kept.read_text(encoding="utf-8")))
         with self._bar("search", None) as progress:
-            ids, kl = Search(model, examples, config.placement, progress).run(self.prompt_ids, config.tokens)
+            texts = [] if config.tokens == 1 else written_texts(model, self.prompt, seed=config.seed)
+            if config.summary:
+                texts.append(model.slots.prompt_ids(config.summary, template_kwargs=model.template_kwargs))
+            search = Search(model, examples, config.placement, progress)
+            ids, kl = search.run(self.prompt_ids, config.tokens, texts)
         write_atomically(kept, json.dumps({"ids": ids, "kl": kl}).encode())
         return found_start(model, ids, kl)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from be_serve.core.artifact import Placement, Token
 from be_serve.core.errors import InputError, WrongModel
-from trainer.generate import Progress
+from trainer.generate import Prefix, Progress
 from trainer.losses import Head
 from trainer.model import FrozenModel
 from trainer.soft_token import Row, scored_states
@@ -25,9 +25,14 @@ from trainer.teacher import Example
 _SCREEN_QUERIES, _SCREEN_TOKENS = 2, 16
 _SCORE_TOKENS = 32
 _FINALISTS = 24
-_POOL = 32
+_POOL = 128
 _WINDOWS = 48
 _ROWS = 32
+_DESCRIPTION_TOKENS = 40
+_DESCRIBE = (
+    "These are the instructions of an assistant:\n\n{prompt}\n\n"
+    "Say in one short sentence who the assistant is and how it answers. Begin with 'You are'."
+)
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,21 @@ def text_start(model: FrozenModel, k: int, text: str) -> Start:
     return Start(vectors, text)
 
 
+def written_texts(model: FrozenModel, prompt: str, count: int = 8, seed: int = 0) -> list[list[int]]:
+    """Short descriptions of the prompt by the model itself, as ids: rivals for `Search.run`.
+
+    None for a prompt so long that the model could not read it with the question.
+    """
+    messages = [{"role": "user", "content": _DESCRIBE.format(prompt=prompt)}]
+    chat = model.slots.encode_chat(messages, template_kwargs=model.template_kwargs)
+    if len(chat) + _DESCRIPTION_TOKENS > model.max_length:
+        return []
+    prefix = Prefix(model, model.embed(chat[:-1]))
+    made = prefix.generate([chat[-1:]] * count, _DESCRIPTION_TOKENS, temperature=0.7, seed=seed)
+    texts = {model.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in made}
+    return [model.tokenizer.encode(text, add_special_tokens=False) for text in sorted(texts) if text]
+
+
 def found_start(model: FrozenModel, ids: Sequence[int], kl: float) -> Start:
     """The embeddings of tokens that a search found."""
     return Start(model.embed(ids).float(), model.tokenizer.decode(ids), kl)
@@ -92,8 +112,8 @@ class Search:
 
     One token at a time: all distinct tokens of the prompt are screened on two
     queries, the best are scored on all. For k > 1 each further position tries the
-    best tokens behind those already chosen, and the prompt's runs of k tokens
-    compete with the result.
+    best tokens behind those already chosen, the fewer the larger k is, and texts of k
+    tokens compete with the result: runs of the prompt, and those given to `run`.
     """
 
     def __init__(
@@ -107,18 +127,20 @@ class Search:
         self.progress = progress
         self._cases = [_Case(model, example, placement) for example in examples]
 
-    def run(self, prompt_ids: Sequence[int], k: int) -> tuple[list[int], float]:
-        """The best k tokens found, and their KL."""
+    def run(self, prompt_ids: Sequence[int], k: int, texts: Sequence[Sequence[int]] = ()) -> tuple[list[int], float]:
+        """The best k tokens found, and their KL; of `texts` (ids) the first k tokens compete."""
         pool = self._words(prompt_ids)
         ranked = self._best([[token] for token in pool], _FINALISTS)
         chosen, kl = ranked[0]
         tokens = [ids[0] for ids, _ in ranked]
         tokens += [token for token in pool if token not in set(tokens)]
+        tried = max(_POOL // k, 8)  # a search for 16 tokens may not take four times as long as one for 4
         for _ in range(1, k):
-            chosen, kl = self._best([[*chosen, token] for token in tokens[:_POOL]], _FINALISTS // 3)[0]
+            chosen, kl = self._best([[*chosen, token] for token in tokens[:tried]], tried // 4)[0]
         if k > 1:
-            windows = self._windows(prompt_ids, k, set(tokens[:_FINALISTS]))
-            rival, rival_kl = self._best(windows, _FINALISTS // 3)[0]
+            rivals = self._windows(prompt_ids, k, set(tokens[:_FINALISTS]))
+            rivals += [list(text[:k]) for text in texts if len(text) >= k]
+            rival, rival_kl = self._best(rivals, _FINALISTS // 3)[0]
             chosen, kl = (rival, rival_kl) if rival_kl < kl else (chosen, kl)
         return chosen, kl
 

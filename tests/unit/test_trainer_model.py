@@ -18,7 +18,7 @@ from trainer.model import FrozenModel
 from trainer.queries import Query
 from trainer.soft_token import Row, SoftToken, scored_states, splice
 from trainer.stages import BatchPlan, Distil, Reconstruct, part_losses, student_row
-from trainer.starts import Search, mean_start, random_start, text_start
+from trainer.starts import Search, found_start, mean_start, random_start, text_start, written_texts
 from trainer.synthesis import _head
 from trainer.teacher import Teacher
 
@@ -238,7 +238,7 @@ def test_a_response_ends_with_its_stop_text(model):
 @pytest.mark.parametrize("k", [1, 3])
 def test_the_search_takes_the_best_token(model, examples, k):
     ids = model.slots.prompt_ids(PROMPT)
-    start = Search(model, examples, "system").run(ids, k)
+    start = found_start(model, *Search(model, examples, "system").run(ids, k))
     assert start.vectors_KH.shape == (k, model.hidden_size)
     distil = Distil(model, examples, batch_size=len(examples))
     with torch.no_grad():
@@ -249,6 +249,24 @@ def test_the_search_takes_the_best_token(model, examples, k):
             # The best of the finalists; the screen looks at the first two queries only.
             assert start.kl <= np.median(list(scores.values()))
             assert start.kl == pytest.approx(min(scores.values()), abs=0.05)
+
+
+def test_the_best_text_is_taken_and_short_ones_do_not_compete(model, examples, monkeypatch):
+    """A rival text of k tokens wins where the model says so; its score is the search's own."""
+    ids = model.slots.prompt_ids(PROMPT)
+    rival = ids[4:7]
+    search = Search(model, examples, "system")
+    score = search._score
+    monkeypatch.setattr(search, "_score", lambda found, *rest: [0.0 if c == rival else 9.0 for c in found])
+    assert search.run(ids, 3, [[1], [*rival, 5]]) == (rival, 0.0)
+    assert score([rival], search._cases, 32)[0] > 0
+
+
+def test_a_model_describes_a_prompt_in_texts_of_its_own(model):
+    texts = written_texts(model, PROMPT, count=3, seed=1)
+    assert texts == written_texts(model, PROMPT, count=3, seed=1)
+    assert all(len(text) > 0 and max(text) < model.vocab_size for text in texts)
+    assert written_texts(model, "tide " * 600) == []  # no room for it
 
 
 @pytest.mark.parametrize(("count", "size"), [(10, 3), (3, 8), (64, 8)])
