@@ -11,7 +11,7 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,6 +22,7 @@ from be_serve.core.artifact import write_atomically
 from be_serve.core.errors import InputError, WrongModel
 from trainer.loop import Optimisation, Training, fit
 from trainer.model import FrozenModel
+from trainer.packing import THRESHOLD, filtered_path, packed, sample_vectors
 from trainer.report import Log, draw_curves
 from trainer.soft_token import SoftToken
 from trainer.stages import Autoencode, part_losses
@@ -120,6 +121,29 @@ class TextBatches:
                     yield batch
                     batch = []
 
+    def packs(self, samples_a_pack: int, *, filtered: bool) -> Iterator[list[list[int]]]:
+        """Batches of packs of shorter samples, at random or by threshold filtering (`trainer.packing`)."""
+        short = TextBatches(
+            self.model,
+            self.files,
+            length=self.length // samples_a_pack,
+            batch_size=1,
+            seed=self.rng.randrange(1 << 30),
+            buffer=self.buffer,
+        )
+        short._held_out = self._held_out * samples_a_pack
+        stream, torch_rng = iter(short), torch.Generator().manual_seed(self.rng.randrange(1 << 30))
+        while True:
+            samples = [next(stream)[0] for _ in range(self.buffer)]
+            order = list(range(len(samples)))
+            if filtered:
+                vectors_SH = sample_vectors(self.model, samples).cpu()
+                order = filtered_path(vectors_SH, samples_a_pack, THRESHOLD, torch_rng)
+            made = packed(samples, order, samples_a_pack)
+            self.rng.shuffle(made)
+            for start in range(0, len(made) - self.batch_size + 1, self.batch_size):
+                yield made[start : start + self.batch_size]
+
     def _take(self, held: list[list[int]]) -> list[int]:
         at = self.rng.randrange(len(held))
         held[at], held[-1] = held[-1], held[at]
@@ -142,6 +166,9 @@ class AEConfig:
     batch_size: int = 4
     lr: float = 1e-2
     seed: int = 0
+    packing: Literal["none", "random", "filtered"] = "none"
+    """Each piece is a run of one text, or a pack of `samples_a_pack` short ones (`trainer.packing`)."""
+    samples_a_pack: int = 4
     held_out: int = 16
     """Pieces from the head of the corpus that measure the loss before and after and never train."""
 
@@ -163,7 +190,8 @@ def train_ae(
     data = TextBatches(model, files, length=config.length, batch_size=config.batch_size, seed=config.seed)
     held_out = data.head(config.held_out)
     token = SoftToken(model.embed(model.tokenizer.encode(_START, add_special_tokens=False)).float().mean(0)[None])
-    stage = Autoencode(model, iter(data))
+    packs = data.packs(config.samples_a_pack, filtered=config.packing == "filtered")
+    stage = Autoencode(model, iter(data) if config.packing == "none" else packs)
 
     def measure() -> float:
         with torch.no_grad():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Literal
 
 import click
 
@@ -16,6 +17,13 @@ import click
 @click.option("--steps", type=click.IntRange(1), default=200, show_default=True)
 @click.option("--length", type=click.IntRange(2), default=64, show_default=True, help="Tokens of each piece of text.")
 @click.option("--batch-size", type=click.IntRange(1), default=4, show_default=True)
+@click.option(
+    "--packing",
+    type=click.Choice(["none", "random", "filtered"]),
+    default="none",
+    show_default=True,
+    help="Pieces of one text, or packs of four: at random, or of related texts (Threshold Filtering Packing).",
+)
 @click.option("--lr", type=float, default=1e-2, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--device", default="auto", show_default=True)
@@ -30,6 +38,7 @@ def command(
     steps: int,
     length: int,
     batch_size: int,
+    packing: Literal["none", "random", "filtered"],
     lr: float,
     seed: int,
     device: str,
@@ -51,7 +60,7 @@ def command(
     from trainer.model import FrozenModel
 
     frozen = FrozenModel.load(found.path, name=found.name, revision=found.revision, device=device, dtype=dtype)
-    config = AEConfig(steps=steps, length=length, batch_size=batch_size, lr=lr, seed=seed)
+    config = AEConfig(steps=steps, length=length, batch_size=batch_size, lr=lr, seed=seed, packing=packing)
     folder = Path(run_dir) if run_dir else Path("runs") / Path(output).stem
     try:
         result = train_ae(frozen, [*corpus, *more], config, folder)
