@@ -11,7 +11,7 @@ from typing import Any
 from be_serve.core.artifact import write_atomically
 from be_serve.core.errors import BEError, InputError
 from be_serve.core.ids import validate_be_id
-from trainer.config import TrainConfig, make_config
+from trainer.config import TrainConfig, absolute_init, make_config
 from trainer.loop import fit
 from trainer.model import FrozenModel
 from trainer.run import Run, RunResult, Say
@@ -97,8 +97,8 @@ def _entry(row: object, folder: Path) -> Entry:
     for name in _PATHS:
         if isinstance(values.get(name), str):
             values[name] = str((folder / values[name]).absolute())
-    if isinstance(init := values.get("init"), str) and init.startswith("file:"):
-        values["init"] = f"file:{(folder / init.removeprefix('file:')).absolute()}"
+    if isinstance(values.get("init"), str):
+        values["init"] = absolute_init(values["init"], folder)
     return Entry(be_id, values, prompt)
 
 

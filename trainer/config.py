@@ -87,7 +87,7 @@ class TrainConfig(BaseModel):
 
     # Start and optimiser.
     init: str = "search"
-    """`search` (real tokens of the prompt by KL), `text:<words>`, `file:<token>`, `mean`, or `random` (the paper)."""
+    """`search` (real tokens of the prompt by KL), `text:<words>`, `file:<tokens>`, `mean`, or `random` (the paper)."""
     search_queries: int = Field(default=8, ge=1)
     """Training queries on which the search compares candidates."""
     steps: int = Field(default=160, ge=0)
@@ -132,8 +132,16 @@ class TrainConfig(BaseModel):
             raise ValueError("gold answers need a file of queries (--queries)")
         kind, _, rest = self.init.partition(":")
         if self.init not in ("search", "mean", "random") and not (kind in ("text", "file") and rest.strip()):
-            raise ValueError(f"init {self.init!r}: use search, mean, random, text:<words> or file:<token>")
+            raise ValueError(f"init {self.init!r}: use search, mean, random, text:<words> or file:<tokens>")
         return self
+
+    def init_files(self) -> list[str]:
+        """The token files that the run starts from."""
+        return self.init.removeprefix("file:").split(",") if self.init.startswith("file:") else []
+
+    def files(self) -> list[str]:
+        """The files, beside the prompt's, whose content decides the run."""
+        return [name for name in (self.queries, self.ae, *self.init_files()) if name]
 
     def objective(self) -> Objective:
         """How distillation compares teacher and student."""
@@ -163,7 +171,7 @@ class TrainConfig(BaseModel):
             "summary",
         }
         kept = self.model_dump(exclude=hidden)
-        if not self.with_prompt:
+        if not self.with_prompt or self.init_files():
             kept["init"] = self.init.partition(":")[0]  # its words may be the prompt's
         return {**kept, "queries": "file" if self.queries else "synthetic", "ae": self.ae is not None}
 
@@ -184,6 +192,14 @@ RECIPES: dict[str, dict[str, Any]] = {
         "placement": "block",
     },
 }
+
+
+def absolute_init(init: str, folder: Path) -> str:
+    """The setting `init` with its token files, if it names any, relative to `folder` made absolute."""
+    if not init.startswith("file:"):
+        return init
+    files = [str((folder / name).absolute()) for name in init.removeprefix("file:").split(",")]
+    return f"file:{','.join(files)}"
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import torch
 import transformers
 
 import be_serve
+from be_serve.core.artifact import file_digest, read_limited
 from trainer.config import TrainConfig
 from trainer.evaluate import Evaluation
 from trainer.model import FrozenModel
@@ -25,8 +26,8 @@ def run_digest(config: TrainConfig, model: FrozenModel, prompt: str, training: l
     shaping = config.model_dump(exclude=elsewhere | {"teacher_url", "teacher_model"})
     if config.init == "search" and config.tokens > 1:
         shaping["summary"] = config.summary  # one of the texts that the search compares
-    if config.init.startswith("file:"):
-        shaping["init"] = hashlib.sha256(Path(config.init.removeprefix("file:")).read_bytes()).hexdigest()
+    if config.init_files():
+        shaping["init"] = [file_digest(read_limited(file)) for file in config.init_files()]
     ae = hashlib.sha256(Path(config.ae).read_bytes()).hexdigest() if config.ae and Path(config.ae).exists() else None
     key = {
         **shaping,

@@ -129,7 +129,7 @@ class Run:
     def _inputs(self) -> str:
         """Digest of the settings and of the files that they name."""
         config = self.config
-        files = [Path(name).read_bytes() for name in (config.queries, config.ae) if name and Path(name).is_file()]
+        files = [Path(name).read_bytes() for name in config.files() if Path(name).is_file()]
         return digest_of([config.model_dump(), self.prompt, [hashlib.sha256(data).hexdigest() for data in files]])
 
     def prepare(self) -> Training:

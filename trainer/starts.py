@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from be_serve.core.artifact import Placement, Token
-from be_serve.core.errors import InputError, WrongModel
+from be_serve.core.errors import InputError
 from trainer.generate import Prefix, Progress
 from trainer.losses import Head
 from trainer.model import FrozenModel
@@ -87,18 +87,18 @@ def found_start(model: FrozenModel, ids: Sequence[int], kl: float) -> Start:
     return Start(model.embed(ids).float(), model.tokenizer.decode(ids), kl)
 
 
-def file_start(model: FrozenModel, k: int, path: str) -> Start:
-    """The vectors of an earlier token of the same model. Raises InputError, WrongModel."""
-    token = Token.load(path)
-    made_for = token.manifest.base_model
-    if made_for.fingerprint != model.fingerprint:
-        raise WrongModel(
-            f"--init file:{path} is a token of {made_for.name} (fingerprint {made_for.fingerprint}); this run "
-            f"uses {model.name} (fingerprint {model.fingerprint})."
-        )
-    if token.manifest.k != k:
-        raise InputError(f"--init file:{path} holds {token.manifest.k} vectors; give --tokens {token.manifest.k}.")
-    return Start(torch.from_numpy(token.vectors.copy()))
+def file_start(model: FrozenModel, k: int, paths: str) -> Start:
+    """The vectors of an earlier token of the same model, or of several in order (`a,b`): tokens put together.
+
+    Raises InputError, WrongModel.
+    """
+    tokens = [Token.load(path) for path in paths.split(",")]
+    for token in tokens:
+        token.check_model(model.fingerprint, model.hidden_size, served=model.name)
+    found = sum(token.manifest.k for token in tokens)
+    if found != k:
+        raise InputError(f"--init file:{paths} holds {found} vectors; give --tokens {found}.")
+    return Start(torch.cat([torch.from_numpy(token.vectors.copy()) for token in tokens]))
 
 
 def _parts(rows_PH: Tensor, k: int) -> list[Tensor]:

@@ -24,8 +24,8 @@ _SHOWN = 3
 def short_digest(settings: TrainConfig) -> str:
     """Eight hex digits of the settings and of the files they name."""
     sha = hashlib.sha256(json.dumps(settings.model_dump(), sort_keys=True).encode())
-    for name in (settings.prompt_file, settings.queries, settings.ae):
-        if name and Path(name).is_file():
+    for name in (settings.prompt_file, *settings.files()):
+        if Path(name).is_file():
             sha.update(hashlib.sha256(Path(name).read_bytes()).digest())
     return sha.hexdigest()[:8]
 

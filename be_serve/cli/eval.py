@@ -10,6 +10,12 @@ import click
 
 @click.command("eval")
 @click.argument("token_file")
+@click.option(
+    "--with",
+    "others",
+    multiple=True,
+    help="A further token in the same slot, behind the first; --prompt then holds both prompts.",
+)
 @click.option("--prompt", "prompt_file", required=True, help="File with the prompt that the token replaces.")
 @click.option("--queries", required=True, help="JSONL of queries that the token was not trained on.")
 @click.option("--model", help="[default: the model named in the token file]")
@@ -44,6 +50,7 @@ import click
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line.")
 def command(
     token_file: str,
+    others: tuple[str, ...],
     prompt_file: str,
     queries: str,
     model: str | None,
@@ -75,10 +82,14 @@ def command(
     if judge_url and not (judge_model and samples):
         raise InputError("--judge-url needs --judge-model, and answers to compare (--samples).")
     token = Token.load(token_file)
+    tokens = [token, *map(Token.load, others)]
     wanted = read_checks(checks) if checks else []
-    check_vectors(token.vectors, dtype=serving_dtype)
+    for one in tokens:
+        check_vectors(one.vectors, dtype=serving_dtype)
+        if one.manifest.placement != token.manifest.placement:
+            raise InputError("Tokens in one slot need the same placement.")
     prompt = read_prompt_file(prompt_file)
-    if prompt_sha256(prompt) != token.manifest.prompt.sha256:
+    if not others and prompt_sha256(prompt) != token.manifest.prompt.sha256:
         click.echo("Note: this is not the prompt that the token was made for (its SHA-256 differs).", err=True)
     made_for = token.manifest.base_model
     found = resolve_model(model or made_for.name, revision=None if model else made_for.revision)
@@ -105,12 +116,13 @@ def command(
         dtype=dtype,
         template_kwargs=token.manifest.template_kwargs,
     )
-    token.check_model(frozen.fingerprint, frozen.hidden_size, served=found.name)
+    for one in tokens:
+        one.check_model(frozen.fingerprint, frozen.hidden_size, served=found.name)
     ends = stop_texts(stop) or trained_stop(token)
     if ends:
         click.echo(f"Responses end at {ends}{'' if stop else ', as the token file says'}.", err=True)
     teacher = Teacher(frozen, prompt, stop=ends)
-    vectors_KH = torch.from_numpy(token.vectors.copy())
+    vectors_KH = torch.cat([torch.from_numpy(one.vectors.copy()) for one in tokens])
     arms = (7 if summary else 6) + (min(len(prompt_clauses(prompt)), MAX_CLAUSES) if clauses else 0)
     with tqdm(total=len(chats) * arms, desc="evaluating") as bar:
         evaluation = evaluate(

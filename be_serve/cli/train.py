@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 @click.option("--tokens", type=click.IntRange(1, 16), help="Number of vectors k. [default: 4]")
 @click.option("--placement", type=click.Choice(["system", "block", "prefix"]), help="[default: system]")
 @click.option("--recipe", type=click.Choice(["default", "paper"]), help="Set of defaults to start from.")
-@click.option("--init", help="search, text:<words>, file:<token>, mean or random. [default: search]")
+@click.option("--init", help="search, text:<words>, file:<tokens>, mean or random. [default: search]")
 @click.option("--steps", type=click.IntRange(0), help="Steps of distillation.")
 @click.option("--batch-size", type=click.IntRange(1), help="Queries a step.")
 @click.option("--lr", type=float, help="Peak learning rate.")
@@ -119,6 +119,7 @@ def command(
 def _given(options: dict[str, Any]) -> dict[str, Any]:
     """The settings named on the command line, paths made absolute."""
     from be_serve.cli._training import stop_texts
+    from trainer.config import absolute_init
 
     given = {name: value for name, value in options.items() if value is not None and value != ()}
     if "stop" in given:
@@ -128,8 +129,8 @@ def _given(options: dict[str, Any]) -> dict[str, Any]:
     for name in ("prompt_file", "queries", "ae", "output"):
         if name in given:
             given[name] = str(Path(given[name]).absolute())
-    if given.get("init", "").startswith("file:"):
-        given["init"] = f"file:{Path(given['init'].removeprefix('file:')).absolute()}"
+    if "init" in given:
+        given["init"] = absolute_init(given["init"], Path.cwd())
     return given
 
 

@@ -111,6 +111,33 @@ def test_train_eval_inspect(here, train, tiny_model_dir):
     assert "captain" in be_serve("inspect", "tokens/captain.safetensors")
 
 
+def test_tokens_stand_together_and_are_a_start(here, train):
+    """Two tokens in one slot, measured as they are and trained on from there."""
+    for name, init in (("a", "text:harbour"), ("b", "mean")):
+        train("--queries", "q.jsonl", "--tokens", 1, "-o", f"{name}.safetensors", "--init", init)
+    (here / "both.txt").write_text(f"{PROMPT}\n\nAnswer in verse.")
+    common = ("--queries", "q.jsonl", "--prompt", "both.txt", "--dtype", "float32", "--samples", 0, "--json")
+    together = last_json(be_serve("eval", "a.safetensors", "--with", "b.safetensors", *common))
+    assert together["k"] == 2
+    assert "no answers were looked at" in together["verdict"]["reasons"] or together["verdict"]["status"] == "failed"
+    settings = ("--queries", "q.jsonl", "--tokens", 2, "--steps", 0, "--init", "file:a.safetensors,b.safetensors")
+    trained = last_json(train(*settings, "-o", "both.safetensors", "--with-prompt", "--json"))
+    vectors = [Token.load(f"{name}.safetensors") for name in ("a", "b", "both")]
+    assert (vectors[2].vectors == [*vectors[0].vectors, *vectors[1].vectors]).all()
+    assert vectors[2].manifest.recipe["init"] == "file"
+    assert trained["k"] == 2
+    with pytest.raises(InputError, match="No token file at"):
+        train("--queries", "q.jsonl", "--tokens", 2, "--init", "file:nowhere.safetensors", "-o", "c.safetensors")
+
+
+def test_scores_only_leaves_out_answers_and_clauses(here, train):
+    found = last_json(train("--queries", "q.jsonl", "--tokens", 1, "--scores-only", "--json"))
+    assert found["samples"] == []
+    assert found["clauses"] == []
+    assert found["rho"] > 0
+    assert found["verdict"]["status"] != "deployable"
+
+
 def test_the_same_seed_gives_the_same_token(here, train):
     vectors = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):

@@ -353,9 +353,11 @@ def test_a_token_file_is_a_start(model, tmp_path):
     assert torch.equal(file_start(model, k, str(tmp_path / "t.safetensors")).vectors_KH, torch.tensor(token.vectors))
     with pytest.raises(InputError, match=f"holds {k} vectors"):
         file_start(model, k + 1, str(tmp_path / "t.safetensors"))
+    both = file_start(model, 2 * k, f"{tmp_path / 't.safetensors'},{tmp_path / 't.safetensors'}")
+    assert torch.equal(both.vectors_KH, torch.tensor(token.vectors).repeat(2, 1))
     fingerprint = model.fingerprint.model_copy(update={"embedding": "0" * 16})
     base = token.manifest.base_model.model_copy(update={"fingerprint": fingerprint})
     other = replace(token, manifest=token.manifest.model_copy(update={"base_model": base}))
     other.save(tmp_path / "other.safetensors")
-    with pytest.raises(WrongModel, match="this run uses"):
+    with pytest.raises(WrongModel, match="differ in: embedding"):
         file_start(model, k, str(tmp_path / "other.safetensors"))
