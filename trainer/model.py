@@ -14,7 +14,7 @@ from torch import Tensor
 from be_serve.core.errors import InputError
 from be_serve.core.fingerprint import Fingerprint, fingerprint_folder
 from be_serve.core.slots import SlotRenderer, pinned_template_kwargs
-from trainer import shared_prefix
+from trainer import packed, shared_prefix
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 # Above this length the eager attention's T x T scores cost more memory than they save time.
@@ -38,6 +38,7 @@ class FrozenModel:
     template_kwargs: dict[str, Any]
     revision: str | None = None
     _shares_prefix: bool | None = None
+    _packs_rows: bool | None = None
 
     @classmethod
     def load(
@@ -166,6 +167,12 @@ class FrozenModel:
         if self._shares_prefix is None:
             self._shares_prefix = shared_prefix.works(self.causal_lm, self.embed(torch.arange(3, 11)))
         return self._shares_prefix
+
+    def packs_rows(self) -> bool:
+        """Whether rows may stand in one sequence without padding; tried once."""
+        if self._packs_rows is None:
+            self._packs_rows = packed.works(self.causal_lm, self.embed(torch.arange(3, 14) % self.vocab_size))
+        return self._packs_rows
 
     def _check_parts(self) -> None:
         """Refuse an architecture whose parts do not compose to the whole."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.model import FrozenModel
+from trainer.packed import Layout, attending_in_blocks
 
 
 class SoftToken:
@@ -77,24 +79,35 @@ def splice(model: FrozenModel, rows: Sequence[Row], vectors: Vectors | None) -> 
     nothing before it, so no attention mask is needed.
     """
     each = _for_each(vectors, len(rows))
-    counts = [0 if own is None else len(own) for own in each]
-    width = max(row.length(k) for row, k in zip(rows, counts, strict=True))
-    ids_BT = torch.zeros(len(rows), width, dtype=torch.long)
+    width = max(row.length(_count(own)) for row, own in zip(rows, each, strict=True))
+    inputs_NH, scored_N = _lay(model, rows, each, [i * width for i in range(len(rows))], len(rows) * width)
+    return inputs_NH.unflatten(0, (len(rows), width)), scored_N
+
+
+def _lay(
+    model: FrozenModel, rows: Sequence[Row], each: Sequence[Tensor | None], starts: Sequence[int], size: int
+) -> tuple[Tensor, Tensor]:
+    """Inputs [size, H] with row i from `starts[i]` on, and the positions of the scored states."""
+    ids_N = torch.zeros(size, dtype=torch.long)
     scored: list[int] = []
     replaced: list[int] = []
-    for i, (row, k) in enumerate(zip(rows, counts, strict=True)):
+    for row, own, start in zip(rows, each, starts, strict=True):
+        k = _count(own)
         fed = [*row.before, *([0] * k), *row.after, *(() if row.at_once else row.response[:-1])]
-        ids_BT[i, : len(fed)] = torch.tensor(fed)
-        start = i * width + len(row.before)
-        replaced.extend(range(start, start + k))
-        first = start if row.at_once else start + k + len(row.after) - 1
+        ids_N[start : start + len(fed)] = torch.tensor(fed)
+        slot = start + len(row.before)
+        replaced.extend(range(slot, slot + k))
+        first = slot if row.at_once else slot + k + len(row.after) - 1
         scored.extend(range(first, first + len(row.response)))
-    inputs_BTH = model.embed(ids_BT)
+    inputs_NH = model.embed(ids_N)
     if replaced:
-        source = torch.cat([own.to(inputs_BTH.dtype) for own in each if own is not None])
-        at = torch.tensor(replaced, device=model.device)
-        inputs_BTH = inputs_BTH.flatten(0, 1).index_copy(0, at, source).view_as(inputs_BTH)
-    return inputs_BTH, torch.tensor(scored, device=model.device)
+        source = torch.cat([own.to(inputs_NH.dtype) for own in each if own is not None])
+        inputs_NH = inputs_NH.index_copy(0, torch.tensor(replaced, device=model.device), source)
+    return inputs_NH, torch.tensor(scored, device=model.device)
+
+
+def _count(own: Tensor | None) -> int:
+    return 0 if own is None else len(own)
 
 
 def _for_each(vectors: Vectors | None, rows: int) -> Sequence[Tensor | None]:
@@ -104,7 +117,18 @@ def _for_each(vectors: Vectors | None, rows: int) -> Sequence[Tensor | None]:
 
 
 def scored_states(model: FrozenModel, rows: Sequence[Row], vectors: Vectors | None) -> Tensor:
-    """Final hidden states [N, H] at the positions that predict the rows' responses."""
+    """Final hidden states [N, H] at the positions that predict the rows' responses.
+
+    Several rows go through the model as one packed sequence, where it can be done.
+    """
+    if len(rows) > 1 and model.packs_rows():
+        each = _for_each(vectors, len(rows))
+        lengths = [row.length(_count(own)) for row, own in zip(rows, each, strict=True)]
+        starts = [0, *itertools.accumulate(lengths)]
+        inputs_NH, scored_N = _lay(model, rows, each, starts[:-1], starts[-1])
+        layout = Layout.of(lengths, model.device)
+        with attending_in_blocks(model.causal_lm, layout):
+            return model.body(inputs_NH[None], position_ids=layout.position_N[None])[0][scored_N]
     inputs_BTH, scored_N = splice(model, rows, vectors)
     with model.fast_backward(inputs_BTH.shape[1]):
         hidden_BTH = model.body(inputs_BTH)

@@ -11,6 +11,7 @@ import torch
 from be_serve.core.errors import InputError
 from be_serve.core.slots import SlotRenderer
 from tests.conftest import make_tokenizer
+from trainer import packed
 from trainer.clauses import sentences
 from trainer.generate import Prefix, common_prefix
 from trainer.identity import identity_token
@@ -63,7 +64,33 @@ def test_the_splice_has_the_ids_of_the_slot(model, placement, query):
     assert scored.tolist() == [last, last + 1, last + 2]
 
 
-def test_padding_changes_nothing(model):
+@pytest.mark.parametrize("how", ["padded", "packed", "packed, fused attention"])
+def test_a_rows_neighbours_change_nothing(model, monkeypatch, how):
+    """States and gradients of rows of many lengths, together and alone."""
+    assert model.packs_rows()
+    monkeypatch.setattr(model, "_packs_rows", how != "padded")
+    monkeypatch.setattr("trainer.packed._PLAIN_WIDTH", 1 if "fused" in how else 640)
+    rows = [student_row(model, q, list(range(3, 4 + 3 * i)), "system") for i, q in enumerate(QUERIES)]
+    start = torch.randn(2, model.hidden_size, generator=torch.Generator().manual_seed(0))
+    weigh = torch.randn(sum(len(row.response) for row in rows), 1, generator=torch.Generator().manual_seed(1))
+    found = []
+    for groups in ([rows], [[row] for row in rows]):
+        vectors = start.clone().requires_grad_()
+        states = torch.cat([scored_states(model, group, vectors) for group in groups])
+        (states * weigh).sum().backward()
+        found.append((states.detach(), vectors.grad))
+    for together, alone in zip(*found, strict=True):
+        assert torch.allclose(together, alone, atol=1e-4)
+    assert found[0][1].abs().max() > 0.1
+
+
+def test_a_model_with_a_sliding_window_is_not_packed(model, monkeypatch):
+    monkeypatch.setattr(model.causal_lm.config, "layer_types", ["full_attention", "sliding_attention"], raising=False)
+    assert not packed.works(model.causal_lm, model.embed(torch.arange(3, 11)))
+
+
+def test_padding_changes_nothing(model, monkeypatch):
+    monkeypatch.setattr(model, "_packs_rows", False)
     vectors = torch.randn(2, model.hidden_size, generator=torch.Generator().manual_seed(0))
     rows = [student_row(model, q, list(range(3, 4 + 3 * i)), "system") for i, q in enumerate(QUERIES)]
     with torch.no_grad():
