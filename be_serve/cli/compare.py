@@ -8,13 +8,15 @@ from pathlib import Path
 
 import click
 
+from be_serve.cli._training import ModelChoice, json_option, seed_option, takes_model
+
 DEFAULT_METHODS = "truncate:4,memory:1,pt:1,kd:1,pt:4,kd:4"
 
 
 @click.command("compare")
 @click.argument("prompt_file")
 @click.option("--methods", default=DEFAULT_METHODS, show_default=True, help="kd, joint, stages, memory, pt, truncate.")
-@click.option("--model", help="Hugging Face name, local folder or builtin:NAME. [default: the built-in model]")
+@takes_model
 @click.option("--queries", required=True, help="JSONL of unlabeled queries.")
 @click.option("--held-out", type=click.IntRange(2), default=32, show_default=True, help="Queries kept for the table.")
 @click.option("--ae", help="[AE] file, for the methods joint and stages.")
@@ -23,15 +25,13 @@ DEFAULT_METHODS = "truncate:4,memory:1,pt:1,kd:1,pt:4,kd:4"
 @click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True)
 @click.option("--lr", type=float, default=1e-2, show_default=True)
 @click.option("--stop", multiple=True, help="A text that ends a response; \\n is a line break.")
-@click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--device", default="auto", show_default=True)
-@click.option("--dtype", type=click.Choice(["auto", "bfloat16", "float16", "float32"]), default="auto")
+@seed_option
 @click.option("--run-dir", help="Run folder. [default: runs/compare-<prompt>-<digest>]")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line.")
+@json_option
 def command(
     prompt_file: str,
     methods: str,
-    model: str | None,
+    model: ModelChoice,
     queries: str,
     held_out: int,
     ae: str | None,
@@ -41,8 +41,6 @@ def command(
     lr: float,
     stop: tuple[str, ...],
     seed: int,
-    device: str,
-    dtype: str,
     run_dir: str | None,
     as_json: bool,
 ) -> None:
@@ -52,20 +50,17 @@ def command(
     """
     from be_serve.cli._training import stop_texts
     from be_serve.core.prompts import read_prompt_file
-    from be_serve.models import DEFAULT_MODEL, resolve_model
     from trainer.autoencoder import load_ae
     from trainer.compare import Method, Setting, compare
-    from trainer.model import FrozenModel
     from trainer.queries import drop_near_duplicates, read_queries, split_held_out
     from trainer.teacher import Teacher
 
     chosen = [Method.parse(text) for text in methods.split(",")]
     if summary:
         chosen.append(Method("summary", 1))
-    found = resolve_model(model or DEFAULT_MODEL)
-    frozen = FrozenModel.load(found.path, name=found.name, revision=found.revision, device=device, dtype=dtype)
+    frozen = model.load()
     prompt = read_prompt_file(prompt_file)
-    key = [prompt, Path(queries).read_text(encoding="utf-8"), held_out, steps, batch_size, lr, stop, seed, found.name]
+    key = [prompt, Path(queries).read_text(encoding="utf-8"), held_out, steps, batch_size, lr, stop, seed, frozen.name]
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:8]
     folder = Path(run_dir) if run_dir else Path("runs") / f"compare-{Path(prompt_file).stem}-{digest}"
     folder.mkdir(parents=True, exist_ok=True)

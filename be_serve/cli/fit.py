@@ -8,17 +8,17 @@ import textwrap
 
 import click
 
+from be_serve.cli._training import ModelChoice, json_option, takes_model
+
 # Wording that is lost first: ids, numbers, addresses, code, schemas.
 _VERBATIM = re.compile(r"\d{2,}|https?://|\S+@\S+|[{}<>`]|\b[A-Z]{2,}[-_]\w+")
 
 
 @click.command("fit")
 @click.argument("prompt_file")
-@click.option("--model", help="Hugging Face name, local folder or builtin:NAME. [default: the built-in model]")
-@click.option("--device", default="auto", show_default=True)
-@click.option("--dtype", type=click.Choice(["auto", "bfloat16", "float16", "float32"]), default="auto")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line.")
-def command(prompt_file: str, model: str | None, device: str, dtype: str, as_json: bool) -> None:
+@takes_model
+@json_option
+def command(prompt_file: str, model: ModelChoice, as_json: bool) -> None:
     """Hold the bits of a prompt's wording against what the vectors of the model hold.
 
     A guide, not a proof: a prompt's behaviour is less than its wording, and the
@@ -26,15 +26,15 @@ def command(prompt_file: str, model: str | None, device: str, dtype: str, as_jso
     """
     from be_serve.core.errors import InputError
     from be_serve.core.prompts import read_prompt_file
-    from be_serve.models import DEFAULT_MODEL, be_home, resolve_model
+    from be_serve.models import be_home
     from trainer.capacity import FITS, LOSES, load_capacity, will_it_fit
-    from trainer.model import FrozenModel
 
-    found = resolve_model(model or DEFAULT_MODEL)
-    frozen = FrozenModel.load(found.path, name=found.name, revision=found.revision, device=device, dtype=dtype)
+    frozen = model.load()
     capacity = load_capacity(be_home() / "capacity", frozen)
     if capacity is None:
-        raise InputError(f"The capacity of {found.name} was never measured: run `be-serve probe --model {found.name}`.")
+        raise InputError(
+            f"The capacity of {frozen.name} was never measured: run `be-serve probe --model {frozen.name}`."
+        )
     result = will_it_fit(frozen, read_prompt_file(prompt_file), capacity)
     verbatim = [text for text, _ in result.clauses if _VERBATIM.search(text)]
     click.echo(f"demand {result.demand_bits:.0f} bits, capacity {result.bits_a_vector:.0f} bits a vector\n")

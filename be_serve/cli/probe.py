@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from be_serve.cli._training import ModelChoice, json_option, seed_option, takes_model
+
 if TYPE_CHECKING:
     from trainer.model import FrozenModel
 
 
 @click.command("probe")
-@click.option("--model", help="Hugging Face name, local folder or builtin:NAME. [default: the built-in model]")
+@takes_model
 @click.option(
     "--corpus", multiple=True, help="Texts to hold: .txt or .jsonl (`text`), also .gz. [default: random words]"
 )
@@ -29,13 +31,11 @@ if TYPE_CHECKING:
 @click.option("--curve", is_flag=True, help="With --one-step: two solutions of the first text, and the way between.")
 @click.option("--steps", type=click.IntRange(1), default=600, show_default=True)
 @click.option("--lr", type=float, default=1e-2, show_default=True)
-@click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--device", default="auto", show_default=True)
-@click.option("--dtype", type=click.Choice(["auto", "bfloat16", "float16", "float32"]), default="auto")
+@seed_option
 @click.option("--run-dir", help="Run folder. [default: runs/probe-<digest>]")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line.")
+@json_option
 def command(
-    model: str | None,
+    model: ModelChoice,
     corpus: tuple[str, ...],
     texts: int,
     length: int,
@@ -46,8 +46,6 @@ def command(
     steps: int,
     lr: float,
     seed: int,
-    device: str,
-    dtype: str,
     run_dir: str | None,
     as_json: bool,
 ) -> None:
@@ -57,15 +55,13 @@ def command(
     position i of [e, m, m, ...] predicts token i. The same command continues an interrupted probe.
     """
     from be_serve.core.errors import InputError
-    from be_serve.models import DEFAULT_MODEL, be_home, resolve_model
+    from be_serve.models import be_home
     from trainer.autoencoder import TextBatches
     from trainer.capacity import probe, save_capacity
-    from trainer.model import FrozenModel
 
     if (shared or curve or one_step) and not (one_step and tokens == 1 and not (shared and curve)):
         raise InputError("--one-step trains e and m: give no --tokens, and --shared or --curve only with it, not both.")
-    found = resolve_model(model or DEFAULT_MODEL)
-    frozen = FrozenModel.load(found.path, name=found.name, revision=found.revision, device=device, dtype=dtype)
+    frozen = model.load()
     if corpus:
         batches = TextBatches(frozen, corpus, length=length, batch_size=1, seed=seed)
         pieces = [batch[0] for batch in itertools.islice(batches, texts)]

@@ -9,10 +9,12 @@ from typing import Literal
 
 import click
 
+from be_serve.cli._training import ModelChoice, json_option, seed_option, takes_model
+
 
 @click.command("train-ae")
 @click.option("--corpus", multiple=True, required=True, help="Text to train on: .txt or .jsonl (`text`), also .gz.")
-@click.option("--model", help="Hugging Face name, local folder or builtin:NAME. [default: the built-in model]")
+@takes_model
 @click.option("-o", "--output", required=True, help="[AE] file to write.")
 @click.option("--steps", type=click.IntRange(1), default=200, show_default=True)
 @click.option("--length", type=click.IntRange(2), default=64, show_default=True, help="Tokens of each piece of text.")
@@ -25,15 +27,13 @@ import click
     help="Pieces of one text, or packs of four: at random, or of related texts (Threshold Filtering Packing).",
 )
 @click.option("--lr", type=float, default=1e-2, show_default=True)
-@click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--device", default="auto", show_default=True)
-@click.option("--dtype", type=click.Choice(["auto", "bfloat16", "float16", "float32"]), default="auto")
+@seed_option
 @click.option("--run-dir", help="Run folder. [default: runs/<output file's name>]")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line.")
+@json_option
 @click.argument("more", nargs=-1)
 def command(
     corpus: tuple[str, ...],
-    model: str | None,
+    model: ModelChoice,
     output: str,
     steps: int,
     length: int,
@@ -41,8 +41,6 @@ def command(
     packing: Literal["none", "random", "filtered"],
     lr: float,
     seed: int,
-    device: str,
-    dtype: str,
     run_dir: str | None,
     as_json: bool,
     more: tuple[str, ...],
@@ -52,14 +50,10 @@ def command(
     Once for each model; `be-serve train --ae` uses it. Further corpus files may follow as
     MORE. The same command continues an interrupted run.
     """
-    from be_serve.models import DEFAULT_MODEL, resolve_model
-
-    found = resolve_model(model or DEFAULT_MODEL)
 
     from trainer.autoencoder import AEConfig, save_ae, train_ae
-    from trainer.model import FrozenModel
 
-    frozen = FrozenModel.load(found.path, name=found.name, revision=found.revision, device=device, dtype=dtype)
+    frozen = model.load()
     config = AEConfig(steps=steps, length=length, batch_size=batch_size, lr=lr, seed=seed, packing=packing)
     folder = Path(run_dir) if run_dir else Path("runs") / Path(output).stem
     try:
