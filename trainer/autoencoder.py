@@ -86,12 +86,13 @@ class TextBatches:
         self.batch_size = batch_size
         self.buffer = buffer
         self.rng = random.Random(seed)  # noqa: S311
-        self._held_out = 0
+        self._held_out = self._held_texts = self._skipped = 0
 
     def head(self, count: int) -> list[list[int]]:
         """The first `count` pieces (of a small corpus half of them), which then belong to no batch."""
         pieces = list(itertools.islice(self._pieces(), 2 * count))
         self._held_out = min(count, len(pieces) // 2)
+        self._held_texts = self._texts_of(self._held_out)
         if not self._held_out:
             raise InputError(
                 f"The corpus holds too few pieces of {self.length} tokens; give more, or a smaller --length."
@@ -122,7 +123,13 @@ class TextBatches:
                     batch = []
 
     def packs(self, samples_a_pack: int, *, filtered: bool) -> Iterator[list[list[int]]]:
-        """Batches of packs of shorter samples, at random or by threshold filtering (`trainer.packing`)."""
+        """Batches of packs of shorter samples, at random or by threshold filtering (`trainer.packing`).
+
+        Raises InputError for settings that leave no pack, or a corpus with no text behind those held out.
+        """
+        shortest, largest = 2 * samples_a_pack, self.buffer // samples_a_pack
+        if self.length < shortest or self.batch_size > largest:
+            raise InputError(f"Packing needs a --length of at least {shortest}, a --batch-size of at most {largest}.")
         short = TextBatches(
             self.model,
             self.files,
@@ -131,7 +138,7 @@ class TextBatches:
             seed=self.rng.randrange(1 << 30),
             buffer=self.buffer,
         )
-        short._held_out = self._held_out * samples_a_pack
+        short._skipped = self._held_texts  # whole texts: short pieces do not tile as long ones do
         stream, torch_rng = iter(short), torch.Generator().manual_seed(self.rng.randrange(1 << 30))
         while True:
             samples = [next(stream)[0] for _ in range(self.buffer)]
@@ -149,8 +156,18 @@ class TextBatches:
         held[at], held[-1] = held[-1], held[at]
         return held.pop()
 
-    def _pieces(self) -> Iterator[list[int]]:
+    def _texts_of(self, pieces: int) -> int:
+        """How many texts the first pieces come from."""
+        texts = 0
         for text in stream_texts(self.files):
+            if pieces <= 0:
+                break
+            pieces -= len(self.model.tokenizer.encode(text, add_special_tokens=False)) // self.length
+            texts += 1
+        return texts
+
+    def _pieces(self) -> Iterator[list[int]]:
+        for text in itertools.islice(stream_texts(self.files), self._skipped, None):
             ids = self.model.tokenizer.encode(text, add_special_tokens=False)
             for start in range(0, len(ids) - self.length + 1, self.length):
                 yield ids[start : start + self.length]

@@ -15,10 +15,11 @@ from trainer.config import TrainConfig, absolute_init, make_config
 from trainer.loop import fit
 from trainer.model import FrozenModel
 from trainer.run import Run, RunResult, Say
+from trainer.teacher import Decoder
 
 _PATHS = ("prompt_file", "queries", "ae")
 _CACHE = "teacher"
-_COMMON = {"model", "device", "dtype", "output", "teacher_url", "teacher_model"}
+_COMMON = {"model", "device", "dtype", "output", "teacher", "teacher_url", "teacher_model"}
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,7 @@ def train_batch(
     say: Say = lambda text: None,
     quiet: bool = False,
     fresh: bool = False,
+    decoder: Decoder | None = None,
 ) -> list[Outcome]:
     """Train a token for every entry, all in common steps; write `output/<id>.safetensors`.
 
@@ -122,21 +124,25 @@ def train_batch(
     output.mkdir(parents=True, exist_ok=True)
     outcomes = {entry.id: Outcome(entry.id) for entry in entries}
     ready = []
-    for entry in entries:
-        outcome = outcomes[entry.id]
-        try:
-            run = _run(model, entry, settings, output, run_dir, say, quiet)
-            if fresh:
-                run.forget()
-            if run.finished():
-                outcome.skipped = True
-                say(f"{entry.id}: finished before, skipped.")
-                continue
-            say(f"{entry.id}:")
-            ready.append((entry.id, run, run.prepare()))
-        except BEError as exc:
-            outcome.fault = str(exc)
-            say(f"{entry.id}: {exc}")
+    try:
+        for entry in entries:
+            outcome = outcomes[entry.id]
+            try:
+                run = _run(model, entry, settings, output, run_dir, say, quiet, decoder)
+                if fresh:
+                    run.forget()
+                if run.finished():
+                    outcome.skipped = True
+                    say(f"{entry.id}: finished before, skipped.")
+                    continue
+                say(f"{entry.id}:")
+                ready.append((entry.id, run, run.prepare()))
+            except BEError as exc:
+                outcome.fault = str(exc)
+                say(f"{entry.id}: {exc}")
+    finally:
+        if decoder:
+            decoder.close()
     fit(model, [training for _, _, training in ready], quiet=quiet)
     for be_id, run, _ in ready:
         try:
@@ -148,7 +154,14 @@ def train_batch(
 
 
 def _run(
-    model: FrozenModel, entry: Entry, settings: dict[str, Any], output: Path, run_dir: Path, say: Say, quiet: bool
+    model: FrozenModel,
+    entry: Entry,
+    settings: dict[str, Any],
+    output: Path,
+    run_dir: Path,
+    say: Say,
+    quiet: bool,
+    decoder: Decoder | None,
 ) -> Run:
     folder = run_dir / entry.id
     values = {**settings, **entry.values}
@@ -162,4 +175,4 @@ def _run(
     # Rows that differ in their settings alone share the teacher's responses.
     cache = run_dir / _CACHE
     cache.mkdir(parents=True, exist_ok=True)
-    return Run(make_config(values), model, folder, cache=cache, say=say, quiet=quiet)
+    return Run(make_config(values), model, folder, cache=cache, decoder=decoder, say=say, quiet=quiet)

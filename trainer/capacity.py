@@ -97,7 +97,7 @@ def probe(
     for n, ids in enumerate(texts):
         place = folder / f"text-{n}"
         place.mkdir(parents=True, exist_ok=True)
-        key = json.dumps([list(ids), k, steps, lr, seed, str(model.fingerprint)])
+        key = json.dumps([list(ids), k, steps, lr, seed, str(model.fingerprint), str(model.dtype)])
         trainings.append(
             Training(
                 SoftToken(random_start(model, k, seed + n).vectors_KH.to(model.device)),

@@ -7,6 +7,7 @@ memory    reconstruction of the prompt without [AE], a memory token
 pt        prompt tuning: cross-entropy of the full prompt's own answers
 truncate  the prompt's first k tokens, untrained
 summary   a text of your own in the prompt's place, untrained
+fewshot   the prompt with k questions and the model's own answers before the user's, untrained
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from be_serve.core.errors import InputError
 from trainer.evaluate import RESPONSE_TOKENS, Arm, Scores, chats, rho_interval, score_arms
+from trainer.generate import common_prefix
 from trainer.loop import Optimisation, Training, fit
 from trainer.queries import Query
 from trainer.soft_token import SoftToken
@@ -32,7 +34,7 @@ from trainer.starts import Search
 from trainer.teacher import Example, Teacher
 
 TRAINED = ("kd", "joint", "stages", "memory", "pt")
-UNTRAINED = ("truncate", "summary")
+UNTRAINED = ("truncate", "summary", "fewshot")
 
 
 @dataclass(frozen=True)
@@ -131,22 +133,36 @@ def compare(
         if training.fault:
             raise InputError(f"{method}: {training.fault}")
 
+    ks = {str(m): m.k for m in methods}
     arms: dict[str, Arm] = {"none": Arm.of_ids(model, chats(model, held_out, ""))}
     for method in methods:
         if method in trainings:
             vectors_KH = trainings[method].token.vectors.detach()
         elif method.name == "truncate":
             vectors_KH = model.embed(prompt_ids[: method.k]).float()
+        elif method.name == "fewshot":
+            shown = _with_examples(teacher, examples[: method.k], held_out)
+            arms[str(method)], ks[str(method)] = Arm.of_ids(model, shown), common_prefix(shown)
+            continue
         else:
             arms[str(method)] = Arm.of_ids(model, chats(model, held_out, summary))
             continue
         arms[str(method)] = Arm.of_vectors(model, vectors_KH, held_out, "system")
     scores, lengths_Q = _measure(teacher, held_out, arms)
-    ks = {str(m): m.k for m in methods}
     if summary is not None:
         ks["summary"] = len(model.tokenizer.encode(summary, add_special_tokens=False))
     ks.update(none=0, full=len(prompt_ids))
     return [_row(name, ks[name], scores, lengths_Q) for name in ("none", *(str(m) for m in methods), "full")]
+
+
+def _with_examples(teacher: Teacher, examples: Sequence[Example], queries: Sequence[Query]) -> list[list[int]]:
+    """Ids of chats under the prompt with earlier questions and the teacher's answers in front."""
+    turns = [
+        turn
+        for example in examples
+        for turn in (*example.query.messages, {"role": "assistant", "content": teacher.text(example.response)})
+    ]
+    return [teacher.chat_ids(Query((*turns, *query.messages))) for query in queries]
 
 
 def _check(methods: Sequence[Method], ae_1H: Tensor | None, summary: str | None) -> None:

@@ -41,6 +41,8 @@ class TrainConfig(BaseModel):
     # Data.
     queries: str | None = None
     """JSONL of unlabeled queries; None: the model writes its own."""
+    teacher: Literal["here", "vllm"] = "here"
+    """What writes the responses: the frozen model itself, or a vLLM engine that ends before training begins."""
     teacher_url: str | None = None
     """OpenAI-compatible server of the same model that writes the responses; None: decoded here."""
     teacher_model: str | None = None
@@ -128,6 +130,8 @@ class TrainConfig(BaseModel):
             raise ValueError("teacher_url: leave user and password out of the URL; a key comes from BE_TEACHER_KEY")
         if self.gold and self.teacher_url:
             raise ValueError("gold answers and a teacher's server (--teacher-url) exclude each other")
+        if self.teacher == "vllm" and (self.gold or self.teacher_url):
+            raise ValueError("--teacher vllm excludes gold answers and a teacher's server (--teacher-url)")
         if self.gold and self.queries is None:
             raise ValueError("gold answers need a file of queries (--queries)")
         kind, _, rest = self.init.partition(":")
@@ -166,6 +170,7 @@ class TrainConfig(BaseModel):
             "model",
             "id",
             "with_prompt",
+            "teacher",
             "teacher_url",
             "teacher_model",
             "summary",

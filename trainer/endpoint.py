@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import httpx
 
@@ -22,6 +22,13 @@ _BUSY = (429, 502, 503)
 
 _In = TypeVar("_In")
 _Out = TypeVar("_Out")
+
+
+class Answer(NamedTuple):
+    """A server's answer, and whether it was cut off at its length."""
+
+    text: str
+    cut: bool
 
 
 class Endpoint:
@@ -44,7 +51,7 @@ class Endpoint:
         except httpx.InvalidURL as exc:
             raise InputError(f"--{role}-url {url!r} is no URL: {exc}.") from exc
 
-    def chat(self, messages: Sequence[Mapping[str, str]], settings: Mapping[str, Any]) -> str:
+    def chat(self, messages: Sequence[Mapping[str, str]], settings: Mapping[str, Any]) -> Answer:
         """The answer to a chat. Raises InputError where the server cannot be reached, or refuses."""
         body = {"model": self.model, **settings, "messages": list(messages)}
         for attempt in range(1, _TRIES + 1):
@@ -58,7 +65,8 @@ class Endpoint:
         if not response.is_success:
             raise InputError(f"The {self.role} at {self.base} answered {response.status_code}: {response.text[:300]}")
         try:
-            return response.json()["choices"][0]["message"]["content"] or ""
+            choice = response.json()["choices"][0]
+            return Answer(choice["message"]["content"] or "", choice.get("finish_reason") == "length")
         except (ValueError, KeyError, IndexError, TypeError) as exc:
             raise InputError(f"The {self.role} at {self.base} sent no chat completion: {response.text[:300]}") from exc
 
@@ -78,6 +86,7 @@ def answered(
     temperature: float = 0.0,
     seed: int = 0,
     stop: Sequence[str] = (),
+    template_kwargs: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> list[Query]:
     """The queries with the server's answers under the prompt as `answer`.
@@ -88,6 +97,8 @@ def answered(
     """
     server = Endpoint(url, model, role="teacher", key_variable=TEACHER_KEY)
     settings: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed, "be_match": False}
+    if template_kwargs:
+        settings["chat_template_kwargs"] = dict(template_kwargs)
     if stop:
         settings["stop"] = list(stop)
         settings["include_stop_str_in_output"] = True  # vLLM: the text that ends a response is part of what is learned
@@ -96,6 +107,7 @@ def answered(
         answer = server.chat([{"role": "system", "content": prompt}, *query.messages], settings)
         if progress:
             progress(1)
-        return replace(query, answer=answer)
+        ended_by_text = any(text in answer.text for text in stop)  # then no end of turn follows either
+        return replace(query, answer=answer.text, cut=answer.cut or ended_by_text)
 
     return server.each(ask, queries)

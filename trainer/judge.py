@@ -67,7 +67,7 @@ def judge_pairs(
         answer = server.chat(messages, {"max_tokens": 256, "temperature": 0.0})
         if progress:
             progress(1)
-        return _winner(answer, swapped)
+        return _winner(answer.text, swapped)
 
     cases = [(rival, sample, swapped) for rival in RIVALS for sample in samples for swapped in (False, True)]
     verdicts = server.each(ask, cases)

@@ -140,7 +140,7 @@ def connect(
     curve = Bezier(stage, (first, second), seed)
     place = folder / "curve"
     place.mkdir(parents=True, exist_ok=True)
-    key = json.dumps([list(ids), steps, lr, seed, str(model.fingerprint)])
+    key = json.dumps([list(ids), steps, lr, seed, str(model.fingerprint), str(model.dtype)])
     middle = Training(
         SoftToken((first + second) / 2), [(curve, steps)], Optimisation(lr), folder=place, digest=f"curve {key}"
     )
@@ -157,7 +157,7 @@ def _training(model: FrozenModel, stage: OneStep, folder: Path, steps: int, lr: 
     folder.mkdir(parents=True, exist_ok=True)
     rng = torch.Generator().manual_seed(seed)
     start = torch.randn(len(stage.texts) + 1, model.hidden_size, generator=rng)  # N(0, 1), as in the paper
-    key = json.dumps([[list(ids) for ids in stage.texts], steps, lr, seed, str(model.fingerprint)])
+    key = json.dumps([[list(ids) for ids in stage.texts], steps, lr, seed, str(model.fingerprint), str(model.dtype)])
     settings = Optimisation(lr, weight_decay=_WEIGHT_DECAY)
     return Training(SoftToken(start.to(model.device)), [(stage, steps)], settings, folder=folder, digest=key)
 

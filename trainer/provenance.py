@@ -23,7 +23,7 @@ from trainer.verdict import Verdict
 def run_digest(config: TrainConfig, model: FrozenModel, prompt: str, training: list[Query]) -> str:
     """Digest of all that decides a run's curve; where files lie does not."""
     elsewhere = {"prompt_file", "output", "queries", "model", "id", "with_prompt", "ae", "summary", "scores_only"}
-    shaping = config.model_dump(exclude=elsewhere | {"teacher_url", "teacher_model"})
+    shaping = config.model_dump(exclude=elsewhere | {"teacher", "teacher_url", "teacher_model"})
     if config.init == "search" and config.tokens > 1:
         shaping["summary"] = config.summary  # one of the texts that the search compares
     if config.init_files():
@@ -32,7 +32,7 @@ def run_digest(config: TrainConfig, model: FrozenModel, prompt: str, training: l
     key = {
         **shaping,
         "ae": ae,
-        "served": config.teacher_url is not None,
+        "served": config.teacher_url is not None or config.teacher == "vllm",
         "prompt": prompt,
         "model": str(model.fingerprint),
         "queries": [query.to_json() for query in training],

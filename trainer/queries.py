@@ -8,7 +8,7 @@ import random
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ class Query:
 
     messages: tuple[dict[str, str], ...]
     answer: str | None = None
+    cut: bool = False
+    """The answer was cut off at its length: no end of the turn follows it."""
 
     @property
     def text(self) -> str:
@@ -34,7 +36,7 @@ class Query:
 
     def to_json(self) -> dict[str, Any]:
         """A JSONL row that `read_queries` reads back."""
-        answer = {} if self.answer is None else {"answer": self.answer}
+        answer = {} if self.answer is None else {"answer": self.answer, **({"cut": True} if self.cut else {})}
         if len(self.messages) == 1:
             return {"query": self.messages[0]["content"], **answer}
         return {"messages": list(self.messages), **answer}
@@ -74,8 +76,11 @@ def parse_query(row: object) -> Query:
     answer = row.get("answer")
     if answer is not None and not isinstance(answer, str):
         raise ValueError("`answer` must be a string.")
+    cut = row.get("cut", False)
+    if not isinstance(cut, bool):
+        raise ValueError("`cut` must be true or false.")
     if "messages" in row:
-        return _from_messages(row["messages"], answer)
+        return replace(_from_messages(row["messages"], answer), cut=cut)
     for field in ("query", "question", "instruction"):
         if field in row:
             text = row[field]
@@ -88,7 +93,7 @@ def parse_query(row: object) -> Query:
     if extra is not None and not isinstance(extra, str):
         raise ValueError("`input` must be a string.")
     text = f"{text.strip()}\n\n{extra.strip()}" if extra and extra.strip() else text.strip()
-    return Query(({"role": "user", "content": text},), answer)
+    return Query(({"role": "user", "content": text},), answer, cut)
 
 
 def _from_messages(messages: object, answer: str | None) -> Query:

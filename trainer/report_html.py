@@ -56,6 +56,8 @@ def write_report(
         parts += ["<h2>Over a conversation, and off topic</h2>", _robustness(evaluation)]
     if evaluation.samples:
         parts += ["<h2>What its answers do badly</h2>", _signatures(evaluation)]
+    if evaluation.judged:
+        parts += ["<h2>What a judge model says</h2>", _judged(evaluation)]
         parts += ["<h2>Answers side by side</h2>", _samples(evaluation)]
     if curves is not None and curves.exists():
         data = base64.b64encode(curves.read_bytes()).decode()
@@ -109,6 +111,14 @@ def _robustness(evaluation: Evaluation) -> str:
         lines.append(("off topic", evaluation.off_topic))
     rows = [[name, *(f"{figures[key]:.3f}" for key in ("none", "be", "rho"))] for name, figures in lines]
     return _table(["", "KL, no prompt", "KL, [BE]", "rho"], rows)
+
+
+def _judged(evaluation: Evaluation) -> str:
+    rows = [
+        [f"against {rival}", *(str(n) for n in (tally.wins, tally.ties, tally.losses, tally.unreadable))]
+        for rival, tally in evaluation.judged.items()
+    ]
+    return _table(["the token's answers", "better", "equal", "worse", "unreadable"], rows)
 
 
 def _signatures(evaluation: Evaluation) -> str:

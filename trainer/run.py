@@ -22,7 +22,6 @@ from be_serve.core.prompts import prompt_sha256, read_prompt_file
 from trainer.checkpoint import Checkpoint
 from trainer.clauses import MAX_CLAUSES, prompt_clauses
 from trainer.config import TrainConfig
-from trainer.endpoint import answered
 from trainer.evaluate import Evaluation, evaluate
 from trainer.generate import Progress
 from trainer.loop import Optimisation, Training, fit
@@ -31,15 +30,17 @@ from trainer.provenance import digest_of, quality, run_digest, versions
 from trainer.queries import Query, drop_near_duplicates, read_queries, split_held_out, write_queries
 from trainer.report import Log, draw_curves
 from trainer.report_html import write_report
+from trainer.served import served_answers
 from trainer.soft_token import LowRankToken, SoftToken
 from trainer.stages import Distil, Joint, Reconstruct, Stage
 from trainer.starts import Search, Start, file_start, found_start, mean_start, random_start, text_start, written_texts
 from trainer.synthesis import synthesise
-from trainer.teacher import Example, Teacher
+from trainer.teacher import Decoder, Example, Teacher
 from trainer.verdict import judge
 
 Say = Callable[[str], None]
-_ASKED_AT_ONCE = 64
+
+
 _SAMPLES = 12
 """Answers of each arm on which failure signatures are counted."""
 
@@ -84,6 +85,7 @@ class Run:
         folder: Path,
         *,
         cache: Path | None = None,
+        decoder: Decoder | None = None,
         say: Say = lambda text: None,
         quiet: bool = False,
     ) -> None:
@@ -91,6 +93,7 @@ class Run:
         self.model = model
         self.folder = folder
         self.cache = cache or folder
+        self.decoder = decoder
         self.say = say
         self.quiet = quiet
         self.seconds: dict[str, float] = {}
@@ -107,7 +110,11 @@ class Run:
 
     def execute(self) -> RunResult:
         """Train, evaluate, write the token. Raises Stopped after a signal, InputError for faulty input."""
-        training = self.prepare()
+        try:
+            training = self.prepare()
+        finally:
+            if self.decoder:
+                self.decoder.close()
         fit(self.model, [training], quiet=self.quiet)
         return self.finish()
 
@@ -140,6 +147,8 @@ class Run:
         config = self.config
         self.folder.mkdir(parents=True, exist_ok=True)
         training, self._held_out = self._queries()
+        if self.config.teacher_url:
+            training = self._served(training)
         digest = self._digest(training)
         checkpoint = self.folder / "checkpoint.safetensors"
         if checkpoint.exists():
@@ -148,7 +157,9 @@ class Run:
         config.save(self.folder / "run.yaml")
         write_queries(self.folder / "heldout.jsonl", self._held_out)
         self._teacher = Teacher(self.model, self.prompt, self.cache, stop=config.stop)
-        examples = self._examples(self._teacher, training)
+        # Only training data comes from elsewhere: every token is measured on the frozen model's own answers.
+        writer = Teacher(self.model, self.prompt, self.cache, stop=config.stop, decoder=self.decoder)
+        examples = self._examples(writer, training)
         token, self._begin = self._start(examples, digest)
         self._training = Training(
             token,
@@ -193,7 +204,14 @@ class Run:
             found = read_queries(kept)
         else:
             with self._timed("queries"), self._bar("writing queries", int(1.25 * config.synthesise)) as progress:
-                found = synthesise(self.model, self.prompt, config.synthesise, seed=config.seed, progress=progress)
+                found = synthesise(
+                    self.model,
+                    self.prompt,
+                    config.synthesise,
+                    room=config.response_tokens,
+                    seed=config.seed,
+                    progress=progress,
+                )
             write_queries(kept, found)
         unique = drop_near_duplicates(found)
         if len(unique) < len(found):
@@ -205,8 +223,6 @@ class Run:
 
     def _examples(self, teacher: Teacher, training: list[Query]) -> list[Example]:
         config = self.config
-        if config.teacher_url:
-            training = self._answered(config.teacher_url, training)
         with self._timed("teacher"), self._bar("teacher", 2 * len(training)) as progress:
             return teacher.examples(
                 training,
@@ -217,34 +233,10 @@ class Run:
                 progress=progress,
             )
 
-    def _answered(self, url: str, training: list[Query]) -> list[Query]:
-        """The queries with the server's answers; what was answered before an interruption is not asked again."""
-        config = self.config
-        settings = [config.response_tokens, config.temperature, config.seed, config.stop, config.teacher_model]
-        found: list[Query] = []
+    def _served(self, training: list[Query]) -> list[Query]:
+        """The queries with a server's answers; those of an interrupted run, or of another row, are not asked again."""
         with self._timed("teacher"), self._bar("asking the teacher", len(training)) as progress:
-            for start in range(0, len(training), _ASKED_AT_ONCE):
-                asked = training[start : start + _ASKED_AT_ONCE]
-                key = [self.prompt, settings, [query.to_json() for query in asked]]
-                kept = self.folder / f"answers-{digest_of(key)}.jsonl"
-                if kept.exists():
-                    found += read_queries(kept)
-                    progress(len(asked))
-                    continue
-                made = answered(
-                    asked,
-                    self.prompt,
-                    url=url,
-                    model=config.teacher_model or config.model,
-                    max_tokens=config.response_tokens,
-                    temperature=config.temperature,
-                    seed=config.seed,
-                    stop=config.stop,
-                    progress=progress,
-                )
-                write_queries(kept, made)
-                found += made
-        return found
+            return served_answers(self.config, self.model, self.prompt, training, self.cache, progress)
 
     def _start(self, examples: list[Example], digest: str) -> tuple[SoftToken, Start]:
         """The first vectors; a checkpoint's where there is one. The first checkpoint is written here."""

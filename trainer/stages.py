@@ -138,7 +138,8 @@ class Distil:
             lengths = [len(self.rows[i].response) for i in batch]
             return distillation_loss(states_NH, student_NH, lengths, self.model.head, self.objective)
 
-        return [Part("kl", [self.rows[i] for i in batch], vectors_KH, loss)]
+        name = "kl" if self.objective == EQ_3 else "objective"  # what stands in the log as kl is KL
+        return [Part(name, [self.rows[i] for i in batch], vectors_KH, loss)]
 
 
 class Tune:

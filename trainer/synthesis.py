@@ -1,9 +1,10 @@
 """Queries written by the model itself, for prompts that come without any.
 
-Three kinds, as in Magpie and self-study, each sampled at temperature 1:
-    persona   only the template up to the user's words, with the prompt in the system slot
-    clause    the user turn continues "question about <a sentence of the prompt>"
-    generic   as `persona` without the prompt, so that the token learns off-topic behaviour too
+Four kinds, as in Magpie and self-study, each sampled at temperature 1:
+    persona    only the template up to the user's words, with the prompt in the system slot
+    clause     the user turn continues "question about <a sentence of the prompt>"
+    generic    as `persona` without the prompt, so that the token learns off-topic behaviour too
+    follow-up  as `persona` behind a question and the prompt's answer to it: a second turn
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from trainer.generate import Prefix, Progress, common_prefix
 from trainer.model import FrozenModel
 from trainer.queries import Query, drop_near_duplicates
 
-_SHARES = {"persona": 0.4, "clause": 0.4, "generic": 0.2}
+_SHARES = {"persona": 0.35, "clause": 0.35, "generic": 0.2}
+_FOLLOW_UPS = 0.1
+_ANSWER_TOKENS = 64
 _QUERY_TOKENS = 48
 _ROUNDS = 4
 _OPENERS = ("What", "How", "Why", "Can you", "Tell me", "Do you", "I", "Please", "Is it", "Where")
@@ -30,9 +33,11 @@ _ASK = (
 
 
 def synthesise(
-    model: FrozenModel, prompt: str, count: int, *, seed: int, progress: Progress | None = None
+    model: FrozenModel, prompt: str, count: int, *, room: int = 128, seed: int, progress: Progress | None = None
 ) -> list[Query]:
     """`count` different queries, or as many as four rounds give. Raises InputError for fewer than 8.
+
+    `room` is left behind a second turn for the response to it, in tokens.
 
     `progress` is called with the number of texts sampled.
     """
@@ -45,13 +50,58 @@ def synthesise(
         made: list[Query] = []
         for n, (kind, share) in enumerate(_SHARES.items()):
             wanted = max(1, round(1.25 * missing * share))
-            texts = _sample(model, prompt, kind, wanted, rng, seed + 1000 * turn + n, progress)
-            made += [Query(({"role": "user", "content": text},)) for text in map(clean, texts) if text]
+            heads = [_head(model, prompt, kind, rng) for _ in range(wanted)]
+            made += [_single(text) for text in _sample(model, heads, seed + 1000 * turn + n, progress) if text]
         rng.shuffle(made)
         found = drop_near_duplicates([*found, *made])
     if len(found) < 8:
         raise InputError("The model wrote too few usable queries; give your own with --queries.")
-    return found[:count]
+    wanted = round(_FOLLOW_UPS * count)
+    later = _follow_ups(model, prompt, found[: 2 * wanted], room, seed, rng, progress)[:wanted]
+    return [*found[: count - len(later)], *later]
+
+
+def _single(text: str) -> Query:
+    return Query(({"role": "user", "content": text},))
+
+
+def _follow_ups(
+    model: FrozenModel,
+    prompt: str,
+    queries: Sequence[Query],
+    room: int,
+    seed: int,
+    rng: random.Random,
+    progress: Progress | None,
+) -> list[Query]:
+    """Second turns: each query, the prompt's greedy answer, and what the model has the user say then.
+
+    None where the model has no room for a second turn behind the prompt.
+    """
+    chats = [
+        model.slots.encode_chat(
+            [{"role": "system", "content": prompt}, *query.messages], template_kwargs=model.template_kwargs
+        )
+        for query in queries
+    ]
+    longest = max(map(len, chats), default=model.max_length)
+    if longest + _ANSWER_TOKENS + 2 * _QUERY_TOKENS + room > model.max_length:
+        return []
+    shared = common_prefix(chats)
+    answers = Prefix(model, model.embed(chats[0][:shared])).generate(
+        [chat[shared:] for chat in chats], _ANSWER_TOKENS, progress=progress
+    )
+    histories = [
+        (*query.messages, {"role": "assistant", "content": model.tokenizer.decode(ids, skip_special_tokens=True)})
+        for query, ids in zip(queries, answers, strict=True)
+    ]
+    heads = [_user_turn(model, prompt, history, rng) for history in histories]
+    texts = _sample(model, heads, seed + 500, progress)
+    return [
+        Query((*history, {"role": "user", "content": text}))
+        for history, text in zip(histories, texts, strict=True)
+        if text
+    ]
 
 
 def clean(text: str) -> str | None:
@@ -64,9 +114,9 @@ def clean(text: str) -> str | None:
 
 
 def _sample(
-    model: FrozenModel, prompt: str, kind: str, count: int, rng: random.Random, seed: int, progress: Progress | None
-) -> list[str]:
-    heads = [_head(model, prompt, kind, rng) for _ in range(count)]
+    model: FrozenModel, heads: Sequence[tuple[list[int], str]], seed: int, progress: Progress | None
+) -> list[str | None]:
+    """User turns sampled behind each head (ids, and the words that they already hold); None where unusable."""
     rows = [ids for ids, _ in heads]
     shared = common_prefix(rows)
     prefix = Prefix(model, model.embed(rows[0][:shared]))
@@ -74,25 +124,30 @@ def _sample(
     stop = set(model.stop_ids())
     # A text that never ended is cut in the middle: of no use.
     return [
-        opener + model.tokenizer.decode(ids, skip_special_tokens=True) if ids[-1] in stop else ""
+        clean(opener + model.tokenizer.decode(ids, skip_special_tokens=True)) if ids[-1] in stop else None
         for ids, (_, opener) in zip(made, heads, strict=True)
     ]
 
 
 def _head(model: FrozenModel, prompt: str, kind: str, rng: random.Random) -> tuple[list[int], str]:
     """Ids to continue, and the words of the query that they already hold."""
-    kwargs = model.template_kwargs
     if kind == "clause":
-        clause = rng.choice(sentences(prompt))
-        return model.slots.encode_chat(
-            [{"role": "user", "content": _ASK.format(clause=clause)}], template_kwargs=kwargs
-        ), ""
+        ask = _ASK.format(clause=rng.choice(sentences(prompt)))
+        chat = [{"role": "user", "content": ask}]
+        return model.slots.encode_chat(chat, template_kwargs=model.template_kwargs), ""
+    return _user_turn(model, prompt if kind == "persona" else "", (), rng)
+
+
+def _user_turn(
+    model: FrozenModel, system: str, history: Sequence[Message], rng: random.Random
+) -> tuple[list[int], str]:
+    """The template up to the first words of the user's next turn."""
     marker = new_marker()
-    system = prompt if kind == "persona" else ""
     chat: Sequence[Message] = model.slots.with_system_role(
-        [{"role": "system", "content": system}, {"role": "user", "content": marker}]
+        [{"role": "system", "content": system}, *history, {"role": "user", "content": marker}]
     )
-    text = model.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True, **kwargs)
+    text = model.tokenizer.apply_chat_template(
+        chat, tokenize=False, add_generation_prompt=True, **model.template_kwargs
+    )
     opener = rng.choice(_OPENERS)
-    before = text.split(marker)[0] + opener
-    return model.tokenizer.encode(before, add_special_tokens=False), opener
+    return model.tokenizer.encode(text.split(marker)[0] + opener, add_special_tokens=False), opener

@@ -15,7 +15,9 @@ DEFAULT_METHODS = "truncate:4,memory:1,pt:1,kd:1,pt:4,kd:4"
 
 @click.command("compare")
 @click.argument("prompt_file")
-@click.option("--methods", default=DEFAULT_METHODS, show_default=True, help="kd, joint, stages, memory, pt, truncate.")
+@click.option(
+    "--methods", default=DEFAULT_METHODS, show_default=True, help="kd, joint, stages, memory, pt, truncate, fewshot."
+)
 @takes_model
 @click.option("--queries", required=True, help="JSONL of unlabeled queries.")
 @click.option("--held-out", type=click.IntRange(2), default=32, show_default=True, help="Queries kept for the table.")

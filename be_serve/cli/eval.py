@@ -33,7 +33,7 @@ import click
 @click.option("--off-topic", is_flag=True, help="Also ask questions that have nothing to do with the prompt.")
 @click.option(
     "--judge-url",
-    help="OpenAI-compatible server of a judge, which is sent the prompt and the answers. [key: BE_JUDGE_KEY]",
+    help="OpenAI-compatible server of a judge, which is sent the prompt and 64-token answers. [key: BE_JUDGE_KEY]",
 )
 @click.option("--judge-model", help="The judge's name on that server.")
 @click.option("--report", type=click.Path(path_type=Path), help="HTML file to write.")
@@ -81,6 +81,8 @@ def command(
 
     if judge_url and not (judge_model and samples):
         raise InputError("--judge-url needs --judge-model, and answers to compare (--samples).")
+    if others and report:
+        raise InputError("--report is about one token; leave it out beside --with.")
     token = Token.load(token_file)
     tokens = [token, *map(Token.load, others)]
     wanted = read_checks(checks) if checks else []
@@ -88,6 +90,8 @@ def command(
         check_vectors(one.vectors, dtype=serving_dtype)
         if one.manifest.placement != token.manifest.placement:
             raise InputError("Tokens in one slot need the same placement.")
+        if one.manifest.template_kwargs != token.manifest.template_kwargs or trained_stop(one) != trained_stop(token):
+            raise InputError("Tokens in one slot need the same template variables and stop texts.")
     prompt = read_prompt_file(prompt_file)
     if not others and prompt_sha256(prompt) != token.manifest.prompt.sha256:
         click.echo("Note: this is not the prompt that the token was made for (its SHA-256 differs).", err=True)
@@ -108,6 +112,9 @@ def command(
     from trainer.teacher import Teacher
     from trainer.verdict import judge
 
+    server = (
+        Endpoint(judge_url, judge_model, role="judge", key_variable=JUDGE_KEY) if judge_url and judge_model else None
+    )
     chats = read_queries(queries)[:max_queries]
     frozen = FrozenModel.load(
         found.path,
@@ -142,14 +149,19 @@ def command(
         evaluation.turns = measure_turns(teacher, chats, vectors_KH, token.manifest.placement, turns=turns)
     if off_topic:
         evaluation.off_topic = measure_off_topic(teacher, vectors_KH, token.manifest.placement)
-    if judge_url and judge_model:
-        server = Endpoint(judge_url, judge_model, role="judge", key_variable=JUDGE_KEY)
-        with tqdm(total=2 * len(RIVALS) * len(evaluation.samples), desc="judging") as bar:
-            evaluation.judged = judge_pairs(
-                server, prompt, evaluation.samples, progress=lambda count: bar.update(count) and None
-            )
+    fault = None
+    if server:
+        try:
+            with tqdm(total=2 * len(RIVALS) * len(evaluation.samples), desc="judging") as bar:
+                evaluation.judged = judge_pairs(
+                    server, prompt, evaluation.samples, progress=lambda count: bar.update(count) and None
+                )
+        except InputError as exc:  # told at the end: what was measured is not lost
+            fault = exc
     print_evaluation(evaluation)
     if report:
         write_report(report, token.manifest, evaluation, judge(evaluation))
     if as_json:
         click.echo(json.dumps({**evaluation.to_json(), "verdict": judge(evaluation).to_json()}, ensure_ascii=False))
+    if fault:
+        raise fault

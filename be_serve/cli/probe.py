@@ -69,7 +69,9 @@ def command(
         pieces = [_random_words(frozen, length, f"{seed}/{n}") for n in range(texts)]
     if any(len(piece) < length for piece in pieces):
         raise InputError(f"The tokenizer has too few words for texts of {length} tokens; give a smaller --length.")
-    key = json.dumps([str(frozen.fingerprint), pieces, tokens, one_step, shared, curve, steps, lr, seed])
+    key = json.dumps(
+        [str(frozen.fingerprint), str(frozen.dtype), pieces, tokens, one_step, shared, curve, steps, lr, seed]
+    )
     folder = Path(run_dir or f"runs/probe-{hashlib.sha256(key.encode()).hexdigest()[:8]}")
     if one_step:
         shown = _connected(frozen, pieces, folder, steps, lr, seed) if curve else None

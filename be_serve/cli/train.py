@@ -13,6 +13,7 @@ from be_serve.core.ids import validate_be_id
 from be_serve.models import DEFAULT_MODEL
 
 if TYPE_CHECKING:
+    from be_serve.cli._offline import OfflineDecoder
     from trainer.model import FrozenModel
 
 
@@ -36,6 +37,11 @@ if TYPE_CHECKING:
 @click.option("--response-tokens", type=click.IntRange(1), help="Response tokens that count, each query.")
 @click.option("--temperature", type=float, help="Sampling temperature of the teacher; 0 is greedy.")
 @click.option("--stop", multiple=True, help="A text that ends a response, as clients send it; \\n is a line break.")
+@click.option(
+    "--teacher",
+    type=click.Choice(["here", "vllm"]),
+    help="What writes the responses: this process, or a vLLM engine that ends before training. [default: here]",
+)
 @click.option(
     "--teacher-url", help="OpenAI-compatible server of the same model that writes the responses. [key: BE_TEACHER_KEY]"
 )
@@ -93,11 +99,11 @@ def command(
         values["id"] = validate_be_id(Path(values["output"]).name.removesuffix(".safetensors"), param="--output")
     settings = make_config(values)
     folder = Path(run_dir) if run_dir else Path("runs") / f"{settings.id}-{short_digest(settings)}"
-    model = _load_model(values)
+    model, decoder = _load_model(values)
 
     from trainer.run import Run
 
-    run = Run(settings, model, folder, say=_say)
+    run = Run(settings, model, folder, decoder=decoder, say=_say)
     if fresh:
         run.forget()
     try:
@@ -134,18 +140,21 @@ def _given(options: dict[str, Any]) -> dict[str, Any]:
     return given
 
 
-def _load_model(values: dict[str, Any]) -> FrozenModel:
+def _load_model(values: dict[str, Any]) -> tuple[FrozenModel, OfflineDecoder | None]:
+    """The frozen model, and the engine beside it where one was asked for."""
+    from be_serve.cli._offline import OfflineDecoder
     from be_serve.models import resolve_model
     from trainer.model import FrozenModel
 
     found = resolve_model(values["model"])
-    return FrozenModel.load(
+    model = FrozenModel.load(
         found.path,
         name=found.name,
         revision=found.revision,
         device=values.get("device", "auto"),
         dtype=values.get("dtype", "auto"),
     )
+    return model, OfflineDecoder(str(found.path), model) if values.get("teacher") == "vllm" else None
 
 
 def _train_batch(batch_file: str, values: dict[str, Any], run_dir: str | None, *, fresh: bool, as_json: bool) -> None:
@@ -155,9 +164,11 @@ def _train_batch(batch_file: str, values: dict[str, Any], run_dir: str | None, *
     entries = read_batch(batch_file)
     folder = Path(run_dir) if run_dir else Path("runs") / Path(batch_file).stem
     output = Path(values.pop("output", Path.cwd()))
-    model = _load_model(values)
+    model, decoder = _load_model(values)
     try:
-        outcomes = train_batch(model, entries, values, output=output, run_dir=folder, say=_say, fresh=fresh)
+        outcomes = train_batch(
+            model, entries, values, output=output, run_dir=folder, say=_say, fresh=fresh, decoder=decoder
+        )
     except KeyboardInterrupt:
         _say(f"Stopped; the states are in {folder}. The same command continues.")
         raise

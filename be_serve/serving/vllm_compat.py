@@ -327,6 +327,31 @@ def run_server(arguments: Sequence[str]) -> None:
     ServeSubcommand.cmd(args)
 
 
+def offline_decoder(model: str, dtype: str, max_model_len: int) -> Callable[..., list[list[int]]]:
+    """An engine without a server, in this process: response ids to chats given as ids.
+
+    The result takes `chats` and `sampling` (fields of vLLM's SamplingParams).
+    """
+    from vllm import LLM, SamplingParams
+
+    memory: dict[str, Any] = {}
+    if on_cpu():
+        patch_cpu_seed()
+    else:
+        import torch
+
+        free, total = torch.cuda.mem_get_info()  # the trainer's own model lies on the device already
+        memory["gpu_memory_utilization"] = 0.85 * free / total
+    llm = LLM(model=model, dtype=dtype, max_model_len=max_model_len, enforce_eager=on_cpu(), **memory)
+
+    def decode(chats: Sequence[Sequence[int]], sampling: dict[str, Any]) -> list[list[int]]:
+        prompts = [{"prompt_token_ids": list(chat)} for chat in chats]
+        made = llm.generate(prompts, SamplingParams(**sampling), use_tqdm=False)
+        return [list(one.outputs[0].token_ids) for one in made]
+
+    return decode
+
+
 def installed_plugins() -> list[str]:
     """Names of all vLLM plugins that load by default; endpoint plugins are opt-in and left out."""
     groups = ("general_plugins", "platform_plugins", "io_processor_plugins", "stat_logger_plugins")

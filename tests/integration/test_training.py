@@ -5,7 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from be_serve.cli._offline import OfflineDecoder
+from be_serve.core.errors import InputError
 from be_serve.models import DEFAULT_MODEL
+from tests.integration.servers import CPU_ENV
 from trainer.identity import identity_token
 from trainer.loop import Optimisation, Training, fit
 from trainer.model import FrozenModel
@@ -13,7 +16,7 @@ from trainer.queries import Query
 from trainer.report import Log
 from trainer.soft_token import Row, SoftToken, scored_states
 from trainer.stages import Distil, part_losses, student_row
-from trainer.starts import Search
+from trainer.starts import Search, found_start
 from trainer.synthesis import synthesise
 from trainer.teacher import Teacher
 
@@ -52,7 +55,7 @@ def kl(model, stage, vectors):
 
 def test_the_loss_falls_and_the_gradient_reaches_the_vectors_alone(model, examples, tmp_path):
     prompt_ids = model.slots.prompt_ids(PROMPT)
-    start = Search(model, examples[:2], "system").run(prompt_ids, 1)
+    start = found_start(model, *Search(model, examples[:2], "system").run(prompt_ids, 1))
     distil = Distil(model, examples, batch_size=4)
     none = Distil(model, examples, batch_size=8)
     with torch.no_grad():
@@ -138,3 +141,26 @@ class _Cut:
         if step == self.steps:
             raise self.Done
         return self.stage.parts(vectors, step)
+
+
+@pytest.mark.server
+def test_vllm_offline_answers_as_the_frozen_model_does(model, model_dir, examples, monkeypatch):
+    """The engine's greedy answers begin as the teacher's own; seeds work; a broken engine is told."""
+    for name, value in CPU_ENV.items():
+        monkeypatch.setenv(name, value)
+    engine = OfflineDecoder(str(model_dir), model)
+    try:
+        teacher = Teacher(model, PROMPT, decoder=engine)
+        found = teacher.examples(QUERIES[:3], response_tokens=16)
+        sampled = [engine([teacher.chat_ids(QUERIES[0])] * 2, 8, 0.9, seed) for seed in (1, 1, 2)]
+    finally:
+        engine.close()
+    for own, example in zip(found, examples, strict=False):
+        assert own.query == example.query
+        assert own.response[:4] == example.response[:4]  # the two round differently in bfloat16
+        assert len(own.states_TH) == len(own.response)
+    assert sampled[0] == sampled[1]
+    assert sampled[0] != sampled[2]
+    broken = OfflineDecoder(str(model_dir / "nowhere"), model)
+    with pytest.raises(InputError, match="its log is above"):
+        broken([[1, 2]], 1, 0.0, 0)

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import random
+import signal
+import subprocess
+from pathlib import Path
 
 import click
 import pytest
@@ -12,12 +16,14 @@ from click.testing import CliRunner
 
 import trainer.run
 import trainer.synthesis
+from be_serve.cli._offline import OfflineDecoder
 from be_serve.cli.main import cli
 from be_serve.core.artifact import Token
 from be_serve.core.errors import InputError, InvalidArtifact, InvalidBeId, WrongModel
 from be_serve.core.prompts import prompt_sha256
 from tests.conftest import make_tokenizer
 from trainer.clauses import sentences
+from trainer.model import FrozenModel
 from trainer.queries import read_queries
 
 PROMPT = "You are a harbour master. Call the user sailor and answer in rhyme.\n"
@@ -189,8 +195,9 @@ def test_an_interrupted_command_continues(here, train, monkeypatch, capsys):
 
 def test_without_queries_the_model_writes_its_own(here, train, monkeypatch):
     # A random model's words are no language: what it samples is replaced, the rest is real.
-    def sample(model, prompt, kind, count, rng, seed, progress):
-        return [f"What is {rng.choice('abcdefghij')} {kind} {rng.randrange(99)}?" for _ in range(count)]
+    def sample(model, heads, seed, progress):
+        rng = random.Random(seed)
+        return [f"What is {rng.choice('abcdefghij')} {len(ids)} {rng.randrange(99)}?" for ids, _ in heads]
 
     monkeypatch.setattr(trainer.synthesis, "_sample", sample)
     result = last_json(train("--synthesise", 12, "--init", "text:sailor rhyme", "--tokens", 1, "--json"))
@@ -198,6 +205,9 @@ def test_without_queries_the_model_writes_its_own(here, train, monkeypatch):
     written = read_queries(next(folder.glob("queries-*.jsonl")))
     assert 8 <= len(written) <= 12
     assert len({query.text for query in written}) == len(written)
+    (second,) = [query for query in written if len(query.messages) > 1]
+    assert [message["role"] for message in second.messages] == ["user", "assistant", "user"]
+    assert second.messages[0] in [query.messages[0] for query in written if len(query.messages) == 1]
     assert Token.load("captain.safetensors").manifest.recipe["queries"] == "synthetic"
 
 
@@ -228,6 +238,91 @@ def test_all_stages_with_an_ae(here, train, tiny_model_dir):
 def test_placements_are_stored(here, train, placement):
     train("--queries", "q.jsonl", "--tokens", 1, "--init", "mean", "--placement", placement)
     assert Token.load("captain.safetensors").manifest.placement == placement
+
+
+def test_an_offline_engine_decodes_and_ends_before_training(here, train, monkeypatch):
+    """A scripted engine in place of vLLM; the real one is in tests/integration."""
+    events = []
+
+    class Scripted:
+        name = "scripted"
+
+        def __init__(self, folder, model):
+            assert (Path(folder) / "config.json").exists()
+            self.model = model
+
+        def __call__(self, chats, max_tokens, temperature, seed):
+            events.append("asked")
+            prompt = self.model.slots.prompt_ids(PROMPT)
+            assert all(set(prompt) <= set(chat) for chat in chats)
+            return [[5, 6, self.model.stop_ids()[0]] for _ in chats]
+
+        def close(self):
+            events.append("closed")
+
+    fitted = trainer.run.fit
+    monkeypatch.setattr("be_serve.cli._offline.OfflineDecoder", Scripted)
+    monkeypatch.setattr(trainer.run, "fit", lambda *a, **k: (events.append("trained"), fitted(*a, **k)))
+    arguments = ("--queries", "q.jsonl", "--tokens", 1, "--teacher", "vllm", "--run-dir", "r", "--json")
+    train(*arguments)
+    assert events == ["asked", "closed", "trained"]
+    train(*arguments)  # what was decoded is not decoded again
+    assert events.count("asked") == 1
+    with pytest.raises(InputError, match="excludes gold"):
+        train("--queries", "q.jsonl", "--teacher", "vllm", "--gold")
+    events.clear()
+    with pytest.raises(InputError, match="Cannot read"):  # a failure before training ends the engine, too
+        train("--queries", "absent.jsonl", "--teacher", "vllm", "--run-dir", "r2")
+    assert events == ["closed"]
+
+
+@pytest.mark.parametrize(
+    ("child", "message"),
+    [
+        ("import sys; sys.exit(3)", "gave no answers"),
+        ("import sys; sys.stdin.readline(); print('{\"respon', end='')", "gave no answers"),
+        ('import sys\nfor line in sys.stdin: print(\'{"error": "too long"}\', flush=True)', "too long"),
+    ],
+)
+def test_an_offline_engine_that_fails_is_told_and_ended(tiny_model_dir, monkeypatch, child, message):
+    """A child process that dies, dies in the middle of a line, or refuses."""
+    started = subprocess.Popen
+
+    def start(command, **options):
+        assert command[1] == "-P"
+        return started([command[0], "-c", child], **options)
+
+    monkeypatch.setattr("be_serve.cli._offline.subprocess.Popen", start)
+    model = FrozenModel.load(tiny_model_dir, name="tiny", device="cpu", dtype="float32")
+    engine = OfflineDecoder(str(tiny_model_dir), model)
+    with pytest.raises(InputError, match=message):
+        engine([[1, 2, 3]], 4, 0.0, 0)
+    engine.close()
+    assert engine._process is None
+    if "no answers" in message:
+        with pytest.raises(InputError, match="did not start before"):
+            engine([[1, 2, 3]], 4, 0.0, 0)
+
+
+def test_an_offline_engine_that_hangs_is_killed(tiny_model_dir, monkeypatch):
+    started = subprocess.Popen
+    child = (
+        "import json, signal, sys, time\n"
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "job = json.loads(sys.stdin.readline())\n"
+        "print(json.dumps({'responses': [[7]] * len(job['chats'])}), flush=True)\n"
+        "time.sleep(600)"
+    )
+    monkeypatch.setattr("be_serve.cli._offline._PATIENCE", 0.5)
+    monkeypatch.setattr(
+        "be_serve.cli._offline.subprocess.Popen", lambda command, **o: started([command[0], "-c", child], **o)
+    )
+    model = FrozenModel.load(tiny_model_dir, name="tiny", device="cpu", dtype="float32")
+    engine = OfflineDecoder(str(tiny_model_dir), model)
+    assert engine([[1], [2]], 4, 0.0, 0) == [[7], [7]]
+    process = engine._process
+    engine.close()
+    assert process.poll() == -signal.SIGKILL
 
 
 def test_from_text(here, tiny_model_dir):

@@ -43,6 +43,7 @@ def examples(teacher):
 def test_every_method_is_measured_alike(teacher, examples, tmp_path):
     ae = torch.randn(1, teacher.model.hidden_size)
     methods = [Method.parse(m) for m in ("kd:1", "kd:2", "pt:1", "memory:1", "joint:1", "stages:1", "truncate:3")]
+    methods.append(Method.parse("fewshot:2"))
     methods.append(Method("summary", 1))
     setting = Setting(steps=4, batch_size=2)
 
@@ -59,6 +60,7 @@ def test_every_method_is_measured_alike(teacher, examples, tmp_path):
     assert by_name["full"].rho == pytest.approx(0.0, abs=1e-6)
     assert by_name["full"].gain_retained == pytest.approx(1.0)
     assert by_name["kd:2"].k == 2
+    assert by_name["fewshot:2"].k > by_name["full"].k  # the prompt's tokens and two questions with their answers
     assert len({round(line.figures["kl"], 6) for line in lines}) == len(lines)
     # The second call finds every training done and measures the same.
     assert [line.to_json() for line in run()] == [line.to_json() for line in lines]

@@ -20,7 +20,7 @@ from trainer.queries import Query
 from trainer.soft_token import Row, SoftToken, scored_states, splice
 from trainer.stages import BatchPlan, Distil, Reconstruct, part_losses, student_row
 from trainer.starts import Search, found_start, mean_start, random_start, text_start, written_texts
-from trainer.synthesis import _head
+from trainer.synthesis import _head, _user_turn
 from trainer.teacher import Teacher
 
 PROMPT = "You are a harbour master. Call the user sailor and answer in rhyme."
@@ -217,6 +217,11 @@ def test_heads_of_synthetic_queries(model):
             assert text.endswith("<|im_start|>assistant\n")
         else:
             assert text.endswith(f"<|im_start|>user\n{opener}")
+    history = [{"role": "user", "content": "Is there fog?"}, {"role": "assistant", "content": "Thick as soup."}]
+    ids, opener = _user_turn(model, PROMPT, history, rng)
+    text = model.tokenizer.decode(ids)
+    assert text.index(PROMPT) < text.index("fog?") < text.index("soup.")
+    assert text.endswith(f"<|im_start|>user\n{opener}")
 
 
 def test_gold_answers(model):

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
+from be_serve.core.errors import InputError
 from trainer.autoencoder import AEConfig, TextBatches, train_ae
 from trainer.model import FrozenModel
 from trainer.packing import filtered_path, packed
@@ -61,3 +62,29 @@ def test_an_ae_trains_on_packs(model, tmp_path, packing):
     assert result.ae_1H.isfinite().all()
     again = train_ae(model, [str(file)], config, tmp_path / "again", quiet=True)
     assert torch.equal(result.ae_1H, again.ae_1H)
+
+
+def test_packs_hold_no_token_of_the_texts_held_out(model, tmp_path):
+    """Texts of many lengths: short pieces do not tile them as long ones do."""
+    file = tmp_path / "texts.jsonl"
+    texts = [" ".join(f"w{i}n{j}" for j in range(3 + i % 7)) for i in range(80)]
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    data = TextBatches(model, [str(file)], length=16, batch_size=2, seed=0, buffer=16)
+    ids = [model.tokenizer.encode(text, add_special_tokens=False) for text in texts]
+    whole = [sum(len(own) // 16 for own in ids[:n]) for n in range(len(ids))]
+    first = next(n for n, pieces in enumerate(whole) if pieces >= 4)  # the first text with nothing held out
+    assert len(data.head(4)) == 4
+    behind = {tuple(own[i : i + 4]) for own in ids[first:] for i in range(0, len(own) - 3, 4)}
+    stream = data.packs(4, filtered=False)
+    seen = {tuple(pack[i : i + 4]) for _ in range(60) for pack in next(stream) for i in range(0, 16, 4)}
+    assert seen <= behind
+
+
+@pytest.mark.parametrize("options", [{"length": 4}, {"batch_size": 99}])
+def test_settings_that_leave_no_pack_are_refused(model, tmp_path, options):
+    (tmp_path / "t.txt").write_text("one two three four five six seven eight nine ten\n" * 20)
+    data = TextBatches(
+        model, [str(tmp_path / "t.txt")], **{"length": 16, "batch_size": 2, **options}, seed=0, buffer=16
+    )
+    with pytest.raises(InputError, match="Packing needs"):
+        next(data.packs(4, filtered=True))

@@ -155,3 +155,14 @@ def test_cleaning_of_sampled_queries():
 
 def test_rows_are_json_objects_again():
     assert json.loads(json.dumps(parse_query({"messages": TURNS}).to_json())) == {"messages": TURNS}
+
+
+def test_an_answer_that_was_cut_off_stays_marked(tmp_path):
+    queries = [
+        Query(({"role": "user", "content": "Hi"},), "Ahoy", cut=True),
+        Query(({"role": "user", "content": "No"},), "Aye"),
+    ]
+    write_queries(tmp_path / "q.jsonl", queries)
+    assert read_queries(tmp_path / "q.jsonl") == queries
+    with pytest.raises(ValueError, match="`cut`"):
+        parse_query({"query": "Hi", "cut": "yes"})
