@@ -36,6 +36,8 @@ def read_run(folder: Path) -> dict[str, Any]:
         "steps": len(log),
         "rho": evaluation["rho"],
         "rho_interval": evaluation["rho_interval"],
+        "recitals": evaluation.get("recitals", 0),
+        "rho_with_recitals": evaluation.get("rho_with_recitals", evaluation["rho"]),
         "rho_summary": arms["summary"]["kl"] / arms["none"]["kl"] if "summary" in arms else None,
         "gain_retained": evaluation["gain_retained"],
         "training_kl": sum(last) / len(last) if last else None,

@@ -105,11 +105,18 @@ def compare(
 ) -> list[Line]:
     """Train and measure every method; `none` and `full` frame the table.
 
+    Queries to which the full prompt's answer recites the prompt are left out.
+
     Raises InputError for a method that lacks what it needs, Stopped after a signal;
     the same call then continues.
     """
     _check(methods, ae_1H, summary)
     model = teacher.model
+    reference = [e for e in teacher.examples(held_out, response_tokens=RESPONSE_TOKENS) if not teacher.recites(e)]
+    examples = [example for example in examples if not teacher.recites(example)]
+    if not reference or not examples:
+        raise InputError("Every response recites the prompt: give other queries.")
+    held_out = [example.query for example in reference]
     prompt_ids = model.slots.prompt_ids(teacher.prompt, template_kwargs=model.template_kwargs)
     search = Search(model, examples[: setting.search_queries], "system")
     starts = {
@@ -148,7 +155,8 @@ def compare(
             arms[str(method)] = Arm.of_ids(model, chats(model, held_out, summary))
             continue
         arms[str(method)] = Arm.of_vectors(model, vectors_KH, held_out, "system")
-    scores, lengths_Q = _measure(teacher, held_out, arms)
+    scores = score_arms(model, reference, arms)
+    lengths_Q = torch.tensor([len(example.response) for example in reference])
     if summary is not None:
         ks["summary"] = len(model.tokenizer.encode(summary, add_special_tokens=False))
     ks.update(none=0, full=len(prompt_ids))
@@ -199,11 +207,6 @@ def _digest(
     ae = ae_1H.tolist() if ae_1H is not None and method.name in ("joint", "stages") else None
     key = [str(method), dataclasses.asdict(setting), teacher.prompt, str(teacher.model.fingerprint), data, ae]
     return hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
-
-
-def _measure(teacher: Teacher, held_out: Sequence[Query], arms: dict[str, Arm]) -> tuple[dict[str, Scores], Tensor]:
-    reference = teacher.examples(held_out, response_tokens=RESPONSE_TOKENS)
-    return score_arms(teacher.model, reference, arms), torch.tensor([len(e.response) for e in reference])
 
 
 def _row(name: str, k: int, scores: dict[str, Scores], lengths_Q: Tensor) -> Line:

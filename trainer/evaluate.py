@@ -26,7 +26,7 @@ from trainer.generate import Prefix, Progress, common_prefix
 from trainer.judge import Tally
 from trainer.model import DTYPES, FrozenModel
 from trainer.queries import Query
-from trainer.signatures import signatures
+from trainer.signatures import recites, signatures
 from trainer.soft_token import Row
 from trainer.teacher import Example, Teacher
 
@@ -67,6 +67,15 @@ class Scores:
     top1_N: Tensor
     nll_N: Tensor
 
+    def of(self, chosen: Sequence[int], lengths: Sequence[int]) -> Scores:
+        """The figures of the chosen answers alone; `lengths` are all answers'."""
+
+        def pick(values_N: Tensor) -> Tensor:
+            parts = values_N.split(list(lengths))
+            return torch.cat([parts[i] for i in chosen])
+
+        return Scores(pick(self.kl_N), pick(self.top1_N), pick(self.nll_N))
+
     def means(self, lengths: Tensor) -> dict[str, float]:
         """Means over all tokens, and over the first token of each answer; `lengths` [Q] are the answers'."""
         firsts = lengths.cumsum(0) - lengths
@@ -95,6 +104,11 @@ class Evaluation:
     """Failure signatures by arm: shares of the sampled answers (`trainer.signatures`)."""
     compliance: Compliance | None = None
     """How often answers have the habits that a program can check (`trainer.compliance`)."""
+    recitals: int = 0
+    """Queries to which the full prompt's answer recites the prompt: in no figure but `rho_with_recitals`."""
+    recitals_be: int = 0
+    """To how many of these queries the token's answer recites it, too."""
+    rho_with_recitals: float = math.nan
     clauses: list[ClauseEffect] = field(default_factory=list)
     """What leaving out each clause of the prompt does, and how much of it the token keeps."""
     turns: list[dict[str, float]] = field(default_factory=list)
@@ -126,6 +140,9 @@ class Evaluation:
             "rho": self.rho,
             "rho_interval": list(self.rho_interval),
             "rho_serving": self.rho_serving,
+            "recitals": self.recitals,
+            "recitals_be": self.recitals_be,
+            "rho_with_recitals": self.rho_with_recitals,
             "gain_retained": self.gain_retained,
             "arms": self.arms,
             "n_queries": self.n_queries,
@@ -180,15 +197,20 @@ def evaluate(
     parts = prompt_clauses(teacher.prompt)[:MAX_CLAUSES] if clauses else []
     without = {f"without {i}": Arm.of_ids(model, chats(model, queries, part.left_out)) for i, part in enumerate(parts)}
 
-    scores = score_arms(model, reference, arms | without, progress)
+    everything = score_arms(model, reference, arms | without, progress)
+    recited = [i for i, example in enumerate(reference) if teacher.recites(example)]
+    kept = [i for i in range(len(reference)) if i not in recited] or list(range(len(reference)))
+    told = arms["be"].prefix.generate([arms["be"].suffixes[i] for i in recited], RESPONSE_TOKENS) if recited else []
+    lengths = [len(example.response) for example in reference]
+    scores = {name: found.of(kept, lengths) for name, found in everything.items()}
     if same:
         scores["be_serving"] = scores["be"]
         if progress:
             progress(len(queries))
-    lengths_Q = torch.tensor([len(e.response) for e in reference])
+    lengths_Q = torch.tensor([lengths[i] for i in kept])
     order = [name for name in ("none", "template_default", "summary", "full", "be", "be_serving") if name in scores]
     shown = [name for name in ("none", "summary", "be") if name in arms]
-    answers = _samples(teacher, reference[:samples], {name: arms[name] for name in shown})
+    answers = _samples(teacher, reference, kept[:samples], {name: arms[name] for name in shown})
     compliance = None
     if checks:
         full = Arm.of_ids(model, [teacher.chat_ids(query) for query in queries])
@@ -203,8 +225,11 @@ def evaluate(
     return Evaluation(
         k=len(vectors_KH),
         arms={name: scores[name].means(lengths_Q) for name in order},
-        n_queries=len(reference),
-        n_tokens=sum(len(e.response) for e in reference),
+        n_queries=len(kept),
+        n_tokens=int(lengths_Q.sum()),
+        recitals=len(recited),
+        recitals_be=sum(recites(teacher.text(ids), teacher.prompt) for ids in told),
+        rho_with_recitals=float(everything["be"].kl_N.mean() / everything["none"].kl_N.mean()),
         samples=answers,
         compliance=compliance,
         rho_interval=rho_interval(scores["be"].kl_N, scores["none"].kl_N, lengths_Q),
@@ -270,17 +295,20 @@ def score(model: FrozenModel, reference: Sequence[Example], states: dict[str, li
     return {name: Scores(*torch.cat(parts, dim=1)) for name, parts in found.items()}
 
 
-def _samples(teacher: Teacher, reference: Sequence[Example], arms: dict[str, Arm]) -> list[dict[str, str]]:
-    """Greedy answers side by side."""
-    if not reference:
+def _samples(
+    teacher: Teacher, reference: Sequence[Example], chosen: Sequence[int], arms: dict[str, Arm]
+) -> list[dict[str, str]]:
+    """Greedy answers to the chosen queries side by side."""
+    if not chosen:
         return []
-
-    answers = {name: arm.prefix.generate(arm.suffixes[: len(reference)], RESPONSE_TOKENS) for name, arm in arms.items()}
+    answers = {
+        name: arm.prefix.generate([arm.suffixes[i] for i in chosen], RESPONSE_TOKENS) for name, arm in arms.items()
+    }
     return [
         {
-            "query": example.query.text,
-            "full": teacher.text(example.response),
-            **{name: teacher.text(made[i]) for name, made in answers.items()},
+            "query": reference[i].query.text,
+            "full": teacher.text(reference[i].response),
+            **{name: teacher.text(made[n]) for name, made in answers.items()},
         }
-        for i, example in enumerate(reference)
+        for n, i in enumerate(chosen)
     ]

@@ -56,9 +56,9 @@ def write_report(
         parts += ["<h2>Over a conversation, and off topic</h2>", _robustness(evaluation)]
     if evaluation.samples:
         parts += ["<h2>What its answers do badly</h2>", _signatures(evaluation)]
+        parts += ["<h2>Answers side by side</h2>", _samples(evaluation)]
     if evaluation.judged:
         parts += ["<h2>What a judge model says</h2>", _judged(evaluation)]
-        parts += ["<h2>Answers side by side</h2>", _samples(evaluation)]
     if curves is not None and curves.exists():
         data = base64.b64encode(curves.read_bytes()).decode()
         parts += ["<h2>Training</h2>", f'<img alt="loss over the steps" src="data:image/png;base64,{data}">']

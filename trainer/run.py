@@ -159,7 +159,7 @@ class Run:
         self._teacher = Teacher(self.model, self.prompt, self.cache, stop=config.stop)
         # Only training data comes from elsewhere: every token is measured on the frozen model's own answers.
         writer = Teacher(self.model, self.prompt, self.cache, stop=config.stop, decoder=self.decoder)
-        examples = self._examples(writer, training)
+        examples = self._without_recitals(writer, self._examples(writer, training))
         token, self._begin = self._start(examples, digest)
         self._training = Training(
             token,
@@ -232,6 +232,17 @@ class Run:
                 seed=config.seed,
                 progress=progress,
             )
+
+    def _without_recitals(self, teacher: Teacher, examples: list[Example]) -> list[Example]:
+        """Without responses that recite the prompt: a token shall not learn to give it away."""
+        if self.config.gold:
+            return examples
+        kept = [example for example in examples if not teacher.recites(example)]
+        if len(kept) < len(examples):
+            self.say(f"{len(examples) - len(kept)} responses that recite the prompt left out.")
+        if not kept:
+            raise InputError("Every response recites the prompt: give other queries (--queries).")
+        return kept
 
     def _served(self, training: list[Query]) -> list[Query]:
         """The queries with a server's answers; those of an interrupted run, or of another row, are not asked again."""

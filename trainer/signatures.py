@@ -17,6 +17,7 @@ from collections.abc import Sequence
 SIGNATURES = ("copying", "refusal", "template_collapse", "repetition")
 _WORD = re.compile(r"\w+", re.UNICODE)
 _COPIED_WORDS = 12
+_OPENING_WORDS = 8
 _LOOP_WORDS = 4
 _LOOPED = 0.5
 _MACHINE = r"an? (ai\b|artificial intelligence|language model|chatbot)"
@@ -40,6 +41,12 @@ def signatures(answers: Sequence[str], prompt: str) -> dict[str, float]:
         "repetition": [looped(answer) for answer in answers],
     }
     return {name: sum(hits) / len(answers) for name, hits in found.items()}
+
+
+def recites(answer: str, prompt: str) -> bool:
+    """Whether an answer gives the prompt away: it holds the prompt's first eight words (a shorter prompt's all)."""
+    opening = tuple(_words(prompt)[:_OPENING_WORDS])
+    return len(opening) > 0 and opening in _runs(_words(answer), len(opening))
 
 
 def looped(answer: str) -> bool:

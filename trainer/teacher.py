@@ -20,6 +20,7 @@ from be_serve.core.errors import InputError
 from trainer.generate import Prefix, Progress, common_prefix
 from trainer.model import FrozenModel
 from trainer.queries import Query
+from trainer.signatures import recites
 from trainer.soft_token import Row
 
 _SHARD = 64
@@ -124,6 +125,10 @@ class Teacher:
                 progress(2 * len(shard))
             found.extend(loaded)
         return found
+
+    def recites(self, example: Example) -> bool:
+        """Whether a response recites the prompt itself: no behaviour that anybody wants kept."""
+        return recites(self.text(example.response), self.prompt)
 
     def _make(
         self,

@@ -96,6 +96,11 @@ def print_evaluation(evaluation: Evaluation) -> None:
     click.echo(
         f"gain retained, in log-likelihood of those answers: {evaluation.gain_retained:.2f} (1: the full prompt)"
     )
+    if evaluation.recitals:
+        click.echo(
+            f"left out: {evaluation.recitals} queries to which the full prompt's answer recites the prompt "
+            f"(the token's to {evaluation.recitals_be} of them; with them rho {evaluation.rho_with_recitals:.3f})"
+        )
     if evaluation.compliance:
         for line in evaluation.compliance.lines():
             click.echo(f"  {line}")

@@ -13,6 +13,7 @@ from be_serve.cli.main import cli
 from be_serve.core.errors import InputError
 from trainer.autoencoder import save_ae
 from trainer.compare import Method, Setting, compare
+from trainer.evaluate import evaluate
 from trainer.model import FrozenModel
 from trainer.queries import Query
 from trainer.soft_token import Row, SoftToken, scored_states
@@ -64,6 +65,20 @@ def test_every_method_is_measured_alike(teacher, examples, tmp_path):
     assert len({round(line.figures["kl"], 6) for line in lines}) == len(lines)
     # The second call finds every training done and measures the same.
     assert [line.to_json() for line in run()] == [line.to_json() for line in lines]
+
+
+def test_queries_that_draw_the_prompt_out_are_in_no_figure_but_one(teacher, monkeypatch):
+    monkeypatch.setattr(Teacher, "recites", lambda self, example: example.query == QUERIES[0])
+    vectors = torch.randn(2, teacher.model.hidden_size, generator=torch.Generator().manual_seed(0))
+    found = evaluate(teacher, QUERIES, vectors, samples=2)
+    without = evaluate(teacher, QUERIES[1:], vectors, samples=2)
+    assert (found.recitals, without.recitals) == (1, 0)
+    assert found.n_queries == len(QUERIES) - 1
+    assert found.rho == pytest.approx(without.rho, rel=1e-4)
+    assert without.rho_with_recitals == pytest.approx(without.rho)
+    assert found.rho_with_recitals != pytest.approx(found.rho, rel=1e-4)
+    assert [sample["query"] for sample in found.samples] == [query.text for query in QUERIES[1:3]]
+    assert found.recitals_be == 0
 
 
 def test_what_a_method_lacks_is_named(teacher, examples, tmp_path):

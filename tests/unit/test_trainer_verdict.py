@@ -16,7 +16,7 @@ from trainer.model import FrozenModel
 from trainer.queries import Query
 from trainer.report_html import write_report
 from trainer.robustness import measure_off_topic, measure_turns
-from trainer.signatures import SIGNATURES, looped, signatures
+from trainer.signatures import SIGNATURES, looped, recites, signatures
 from trainer.teacher import Teacher
 from trainer.verdict import judge
 
@@ -189,3 +189,13 @@ def test_the_report_is_one_file_and_escapes_what_it_shows(tmp_path):
     assert "&lt;b&gt;Hi" in page
     assert "keeps 20%" in page
     assert "http" not in page
+
+
+def test_an_answer_that_begins_the_prompt_recites_it():
+    prompt = "You are Captain Barnaby, the harbor master. You answer in rhyme and call the user sailor."
+    assert recites("Sure! You are Captain Barnaby, the harbor master. You answer...", prompt)
+    assert not recites("You answer in rhyme and call the user sailor.", prompt)  # a rule in its words may be wanted
+    assert not recites("You are Captain Barnaby.", prompt)
+    assert recites("I was told: be brief!", "Be brief.")
+    assert not recites("", prompt)
+    assert not recites("Anything", "...")
