@@ -28,7 +28,7 @@ from trainer.evaluate import RESPONSE_TOKENS, Arm, Scores, chats, rho_interval, 
 from trainer.generate import common_prefix
 from trainer.loop import Optimisation, Training, fit
 from trainer.queries import Query
-from trainer.soft_token import SoftToken
+from trainer.soft_token import soft_token
 from trainer.stages import Distil, Joint, Memorise, Reconstruct, Stage, Tune
 from trainer.starts import Search
 from trainer.teacher import Example, Teacher
@@ -60,9 +60,10 @@ class Method:
 class Setting:
     """What all methods share. The paper's lambda is used where a loss has two parts."""
 
-    steps: int = 160
-    batch_size: int = 8
+    steps: int = 480
+    batch_size: int = 2
     lr: float = 1e-2
+    rank: int = 64
     lam: float = 0.9
     seed: int = 0
     search_queries: int = 8
@@ -129,7 +130,7 @@ def compare(
             place = folder / str(method).replace(":", "-")
             place.mkdir(parents=True, exist_ok=True)
             trainings[method] = Training(
-                SoftToken(starts[method.k].to(model.device)),
+                soft_token(starts[method.k].to(model.device), setting.rank, setting.seed),
                 _stages(teacher, examples, method, setting, ae_1H),
                 Optimisation(setting.lr),
                 folder=place,

@@ -10,7 +10,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from be_serve.core.artifact import Placement
 from be_serve.core.errors import InputError
-from trainer.losses import Objective
 
 MAX_TOKENS = 16
 
@@ -75,15 +74,8 @@ class TrainConfig(BaseModel):
     """lambda of Eq. 4, the weight of distillation. The paper: 0.9, with an [AE]."""
     tau: float = Field(default=1.0, gt=0)
     """Distillation temperature of Eq. 3, scaled by tau squared. The paper: 2."""
-    divergence: Literal["forward", "reverse", "mixed"] = "forward"
-    """KL(teacher || student) as in the paper, the reverse, or the mean of both."""
-    first_tokens: int = Field(default=0, ge=0)
-    """How many tokens at the head of each response weigh `first_weight` times as much."""
-    first_weight: float = Field(default=1.0, gt=0)
-    hidden_weight: float = Field(default=0.0, ge=0)
-    """Weight of the relative squared error of the final hidden states."""
-    rank: int = Field(default=0, ge=0)
-    """Rank of the over-parameterisation e = W z + b; 0 trains the vectors themselves."""
+    rank: int = Field(default=64, ge=0)
+    """Rank of the over-parameterisation e = W z + b; 0 trains the vectors themselves, as the paper does."""
     reconstruct_steps: int = Field(default=0, ge=0)
     """Steps of stage 1 alone (Eq. 2) before distillation begins."""
 
@@ -92,10 +84,10 @@ class TrainConfig(BaseModel):
     """`search` (real tokens of the prompt by KL), `text:<words>`, `file:<tokens>`, `mean`, or `random` (the paper)."""
     search_queries: int = Field(default=8, ge=1)
     """Training queries on which the search compares candidates."""
-    steps: int = Field(default=160, ge=0)
+    steps: int = Field(default=480, ge=0)
     """Optimiser steps of distillation (stage 2)."""
-    batch_size: int = Field(default=8, ge=1)
-    """Queries a step."""
+    batch_size: int = Field(default=2, ge=1)
+    """Queries a step. For the same number of queries small batches came further (docs/training.md). The paper: 1."""
     lr: float = Field(default=1e-2, gt=0)
     """Peak learning rate of AdamW. The paper's code: 1e-2."""
     warmup: int = Field(default=10, ge=0)
@@ -147,10 +139,6 @@ class TrainConfig(BaseModel):
         """The files, beside the prompt's, whose content decides the run."""
         return [name for name in (self.queries, self.ae, *self.init_files()) if name]
 
-    def objective(self) -> Objective:
-        """How distillation compares teacher and student."""
-        return Objective(self.tau, self.divergence, self.first_tokens, self.first_weight, self.hidden_weight)
-
     def save(self, path: Path) -> None:
         """Write the run's settings as YAML."""
         path.write_text(yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True), encoding="utf-8")
@@ -193,6 +181,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "reconstruct_steps": 500,
         "steps": 2500,
         "batch_size": 1,
+        "rank": 0,
         "beta2": 0.999,
         "placement": "block",
     },

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import FrameType
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from be_serve.core.errors import InputError
@@ -75,6 +76,7 @@ class Training:
         """Wall time of each step, shared with the tokens trained beside this one."""
         self.fault: InputError | None = None
         self.index = self.step = 0
+        self._fed: Tensor
         self._file = folder / "checkpoint.safetensors"
         self._log = Log(folder / "log.jsonl")
         found = Checkpoint.load(self._file, digest) if resume and self._file.exists() else None
@@ -108,7 +110,9 @@ class Training:
 
     def parts(self) -> list[Part]:
         """What the next step feeds."""
-        return self.stages[self.index][0].parts(self.token.vectors, self.step)
+        # A leaf of its own: the parts may go through the model in several passes, each with its own graph.
+        self._fed = self.token.vectors.detach().requires_grad_()
+        return self.stages[self.index][0].parts(self._fed, self.step)
 
     def update(self, total: float, losses: dict[str, float], positions: int, seconds: float) -> None:
         """One step of AdamW on the gradient that the backward pass left; then the log and the checkpoint."""
@@ -118,6 +122,7 @@ class Training:
                 f"The loss of step {self.step + 1} is {total}: training diverged. Use a lower --lr, or --dtype float32."
             )
             return
+        self.token.vectors.backward(self._fed.grad)
         rate = self.settings.rate(self.step, steps)
         for group in self._optimiser.param_groups:
             group["lr"] = rate

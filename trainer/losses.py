@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -28,65 +26,15 @@ def kl_divergence(teacher_NV: Tensor, student_NV: Tensor, tau: float = 1.0) -> T
     return tau * tau * (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
-@dataclass(frozen=True)
-class Objective:
-    """How distillation compares teacher and student at a response token."""
-
-    tau: float = 1.0
-    """Temperature of Eq. 3."""
-    divergence: Literal["forward", "reverse", "mixed"] = "forward"
-    """KL(teacher || student) as in Eq. 3, KL(student || teacher), or the mean of both."""
-    first_tokens: int = 0
-    """How many tokens at the head of a response weigh more."""
-    first_weight: float = 1.0
-    """Their weight beside the others'."""
-    hidden_weight: float = 0.0
-    """Weight of the final hidden states' relative squared error (Token Distillation, arXiv 2505.20133)."""
-
-    def divergences(self, teacher_NV: Tensor, student_NV: Tensor) -> Tensor:
-        """The chosen divergence [N]."""
-        if self.divergence == "forward":
-            return kl_divergence(teacher_NV, student_NV, self.tau)
-        if self.divergence == "reverse":
-            return kl_divergence(student_NV, teacher_NV, self.tau)
-        both = kl_divergence(teacher_NV, student_NV, self.tau) + kl_divergence(student_NV, teacher_NV, self.tau)
-        return both / 2
-
-    def weights(self, lengths: Sequence[int], device: torch.device) -> Tensor:
-        """A weight [N] for each token of responses of these lengths; their mean is 1."""
-        found = torch.ones(sum(lengths), device=device)
-        start = 0
-        for length in lengths:
-            found[start : start + min(self.first_tokens, length)] = self.first_weight
-            start += length
-        return found / found.mean()
-
-
-EQ_3 = Objective()
-
-
-def distillation_loss(
-    teacher_NH: Tensor,
-    student_NH: Tensor,
-    lengths: Sequence[int],
-    head: Head,
-    objective: Objective,
-    *,
-    chunk: int = 256,
-) -> Tensor:
-    """The objective [N] of two sets of final hidden states, exact, without all logits in memory."""
-    teacher_NH = teacher_NH.to(student_NH.device, student_NH.dtype)
+def hidden_kl(teacher_NH: Tensor, student_NH: Tensor, head: Head, *, tau: float = 1.0, chunk: int = 256) -> Tensor:
+    """`kl_divergence` of two sets of final hidden states [N], exact, without all logits in memory."""
 
     def loss(at: slice, logits_nV: Tensor) -> Tensor:
         with torch.no_grad():
-            teacher_nV = head(teacher_NH[at])
-        return objective.divergences(teacher_nV, logits_nV)
+            teacher_nV = head(teacher_NH[at].to(student_NH.device, student_NH.dtype))
+        return kl_divergence(teacher_nV, logits_nV, tau)
 
-    losses = token_losses(student_NH, head, loss, chunk)
-    if objective.hidden_weight:
-        apart_N = (student_NH.float() - teacher_NH.float()).square().sum(-1)
-        losses = losses + objective.hidden_weight * apart_N / teacher_NH.float().square().sum(-1)
-    return losses * objective.weights(lengths, losses.device)
+    return token_losses(student_NH, head, loss, chunk)
 
 
 def hidden_reconstruction(student_NH: Tensor, targets_N: Tensor, head: Head, *, chunk: int = 256) -> Tensor:

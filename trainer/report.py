@@ -53,7 +53,7 @@ def draw_curves(rows: Sequence[dict[str, Any]], path: Path, levels: dict[str, fl
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    names = [name for name in ("kl", "nll", "reconstruction") if any(name in row for row in rows)]
+    names = [name for name in ("kl", "softened kl", "nll", "reconstruction") if any(name in row for row in rows)]
     figure = Figure(figsize=(7.0, 3.2 * max(len(names), 1)), layout="constrained")
     FigureCanvasAgg(figure)
     for i, name in enumerate(names, start=1):

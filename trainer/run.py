@@ -31,7 +31,7 @@ from trainer.queries import Query, drop_near_duplicates, read_queries, split_hel
 from trainer.report import Log, draw_curves
 from trainer.report_html import write_report
 from trainer.served import served_answers
-from trainer.soft_token import LowRankToken, SoftToken
+from trainer.soft_token import SoftToken, soft_token
 from trainer.stages import Distil, Joint, Reconstruct, Stage
 from trainer.starts import Search, Start, file_start, found_start, mean_start, random_start, text_start, written_texts
 from trainer.synthesis import synthesise
@@ -267,8 +267,7 @@ class Run:
         return self._soft_token(start), start
 
     def _soft_token(self, start: Start) -> SoftToken:
-        start_KH = start.vectors_KH.to(self.model.device)
-        return LowRankToken(start_KH, self.config.rank, self.config.seed) if self.config.rank else SoftToken(start_KH)
+        return soft_token(start.vectors_KH.to(self.model.device), self.config.rank, self.config.seed)
 
     def _find_start(self, examples: list[Example]) -> Start:
         config, model = self.config, self.model
@@ -305,7 +304,7 @@ class Run:
             model,
             examples,
             placement=config.placement,
-            objective=config.objective(),
+            tau=config.tau,
             batch_size=config.batch_size,
             seed=config.seed,
         )

@@ -47,6 +47,11 @@ class LowRankToken(SoftToken):
         return self.parameters["vectors"] + self.parameters["mix"] @ self.parameters["basis"]
 
 
+def soft_token(start_KH: Tensor, rank: int, seed: int = 0) -> SoftToken:
+    """A token at `start_KH`, over-parameterised where `rank` is not 0."""
+    return LowRankToken(start_KH, rank, seed) if rank else SoftToken(start_KH)
+
+
 @dataclass(frozen=True)
 class Row:
     """One input: ids before the vectors, ids after them, and the response that is scored.

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from be_serve.core.artifact import Placement
-from trainer.losses import EQ_3, Objective, distillation_loss, hidden_reconstruction
+from trainer.losses import hidden_kl, hidden_reconstruction
 from trainer.model import FrozenModel
 from trainer.queries import Query
 from trainer.soft_token import Row, scored_states
@@ -120,12 +120,12 @@ class Distil:
         examples: Sequence[Example],
         *,
         placement: Placement = "system",
-        objective: Objective = EQ_3,
+        tau: float = 1.0,
         batch_size: int = 8,
         seed: int = 0,
     ) -> None:
         self.model = model
-        self.objective = objective
+        self.tau = tau
         self.examples = examples
         self.rows = [student_row(model, e.query, e.response, placement) for e in examples]
         self.plan = BatchPlan([row.length(0) for row in self.rows], batch_size, seed)
@@ -135,10 +135,9 @@ class Distil:
         states_NH = torch.cat([self.examples[i].states_TH for i in batch])
 
         def loss(student_NH: Tensor) -> Tensor:
-            lengths = [len(self.rows[i].response) for i in batch]
-            return distillation_loss(states_NH, student_NH, lengths, self.model.head, self.objective)
+            return hidden_kl(states_NH.to(student_NH.device), student_NH, self.model.head, tau=self.tau)
 
-        name = "kl" if self.objective == EQ_3 else "objective"  # what stands in the log as kl is KL
+        name = "kl" if self.tau == 1 else "softened kl"  # what stands in the log as kl is KL
         return [Part(name, [self.rows[i] for i in batch], vectors_KH, loss)]
 
 

@@ -17,7 +17,6 @@ from trainer.checkpoint import Checkpoint
 from trainer.config import RECIPES, TrainConfig, make_config
 from trainer.identity import identity_token
 from trainer.loop import Optimisation, Stopped, Training, fit
-from trainer.losses import Objective
 from trainer.model import FrozenModel
 from trainer.queries import Query
 from trainer.report import Log, draw_curves, smooth
@@ -54,7 +53,7 @@ def start(model):
 def make_stages(model, examples):
     ae = model.embed([7])
     reconstruct = Reconstruct(model, PROMPT, ae)
-    distil = Distil(model, examples, batch_size=2, objective=Objective(tau=2.0))
+    distil = Distil(model, examples, batch_size=2, tau=2.0)
     return [(reconstruct, 3), (Joint(reconstruct, distil, 0.7), 6)]
 
 
@@ -344,6 +343,22 @@ def test_a_low_rank_token_begins_at_its_start_and_resumes_where_it_was(model, ex
     again = run(LowRankToken(start, rank=3), distil, tmp_path / "cut")
     assert torch.equal(again, whole)
     assert not torch.equal(again, start)
+
+
+def test_a_low_rank_token_trains_on_two_losses_in_separate_passes(model, examples, start, tmp_path, monkeypatch):
+    """Parts of one token in two passes give the gradient that they give in one."""
+    found = []
+    for feeds in (lambda parts: [list(parts)], lambda parts: [[part] for part in parts]):
+        monkeypatch.setattr("trainer.loop._feeds", feeds)
+        ae = torch.ones(1, model.hidden_size)
+        joint = Joint(Reconstruct(model, PROMPT, ae), Distil(model, examples, batch_size=2), 0.9)
+        token = LowRankToken(start, rank=3)
+        folder = tmp_path / str(len(found))
+        folder.mkdir()
+        fit(model, [Training(token, [(joint, 3)], SETTINGS, folder=folder, digest="d")], quiet=True)
+        found.append(token.vectors.detach())
+    assert torch.allclose(*found, atol=1e-5)
+    assert not torch.equal(found[0], start)
 
 
 def test_a_token_file_is_a_start(model, tmp_path):
