@@ -20,6 +20,7 @@ from torch import Tensor
 
 from be_serve.core.artifact import write_atomically
 from be_serve.core.errors import InputError, WrongModel
+from trainer.config import ae_file
 from trainer.loop import Optimisation, Training, fit
 from trainer.model import FrozenModel
 from trainer.packing import THRESHOLD, filtered_path, packed, sample_vectors
@@ -241,6 +242,7 @@ def save_ae(path: str | Path, ae_1H: Tensor, model: FrozenModel, recipe: dict[st
 
 def load_ae(path: str | Path, model: FrozenModel) -> Tensor:
     """The [AE] vector [1, H] float32 of a file. Raises InputError, or WrongModel with both fingerprints."""
+    path = ae_file(path)
     try:
         with safe_open(path, framework="pt") as file:
             meta = json.loads((file.metadata() or {})[_META_KEY])

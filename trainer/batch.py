@@ -11,13 +11,13 @@ from typing import Any
 from be_serve.core.artifact import write_atomically
 from be_serve.core.errors import BEError, InputError
 from be_serve.core.ids import validate_be_id
-from trainer.config import TrainConfig, absolute_init, make_config
+from trainer.config import TrainConfig, absolute_ae, absolute_init, make_config
 from trainer.loop import fit
 from trainer.model import FrozenModel
 from trainer.run import Run, RunResult, Say
 from trainer.teacher import Decoder
 
-_PATHS = ("prompt_file", "queries", "ae")
+_PATHS = ("prompt_file", "queries")
 _CACHE = "teacher"
 _COMMON = {"model", "device", "dtype", "output", "teacher", "teacher_url", "teacher_model"}
 
@@ -98,6 +98,8 @@ def _entry(row: object, folder: Path) -> Entry:
     for name in _PATHS:
         if isinstance(values.get(name), str):
             values[name] = str((folder / values[name]).absolute())
+    if isinstance(values.get("ae"), str):
+        values["ae"] = absolute_ae(values["ae"], folder)
     if isinstance(values.get("init"), str):
         values["init"] = absolute_init(values["init"], folder)
     return Entry(be_id, values, prompt)

@@ -12,6 +12,14 @@ from be_serve.core.artifact import Placement
 from be_serve.core.errors import InputError
 
 MAX_TOKENS = 16
+BUILTIN_AE = "builtin"
+"""As an [AE] file's name: the one that is shipped for the default model."""
+_BUILTIN_AE_FILE = Path(__file__).parent / "assets" / "ae-smollm2-135m-instruct.safetensors"
+
+
+def ae_file(name: str | Path) -> Path:
+    """The [AE] file of a name."""
+    return _BUILTIN_AE_FILE if str(name) == BUILTIN_AE else Path(name)
 
 
 class TrainConfig(BaseModel):
@@ -69,7 +77,7 @@ class TrainConfig(BaseModel):
 
     # Objective.
     ae: str | None = None
-    """[AE] file of `train-ae`; needed for reconstruction (Eq. 2, lambda < 1)."""
+    """[AE] file of `train-ae`, or `builtin` for the default model's; needed for reconstruction (Eq. 2, lambda < 1)."""
     lam: float = Field(default=1.0, ge=0, le=1)
     """lambda of Eq. 4, the weight of distillation. The paper: 0.9, with an [AE]."""
     tau: float = Field(default=1.0, gt=0)
@@ -137,7 +145,8 @@ class TrainConfig(BaseModel):
 
     def files(self) -> list[str]:
         """The files, beside the prompt's, whose content decides the run."""
-        return [name for name in (self.queries, self.ae, *self.init_files()) if name]
+        ae = str(ae_file(self.ae)) if self.ae else None
+        return [name for name in (self.queries, ae, *self.init_files()) if name]
 
     def save(self, path: Path) -> None:
         """Write the run's settings as YAML."""
@@ -186,6 +195,11 @@ RECIPES: dict[str, dict[str, Any]] = {
         "placement": "block",
     },
 }
+
+
+def absolute_ae(name: str, folder: Path) -> str:
+    """An [AE] file's name, relative to `folder`, made absolute."""
+    return name if name == BUILTIN_AE else str((folder / name).absolute())
 
 
 def absolute_init(init: str, folder: Path) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ import transformers
 
 import be_serve
 from be_serve.core.artifact import file_digest, read_limited
-from trainer.config import TrainConfig
+from trainer.config import TrainConfig, ae_file
 from trainer.evaluate import Evaluation
 from trainer.model import FrozenModel
 from trainer.queries import Query
@@ -28,7 +27,8 @@ def run_digest(config: TrainConfig, model: FrozenModel, prompt: str, training: l
         shaping["summary"] = config.summary  # one of the texts that the search compares
     if config.init_files():
         shaping["init"] = [file_digest(read_limited(file)) for file in config.init_files()]
-    ae = hashlib.sha256(Path(config.ae).read_bytes()).hexdigest() if config.ae and Path(config.ae).exists() else None
+    file = ae_file(config.ae) if config.ae else None
+    ae = hashlib.sha256(file.read_bytes()).hexdigest() if file and file.exists() else None
     key = {
         **shaping,
         "ae": ae,

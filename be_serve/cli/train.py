@@ -32,7 +32,10 @@ if TYPE_CHECKING:
 @click.option("--lr", type=float, help="Peak learning rate.")
 @click.option("--tau", type=float, help="Distillation temperature (Eq. 3).")
 @click.option("--lambda", "lam", type=float, help="Weight of distillation (Eq. 4); below 1 needs --ae.")
-@click.option("--ae", help="[AE] file made by `be-serve train-ae`; turns the joint loss on (lambda 0.9).")
+@click.option(
+    "--ae",
+    help="[AE] file of `train-ae`, or `builtin` for the default model's; turns the joint loss on (lambda 0.9).",
+)
 @click.option("--reconstruct-steps", type=click.IntRange(0), help="Steps of reconstruction alone before distillation.")
 @click.option("--response-tokens", type=click.IntRange(1), help="Response tokens that count, each query.")
 @click.option("--temperature", type=float, help="Sampling temperature of the teacher; 0 is greedy.")
@@ -125,16 +128,18 @@ def command(
 def _given(options: dict[str, Any]) -> dict[str, Any]:
     """The settings named on the command line, paths made absolute."""
     from be_serve.cli._training import stop_texts
-    from trainer.config import absolute_init
+    from trainer.config import absolute_ae, absolute_init
 
     given = {name: value for name, value in options.items() if value is not None and value != ()}
     if "stop" in given:
         given["stop"] = stop_texts(given["stop"])
     if "be_id" in given:
         given["id"] = validate_be_id(given.pop("be_id"), param="--id")
-    for name in ("prompt_file", "queries", "ae", "output"):
+    for name in ("prompt_file", "queries", "output"):
         if name in given:
             given[name] = str(Path(given[name]).absolute())
+    if "ae" in given:
+        given["ae"] = absolute_ae(given["ae"], Path.cwd())
     if "init" in given:
         given["init"] = absolute_init(given["init"], Path.cwd())
     return given

@@ -9,13 +9,14 @@ from be_serve.cli._offline import OfflineDecoder
 from be_serve.core.errors import InputError
 from be_serve.models import DEFAULT_MODEL
 from tests.integration.servers import CPU_ENV
+from trainer.autoencoder import load_ae
 from trainer.identity import identity_token
 from trainer.loop import Optimisation, Training, fit
 from trainer.model import FrozenModel
 from trainer.queries import Query
 from trainer.report import Log
 from trainer.soft_token import Row, SoftToken, scored_states
-from trainer.stages import Distil, part_losses, student_row
+from trainer.stages import Autoencode, Distil, part_losses, student_row
 from trainer.starts import Search, found_start
 from trainer.synthesis import synthesise
 from trainer.teacher import Teacher
@@ -141,6 +142,16 @@ class _Cut:
         if step == self.steps:
             raise self.Done
         return self.stage.parts(vectors, step)
+
+
+def test_the_shipped_ae_repeats_a_text_better_than_a_plain_word(model):
+    """Stage 0's token on text that nobody trained on: Eq. 1, nats a token."""
+    ids = model.tokenizer.encode(PROMPT, add_special_tokens=False)
+    texts = {"shipped": load_ae("builtin", model), "word": model.embed(model.tokenizer.encode(" again")).float()}
+    stage = Autoencode(model, iter([]))
+    with torch.no_grad():
+        loss = {name: float(part_losses(model, [stage.part_of(ae, [ids])])[0]) for name, ae in texts.items()}
+    assert loss["shipped"] < 0.8 * loss["word"]
 
 
 @pytest.mark.server
