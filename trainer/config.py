@@ -56,7 +56,7 @@ class TrainConfig(BaseModel):
     """The model's name on that server; None: as `model`."""
     gold: bool = False
     """Train on the file's `answer` fields instead of the teacher's own responses."""
-    synthesise: int = Field(default=240, ge=8)
+    synthesise: int = Field(default=160, ge=8)
     """How many queries to write where no file is given."""
     max_queries: int | None = Field(default=None, ge=2)
     """Use at most this many queries of the file, drawn by the seed."""
@@ -92,7 +92,7 @@ class TrainConfig(BaseModel):
     """`search` (real tokens of the prompt by KL), `text:<words>`, `file:<tokens>`, `mean`, or `random` (the paper)."""
     search_queries: int = Field(default=8, ge=1)
     """Training queries on which the search compares candidates."""
-    steps: int = Field(default=480, ge=0)
+    steps: int = Field(default=400, ge=0)
     """Optimiser steps of distillation (stage 2)."""
     batch_size: int = Field(default=2, ge=1)
     """Queries a step. For the same number of queries small batches came further (docs/training.md). The paper: 1."""
