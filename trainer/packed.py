@@ -17,10 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trainer.shared_prefix import supports
+from trainer.shared_prefix import attention_by, supports
 
-_NAME = "be_packed"
-_UNKNOWN = ("s_aux", "softcap", "sinks", "position_bias")
 # On the CPU the backward pass of plain products takes half the time of the fused attention's;
 # above this width their W x W scores cost more memory than they save time.
 _PLAIN_WIDTH = 640
@@ -121,21 +119,9 @@ def works(causal_lm: Any, rows_TH: Tensor) -> bool:
 @contextmanager
 def attending_in_blocks(causal_lm: Any, layout: Layout) -> Iterator[None]:
     """While open, a packed sequence [1, N, H] is attended to row by row."""
-    from transformers import AttentionInterface
-    from transformers.masking_utils import AttentionMaskInterface
 
-    def attend(
-        module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, **kwargs: Any
-    ) -> tuple[Tensor, None]:
-        if any(kwargs.get(name) is not None for name in _UNKNOWN):
-            raise NotImplementedError(f"{type(module).__name__} needs more than plain attention")
-        return block_attention(query, key, value, layout, scaling), None
+    def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+        return block_attention(query, key, value, layout, scaling)
 
-    AttentionInterface.register(_NAME, attend)
-    AttentionMaskInterface.register(_NAME, lambda *args, **kwargs: None)
-    before = causal_lm.config._attn_implementation
-    causal_lm.set_attn_implementation(_NAME)
-    try:
+    with attention_by(causal_lm, "be_packed", attend, lambda *args, **kwargs: None):
         yield
-    finally:
-        causal_lm.set_attn_implementation(before)

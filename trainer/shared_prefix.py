@@ -7,14 +7,15 @@ architecture that uses the interface with full attention in all layers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-_NAME = "be_shared_prefix"
+Attend = Callable[[Any, Tensor, Tensor, Tensor, Tensor | None, float], Tensor]
+"""Output [B, T, A, D] of a layer's module, its query, key, value, mask and scaling."""
 # Options of an attention call that this function does not implement.
 _UNKNOWN = ("s_aux", "softcap", "sinks", "position_bias")
 
@@ -57,28 +58,43 @@ def supports(causal_lm: Any) -> bool:
 
 
 @contextmanager
-def attending_to(causal_lm: Any, prefix: list[tuple[Tensor, Tensor]]) -> Iterator[None]:
-    """While open, each layer of the model also reads `prefix[layer]`: keys and values [1, G, P, D]."""
-    from transformers import AttentionInterface
-    from transformers.masking_utils import AttentionMaskInterface, eager_mask
+def attention_by(causal_lm: Any, name: str, attend: Attend, mask: Callable[..., Any]) -> Iterator[None]:
+    """While open, every layer of the model attends by `attend`; `mask` makes what it gets as mask.
 
-    def attend(
+    A layer whose attention has options that plain attention has not raises NotImplementedError.
+    """
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface
+
+    def plain(
         module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, **kwargs: Any
     ) -> tuple[Tensor, None]:
-        if any(kwargs.get(name) is not None for name in _UNKNOWN):
+        if any(kwargs.get(option) is not None for option in _UNKNOWN):
             # No stub: `works` takes this as its no, and an answer without these options would be wrong.
             raise NotImplementedError(f"{type(module).__name__} needs more than plain attention")
-        keys, values = prefix[module.layer_idx]
-        return shared_attention(query, key, value, mask, keys, values, scaling), None
+        return attend(module, query, key, value, mask, scaling), None
 
-    AttentionInterface.register(_NAME, attend)
-    AttentionMaskInterface.register(_NAME, eager_mask)
+    AttentionInterface.register(name, plain)
+    AttentionMaskInterface.register(name, mask)
     before = causal_lm.config._attn_implementation
-    causal_lm.set_attn_implementation(_NAME)
+    causal_lm.set_attn_implementation(name)
     try:
         yield
     finally:
         causal_lm.set_attn_implementation(before)
+
+
+@contextmanager
+def attending_to(causal_lm: Any, prefix: list[tuple[Tensor, Tensor]]) -> Iterator[None]:
+    """While open, each layer of the model also reads `prefix[layer]`: keys and values [1, G, P, D]."""
+    from transformers.masking_utils import eager_mask
+
+    def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+        keys, values = prefix[module.layer_idx]
+        return shared_attention(query, key, value, mask, keys, values, scaling)
+
+    with attention_by(causal_lm, "be_shared_prefix", attend, eager_mask):
+        yield
 
 
 def shared_attention(
