@@ -106,7 +106,7 @@ def _clauses(evaluation: Evaluation) -> str:
 
 
 def _robustness(evaluation: Evaluation) -> str:
-    lines = [(f"turn {turn['turn']:.0f}", turn) for turn in evaluation.turns]
+    lines = [(f"turn {turn['turn']}", turn) for turn in evaluation.turns]
     if evaluation.off_topic:
         lines.append(("off topic", evaluation.off_topic))
     rows = [[name, *(f"{figures[key]:.3f}" for key in ("none", "be", "rho"))] for name, figures in lines]

@@ -60,7 +60,7 @@ def measure_turns(
     for turn in range(turns):
         asked = [Query((*history, *singles[turn * count + i].messages)) for i, history in enumerate(histories)]
         figures, answers = _kl(teacher, asked, vectors_KH, placement)
-        found.append({"turn": float(turn + 1), **figures})
+        found.append({"turn": turn + 1, **figures})
         histories = [
             (*query.messages, {"role": "assistant", "content": answer})
             for query, answer in zip(asked, answers, strict=True)

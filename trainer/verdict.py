@@ -27,7 +27,11 @@ DEPLOYABLE_RHO = 0.25
 DEPLOYABLE_GAIN = 0.85
 """Bounds on rho in the serving dtype and on gain retained; worse is lossy."""
 DRIFT_RHO = 0.2
-"""A token whose rho grows by more than this over a conversation is lossy."""
+"""A token whose KL grows over a conversation, and its rho by more than this, is lossy.
+
+Rho alone does not tell: once the history holds answers in the prompt's voice, the prompt
+itself hardly changes the next one, and rho's denominator vanishes.
+"""
 CLAUSE_KL = 0.02
 CLAUSE_RETAINED = 0.5
 """A clause with at least this effect, of which less than this share is kept, is lost."""
@@ -98,7 +102,10 @@ def _losses(evaluation: Evaluation) -> list[str]:
     if not evaluation.samples:
         found.append("no answers were looked at")
     if evaluation.turns:
-        first, last = evaluation.turns[0]["rho"], evaluation.turns[-1]["rho"]
-        if last - first > DRIFT_RHO:
-            found.append(f"persona drift: rho {first:.2f} in turn 1, {last:.2f} in turn {len(evaluation.turns)}")
+        first, last = evaluation.turns[0], evaluation.turns[-1]
+        if last["be"] > first["be"] and last["rho"] - first["rho"] > DRIFT_RHO:
+            found.append(
+                f"persona drift: KL {first['be']:.3f} (rho {first['rho']:.2f}) in turn 1, "
+                f"{last['be']:.3f} (rho {last['rho']:.2f}) in turn {len(evaluation.turns)}"
+            )
     return found

@@ -128,13 +128,21 @@ def test_the_verdict_names_its_reason(evaluation, status, reason):
     assert reason is None or reason in str(found)
 
 
+def make_turns(*figures):
+    return [{"turn": i + 1, "none": none, "be": be, "rho": be / none} for i, (none, be) in enumerate(figures)]
+
+
 def test_drift_over_a_conversation_is_a_loss():
     evaluation = make_evaluation()
-    evaluation.turns = [
-        {"turn": 1.0, "none": 1.0, "be": 0.1, "rho": 0.1},
-        {"turn": 2.0, "none": 1.0, "be": 0.4, "rho": 0.4},
-    ]
-    assert "persona drift: rho 0.10 in turn 1, 0.40 in turn 2" in str(judge(evaluation))
+    evaluation.turns = make_turns((1.0, 0.1), (1.0, 0.4))
+    assert "persona drift: KL 0.100 (rho 0.10) in turn 1, 0.400 (rho 0.40) in turn 2" in str(judge(evaluation))
+
+
+def test_a_prompt_that_fades_is_no_drift_of_the_token():
+    """The history carries the voice: the prompt changes little after turn 1, and the token less than in turn 1."""
+    evaluation = make_evaluation()
+    evaluation.turns = make_turns((0.105, 0.032), (0.027, 0.014), (0.034, 0.027))
+    assert judge(evaluation).status == "deployable"
 
 
 def test_the_prompts_own_embeddings_hold_over_turns_and_off_topic(tiny_model_dir):
