@@ -114,7 +114,7 @@ def main(
     frozen = model.load()
     run_dir.mkdir(parents=True, exist_ok=True)
     teacher = Teacher(frozen, read_prompt_file(prompt_file), run_dir)
-    training, held_out = split_held_out(drop_near_duplicates(read_queries(queries)), 48, 0)
+    training, held_out = split_held_out(drop_near_duplicates(read_queries(queries)), 48)
     found: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {}
     for name, (stage, own_steps, lr) in cases(teacher, training, steps).items():
         if not only or name in only:

@@ -145,15 +145,17 @@ def drop_near_duplicates(queries: Sequence[Query], similar: float = _SIMILAR) ->
     return kept
 
 
-def split_held_out(queries: Sequence[Query], held_out: int, seed: int) -> tuple[list[Query], list[Query]]:
-    """Shuffle by `seed` and split into (training, held-out); near-duplicates must be gone already.
+def split_held_out(queries: Sequence[Query], held_out: int) -> tuple[list[Query], list[Query]]:
+    """Shuffle and split into (training, held-out); near-duplicates must be gone already.
 
-    At most a fifth is held out, at least one. Raises InputError for fewer than two queries.
+    The split depends on the queries alone: runs of other seeds are measured on the same
+    queries, and share the teacher's responses. At most a fifth is held out, at least
+    one. Raises InputError for fewer than two queries.
     """
     if len(queries) < 2:
         raise InputError("At least two different queries are needed: one to train on, one held out.")
     shuffled = list(queries)
-    random.Random(seed).shuffle(shuffled)  # noqa: S311
+    random.Random(0).shuffle(shuffled)  # noqa: S311
     count = max(1, min(held_out, len(shuffled) // 5))
     return shuffled[count:], shuffled[:count]
 

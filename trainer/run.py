@@ -216,7 +216,7 @@ class Run:
         unique = drop_near_duplicates(found)
         if len(unique) < len(found):
             self.say(f"{len(found) - len(unique)} near-duplicates of {len(found)} queries left out.")
-        training, held_out = split_held_out(unique, config.held_out, config.seed)
+        training, held_out = split_held_out(unique, config.held_out)
         training = training[: config.max_queries]
         self.say(f"{len(training)} queries to train on, {len(held_out)} held out.")
         return training, held_out

@@ -111,6 +111,7 @@ class Teacher:
         `progress` is called with the number of queries done. Raises InputError where a
         query is too long for the model or lacks its gold answer.
         """
+        seed = seed if temperature else 0  # greedy responses are the same for all seeds
         settings = [response_tokens, temperature, gold, seed, *([self.decoder.name] if self.decoder else [])]
         found: list[Example] = []
         for start in range(0, len(queries), _SHARD):

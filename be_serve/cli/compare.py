@@ -67,7 +67,7 @@ def command(
     folder = Path(run_dir) if run_dir else Path("runs") / f"compare-{Path(prompt_file).stem}-{digest}"
     folder.mkdir(parents=True, exist_ok=True)
     teacher = Teacher(frozen, prompt, folder, stop=stop_texts(stop))
-    training, kept = split_held_out(drop_near_duplicates(read_queries(queries)), held_out, seed)
+    training, kept = split_held_out(drop_near_duplicates(read_queries(queries)), held_out)
     lines = compare(
         teacher,
         teacher.examples(training, response_tokens=64),
