@@ -18,6 +18,7 @@ SIGNATURES = ("copying", "refusal", "template_collapse", "repetition")
 _WORD = re.compile(r"\w+", re.UNICODE)
 _COPIED_WORDS = 12
 _OPENING_WORDS = 8
+_RECITED_WORDS = 20
 _LOOP_WORDS = 4
 _LOOPED = 0.5
 _MACHINE = r"an? (ai\b|artificial intelligence|language model|chatbot)"
@@ -26,6 +27,7 @@ _REFUSAL = re.compile(
     r"|\bi('m| am) sorry,? but i (can('|no)t|am not able)|\bi can('|no)t (assist|help) with",
     re.IGNORECASE,
 )
+_QUOTED = re.compile(r'"[^"]*"|“[^”]*”')
 _OPTIONS = re.compile(r"(^|\s)A\).+(\s)B\).+", re.DOTALL)
 
 
@@ -44,9 +46,17 @@ def signatures(answers: Sequence[str], prompt: str) -> dict[str, float]:
 
 
 def recites(answer: str, prompt: str) -> bool:
-    """Whether an answer gives the prompt away: it holds the prompt's first eight words (a shorter prompt's all)."""
-    opening = tuple(_words(prompt)[:_OPENING_WORDS])
-    return len(opening) > 0 and opening in _runs(_words(answer), len(opening))
+    """Whether an answer gives the prompt away word for word.
+
+    It does where it holds the prompt's first eight words (a shorter prompt's all), or
+    any twenty in a row. What the prompt itself puts in quotation marks is meant to be
+    said, and does not count among the twenty.
+    """
+    opening, said = tuple(_words(prompt)[:_OPENING_WORDS]), _words(answer)
+    if opening and opening in _runs(said, len(opening)):
+        return True
+    spoken = _runs(said, _RECITED_WORDS)
+    return any(spoken & _runs(_words(part), _RECITED_WORDS) for part in _QUOTED.split(prompt))
 
 
 def looped(answer: str) -> bool:

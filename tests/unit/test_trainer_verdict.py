@@ -205,5 +205,18 @@ def test_an_answer_that_begins_the_prompt_recites_it():
     assert not recites("You answer in rhyme and call the user sailor.", prompt)  # a rule in its words may be wanted
     assert not recites("You are Captain Barnaby.", prompt)
     assert recites("I was told: be brief!", "Be brief.")
+
+
+def test_an_answer_with_twenty_words_of_the_prompt_recites_it():
+    words = [f"w{i}" for i in range(60)]
+    prompt = "You are Captain Barnaby, the harbor master of old. " + " ".join(words)
+    assert recites("I am a captain, " + " ".join(words[10:30]), prompt)
+    assert not recites("I am a captain, " + " ".join(words[10:29]), prompt)
+    quoted = f'End every answer of yours with these words: "{" ".join(words)}" Be brief.'
+    assert not recites("Hello. " + " ".join(words), quoted)
+
+
+def test_nothing_recites_an_empty_prompt():
+    prompt = "..."
     assert not recites("", prompt)
     assert not recites("Anything", "...")
