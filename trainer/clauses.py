@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from trainer.evaluate import Scores
 
 MAX_CLAUSES = 16
+CLAUSE_QUERIES = 16
+"""Most sentences that are looked at, and queries on which: each costs a pass behind a prompt of its own."""
 _SENTENCE = re.compile(r"(?<=[.!?])\s+|\n+")
 # Tokens of an answer on which a clause bears: leaving it out makes them this much less likely (nats).
 _BEARS = 0.5
@@ -54,6 +56,11 @@ def sentences(prompt: str) -> list[str]:
 def prompt_clauses(prompt: str) -> list[Clause]:
     """The prompt's sentences in order, each with the prompt that lacks it. A sentence said twice is left out twice."""
     return [Clause(text, prompt.replace(text, "").strip()) for text in dict.fromkeys(sentences(prompt))]
+
+
+def clause_answers(prompt: str, queries: int) -> int:
+    """How many answers are scored to measure the clauses of a prompt: what a progress bar counts."""
+    return min(queries, CLAUSE_QUERIES) * min(len(prompt_clauses(prompt)), MAX_CLAUSES)
 
 
 def clause_effect(clause: Clause, full_nll_N: Tensor, without: Scores, be_nll_N: Tensor) -> ClauseEffect:

@@ -20,7 +20,7 @@ from be_serve.core.artifact import Placement
 from be_serve.core.errors import InputError
 from be_serve.core.slots import Message
 from trainer.checkers import Check
-from trainer.clauses import MAX_CLAUSES, ClauseEffect, clause_effect, prompt_clauses
+from trainer.clauses import CLAUSE_QUERIES, MAX_CLAUSES, ClauseEffect, clause_effect, prompt_clauses
 from trainer.compliance import Compliance, measure_compliance
 from trainer.generate import Prefix, Progress, common_prefix
 from trainer.judge import Tally
@@ -175,10 +175,10 @@ def evaluate(
 ) -> Evaluation:
     """Compare the vectors [k, H] float32 with the full prompt, no prompt and the other arms.
 
-    With `clauses` each sentence of the prompt is left out in turn, to see what it does
-    and how much of that the token keeps. `checks` are held against answers of up to
-    `check_tokens` tokens of no prompt, the full prompt and the token. `progress` is called with the number of
-    answers done.
+    With `clauses` each sentence of the prompt is left out in turn, on `CLAUSE_QUERIES`
+    queries, to see what it does and how much of that the token keeps. `checks` are held
+    against answers of up to `check_tokens` tokens of no prompt, the full prompt and the
+    token. `progress` is called with the number of answers done.
     """
     model = teacher.model
     reference = teacher.examples(queries, response_tokens=RESPONSE_TOKENS, progress=progress)
@@ -195,14 +195,19 @@ def evaluate(
     if not same:
         arms["be_serving"] = Arm.of_vectors(model, rounded_KH, queries, placement)
     parts = prompt_clauses(teacher.prompt)[:MAX_CLAUSES] if clauses else []
-    without = {f"without {i}": Arm.of_ids(model, chats(model, queries, part.left_out)) for i, part in enumerate(parts)}
 
-    everything = score_arms(model, reference, arms | without, progress)
+    everything = score_arms(model, reference, arms, progress)
     recited = [i for i, example in enumerate(reference) if teacher.recites(example)]
     kept = [i for i in range(len(reference)) if i not in recited] or list(range(len(reference)))
     told = arms["be"].prefix.generate([arms["be"].suffixes[i] for i in recited], RESPONSE_TOKENS) if recited else []
     lengths = [len(example.response) for example in reference]
     scores = {name: found.of(kept, lengths) for name, found in everything.items()}
+    asked = kept[:CLAUSE_QUERIES]
+    without = {
+        f"without {i}": Arm.of_ids(model, chats(model, [queries[n] for n in asked], part.left_out))
+        for i, part in enumerate(parts)
+    }
+    effects = score_arms(model, [reference[n] for n in asked], without, progress) if parts else {}
     if same:
         scores["be_serving"] = scores["be"]
         if progress:
@@ -236,7 +241,9 @@ def evaluate(
         length_ratio=_mean_length(answers, "be") / max(_mean_length(answers, "full"), 1.0) if answers else math.nan,
         signatures={name: signatures([a[name] for a in answers], teacher.prompt) for name in [*shown, "full"]},
         clauses=[
-            clause_effect(part, scores["full"].nll_N, scores[f"without {i}"], scores["be"].nll_N)
+            clause_effect(
+                part, effects["full"].nll_N, effects[f"without {i}"], everything["be"].of(asked, lengths).nll_N
+            )
             for i, part in enumerate(parts)
         ],
     )

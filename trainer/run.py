@@ -20,7 +20,7 @@ from be_serve.core.artifact import BaseModelRef, Manifest, PromptRef, Token, wri
 from be_serve.core.errors import BEError, InputError
 from be_serve.core.prompts import prompt_sha256, read_prompt_file
 from trainer.checkpoint import Checkpoint
-from trainer.clauses import MAX_CLAUSES, prompt_clauses
+from trainer.clauses import clause_answers
 from trainer.config import TrainConfig
 from trainer.evaluate import Evaluation, evaluate
 from trainer.generate import Progress
@@ -325,9 +325,10 @@ class Run:
     def _evaluate(self, teacher: Teacher, held_out: list[Query], vectors_KH: Tensor) -> Evaluation:
         arms = 6 if self.config.summary else 5
         whole = not self.config.scores_only
+        total = len(held_out) * (arms + 1)
         if whole:
-            arms += min(len(prompt_clauses(self.prompt)), MAX_CLAUSES)
-        with self._timed("evaluation"), self._bar("evaluating", len(held_out) * (arms + 1)) as progress:
+            total += clause_answers(self.prompt, len(held_out))
+        with self._timed("evaluation"), self._bar("evaluating", total) as progress:
             return evaluate(
                 teacher,
                 held_out,

@@ -101,7 +101,7 @@ def command(
     import torch
     from tqdm import tqdm
 
-    from trainer.clauses import MAX_CLAUSES, prompt_clauses
+    from trainer.clauses import clause_answers
     from trainer.endpoint import Endpoint
     from trainer.evaluate import evaluate
     from trainer.judge import JUDGE_KEY, RIVALS, judge_pairs
@@ -130,8 +130,8 @@ def command(
         click.echo(f"Responses end at {ends}{'' if stop else ', as the token file says'}.", err=True)
     teacher = Teacher(frozen, prompt, stop=ends)
     vectors_KH = torch.cat([torch.from_numpy(one.vectors.copy()) for one in tokens])
-    arms = (7 if summary else 6) + (min(len(prompt_clauses(prompt)), MAX_CLAUSES) if clauses else 0)
-    with tqdm(total=len(chats) * arms, desc="evaluating") as bar:
+    total = len(chats) * (7 if summary else 6) + (clause_answers(prompt, len(chats)) if clauses else 0)
+    with tqdm(total=total, desc="evaluating") as bar:
         evaluation = evaluate(
             teacher,
             chats,
