@@ -60,7 +60,7 @@ class Method:
 class Setting:
     """What all methods share. The paper's lambda is used where a loss has two parts."""
 
-    steps: int = 400
+    steps: int = 240
     batch_size: int = 2
     lr: float = 1e-2
     rank: int = 64

@@ -56,10 +56,10 @@ class TrainConfig(BaseModel):
     """The model's name on that server; None: as `model`."""
     gold: bool = False
     """Train on the file's `answer` fields instead of the teacher's own responses."""
-    synthesise: int = Field(default=160, ge=8)
+    synthesise: int = Field(default=120, ge=8)
     """How many queries to write where no file is given."""
     max_queries: int | None = Field(default=None, ge=2)
-    """Use at most this many queries of the file, drawn by the seed."""
+    """Use at most this many queries of the file, drawn at random."""
     held_out: int = Field(default=32, ge=1)
     """Queries kept from training for the final evaluation; at most a fifth of all."""
     response_tokens: int = Field(default=64, ge=1, le=4096)
@@ -106,6 +106,7 @@ class TrainConfig(BaseModel):
     clip: float = Field(default=1.0, gt=0)
     """Largest gradient norm."""
     seed: int = 0
+    """Of the order of batches, of random starts, and of what is sampled; not of the held-out split."""
 
     # Machine.
     device: str = "auto"

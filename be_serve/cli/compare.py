@@ -23,7 +23,7 @@ DEFAULT_METHODS = "truncate:4,memory:1,pt:1,kd:1,pt:4,kd:4"
 @click.option("--held-out", type=click.IntRange(2), default=32, show_default=True, help="Queries kept for the table.")
 @click.option("--ae", help="[AE] file, or `builtin`, for the methods joint and stages.")
 @click.option("--summary", help="A short text in the prompt's place, as a method of its own.")
-@click.option("--steps", type=click.IntRange(1), default=400, show_default=True)
+@click.option("--steps", type=click.IntRange(1), default=240, show_default=True)
 @click.option("--batch-size", type=click.IntRange(1), default=2, show_default=True)
 @click.option("--lr", type=float, default=1e-2, show_default=True)
 @click.option("--stop", multiple=True, help="A text that ends a response; \\n is a line break.")
