@@ -22,7 +22,12 @@ import click
 @click.option("--be-token", multiple=True, metavar="ID=FILE", help="A token held in memory. Repeatable. [BE_TOKEN]")
 @click.option("--be-admin-key", metavar="KEY", envvar="BE_ADMIN_KEY", help="Key of the /v1/be routes; none: closed.")
 @click.option("--be-admin-key-file", metavar="FILE", help="The same from a file; command lines are seen by others.")
-@click.option("--be-injection", envvar="BE_INJECTION", help="How vectors reach the engine: prompt-embeds.")
+@click.option(
+    "--be-injection",
+    envvar="BE_INJECTION",
+    help="How vectors reach the engine: resident-rows, prompt-embeds, or auto: rows where they are proven. [auto]",
+)
+@click.option("--be-rows", type=int, envvar="BE_ROWS", help="Rows for vectors on the workers. [1024]")
 @click.option("--be-max-upload", type=int, envvar="BE_MAX_UPLOAD", help="Largest token file in bytes. [67108864]")
 @click.option(
     "--be-cache-bytes", type=int, envvar="BE_CACHE_BYTES", help="Memory for vectors per API process. [268435456]"
@@ -47,6 +52,7 @@ def command(
     be_admin_key: str | None,
     be_admin_key_file: str | None,
     be_injection: str | None,
+    be_rows: int | None,
     be_max_upload: int | None,
     be_cache_bytes: int | None,
     be_match: bool | None,
@@ -60,6 +66,7 @@ def command(
     """
     from be_serve.core.errors import InputError
     from be_serve.models import resolve_model
+    from be_serve.serving.launch import choose_injection, vllm_arguments
     from be_serve.serving.settings import Settings
 
     if be_admin_key_file is not None:
@@ -80,6 +87,7 @@ def command(
         "BE_TOKEN": "\n".join(be_token) or None,
         "BE_ADMIN_KEY": be_admin_key,
         "BE_INJECTION": be_injection,
+        "BE_ROWS": be_rows,
         "BE_MAX_UPLOAD": be_max_upload,
         "BE_CACHE_BYTES": be_cache_bytes,
         "BE_MATCH": None if be_match is None else int(be_match),
@@ -108,6 +116,10 @@ def command(
         # vLLM only logs a plugin that fails to load; import it here, where failing is loud.
         import be_serve.serving.plugin  # noqa: F401
 
-        if settings.injection == "prompt-embeds" and not {"--enable-prompt-embeds"} & set(arguments):
-            arguments.append("--enable-prompt-embeds")
+        injection = settings.injection
+        if injection == "auto":
+            injection, reason = choose_injection(served, arguments)
+            click.echo(f"be-serve: injection {injection} ({reason}).", err=True)
+        os.environ["BE_INJECTION"] = injection
+        arguments = vllm_arguments(injection, settings.rows, arguments)
     vllm_compat.run_server([served, *arguments])

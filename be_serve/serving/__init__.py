@@ -1,4 +1,4 @@
-"""The vLLM plugin. Only `vllm_compat` imports vLLM.
+"""The vLLM plugin. Only its `vllm_` modules import vLLM.
 
 request -> middleware -> vLLM's chat endpoint -> hook -> resolve -> inject -> engine
                                                   |

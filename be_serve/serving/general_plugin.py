@@ -12,9 +12,10 @@ def register() -> None:
     """Patch what must be patched on the engine's side, and insist on the endpoint plugin."""
     if "be_serve" not in os.environ.get("VLLM_PLUGINS", "").split(","):
         return
-    from be_serve.serving import vllm_compat
+    from be_serve.serving import vllm_compat, vllm_engine
 
     vllm_compat.check_version()
     vllm_compat.require_endpoint_plugin()
-    if vllm_compat.on_cpu():
-        vllm_compat.patch_cpu_seed()
+    vllm_engine.install_resident_rows()
+    if vllm_engine.on_cpu():
+        vllm_engine.patch_cpu_seed()

@@ -6,19 +6,18 @@ import asyncio
 import hmac
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from be_serve.core.artifact import Placement
 from be_serve.core.errors import BEError, NotAuthenticated, RequestError, UnsupportedRequest
 from be_serve.core.slots import Slot, SlotRenderer, new_marker
 from be_serve.registry import Record, TokenIndex
-from be_serve.serving.budget import ByteBudget
+from be_serve.serving.injection import Held, Injection
 from be_serve.serving.metrics import Metrics
 from be_serve.serving.middleware import RequestContext, current
-from be_serve.serving.requests import BEFields, refuse_raw_embeddings
+from be_serve.serving.requests import BEFields
 from be_serve.serving.resolve import How, Resolution, Resolver
 
 logger = logging.getLogger("vllm.be_serve.hook")
@@ -29,8 +28,8 @@ class Rendering:
     """One request on its way through vLLM's renderer."""
 
     record: Record
-    rows: Any
-    """Vectors [k, hidden_size] in the serving dtype."""
+    held: Held | None
+    """What the vectors need in this process; None where they are only counted."""
     marker: str
     messages: list[dict[str, Any]]
     template_kwargs: dict[str, Any]
@@ -57,8 +56,7 @@ class ChatHook:
         resolver: Resolver,
         index: TokenIndex[Any],
         slots: SlotRenderer,
-        inject: Callable[[dict[str, Any], Slot, Any], dict[str, Any]],
-        budget: ByteBudget,
+        injection: Injection,
         keys: Sequence[str],
         vocab_size: int,
         max_chars: int,
@@ -67,8 +65,7 @@ class ChatHook:
         self._resolver = resolver
         self._index = index
         self._slots = slots
-        self._inject = inject
-        self._budget = budget
+        self._injection = injection
         self._keys = keys
         self._vocab_size = vocab_size
         self._max_chars = max_chars
@@ -81,7 +78,7 @@ class ChatHook:
         """
         context = current.get()
         try:
-            refuse_raw_embeddings(messages, tools)
+            self._injection.check(messages, tools)
             if context is None or not context.supported:
                 return None
             rendering = await self._begin(context, request, messages)
@@ -105,8 +102,8 @@ class ChatHook:
             return None
         try:
             self._refuse_options(request)
-            rows = await self._vectors(resolution.record)
-            rendering = self._mark(resolution, rows, started)
+            held = await self._hold(context, resolution.record)
+            rendering = self._mark(resolution, held, started)
         except BEError as exc:
             if resolution.how != "match":
                 raise
@@ -120,17 +117,23 @@ class ChatHook:
         rendering.spent = time.perf_counter() - started
         return rendering
 
-    def _mark(self, resolution: Resolution, rows: Any, started: float) -> Rendering:
+    def _mark(self, resolution: Resolution, held: Held | None, started: float) -> Rendering:
         marker = new_marker()
         manifest = resolution.record.manifest
         marked = self._slots.mark(resolution.messages, marker, placement=manifest.placement, append=resolution.append)
         kwargs = dict(manifest.template_kwargs)
-        return Rendering(resolution.record, rows, marker, marked, kwargs, started, how=resolution.how)
+        return Rendering(resolution.record, held, marker, marked, kwargs, started, how=resolution.how)
 
-    async def _vectors(self, record: Record) -> Any:
-        found = self._index.cached(record)
-        self._metrics.cache.labels(result="hit" if found is not None else "miss").inc()
-        return found if found is not None else await asyncio.to_thread(self._index.load, record)
+    async def _hold(self, context: RequestContext, record: Record) -> Held | None:
+        vectors = self._index.cached(record)
+        self._metrics.cache.labels(result="hit" if vectors is not None else "miss").inc()
+        if vectors is None:
+            vectors = await asyncio.to_thread(self._index.load, record)
+        if context.path == "/tokenize":
+            return None
+        held = await self._injection.hold(record, vectors)
+        context.cleanup.append(held.release)
+        return held
 
     def give_up(self, rendering: Rendering, exc: BEError) -> None:
         """A matched request is answered as without the plugin; one that named its token is refused."""
@@ -172,18 +175,15 @@ class ChatHook:
     def finish(self, rendering: Rendering, engine_input: Mapping[str, Any]) -> dict[str, Any]:
         """The engine input with the vectors in it. Raises UnsupportedRequest where the slot was cut away."""
         started = time.perf_counter()
-        slot, context = rendering.slot, current.get()
+        slot = rendering.slot
         ids = engine_input.get("prompt_token_ids", ())
         if slot is None or engine_input.get("type") != "token":
             raise UnsupportedRequest("vLLM rendered this chat in a way that leaves no place for a token.")
         if len(ids) != len(slot.before) + rendering.k + len(slot.after):
             raise UnsupportedRequest("The chat was cut to another length, and the token with it.")
-        if context is None or context.path == "/tokenize":
+        if rendering.held is None:
             return dict(engine_input)  # only counted: no vectors are needed
-        size = len(ids) * rendering.rows[0].nbytes
-        self._budget.take(size)
-        context.cleanup.append(partial(self._budget.give_back, size))
-        injected = self._inject(dict(engine_input), slot, rendering.rows)
+        injected = self._injection.inject(dict(engine_input), slot, rendering.held)
         self._metrics.injection.observe(rendering.spent + time.perf_counter() - started)
         return injected
 

@@ -13,6 +13,9 @@ import torch
 
 from be_serve.core.artifact import Token
 from be_serve.core.slots import Slot
+from be_serve.registry import Record
+from be_serve.serving.budget import ByteBudget
+from be_serve.serving.requests import refuse_raw_embeddings
 
 PLACEHOLDER_ID = 0
 """The id under a row. It must be a real one: logits processors index with it."""
@@ -23,16 +26,47 @@ def prepare(token: Token, dtype: torch.dtype) -> torch.Tensor:
     return torch.from_numpy(token.vectors.copy()).to(dtype)
 
 
-def inject(engine_input: dict[str, Any], slot: Slot, rows: torch.Tensor) -> dict[str, Any]:
-    """Turn a token input whose slot holds placeholders into vLLM's mixed embeds input.
+class HeldVectors:
+    """The vectors [k, hidden_size] of one request, and the memory that its tensors claim."""
 
-    rows: [k, hidden_size]. Keys other than the prompt's (cache_salt, arrival_time) are kept.
-    """
-    ids: list[int] = engine_input["prompt_token_ids"]
-    start, k = len(slot.before), rows.shape[0]
-    embeds = torch.zeros(len(ids), rows.shape[1], dtype=rows.dtype)
-    embeds[start : start + k] = rows
-    is_token = [True] * len(ids)
-    is_token[start : start + k] = [False] * k
-    kept: dict[str, Any] = {key: engine_input[key] for key in ("cache_salt", "arrival_time") if key in engine_input}
-    return {"type": "embeds", "prompt_embeds": embeds, "prompt_token_ids": ids, "is_token_ids": is_token, **kept}
+    def __init__(self, vectors: torch.Tensor, budget: ByteBudget) -> None:
+        self.vectors = vectors
+        self._budget = budget
+        self._size = 0
+
+    def claim(self, size: int) -> None:
+        """Claim `size` further bytes. Raises OverBudget."""
+        self._budget.take(size)
+        self._size += size
+
+    def release(self) -> None:
+        self._budget.give_back(self._size)
+        self._size = 0
+
+
+class PromptEmbeds:
+    """Injection `prompt-embeds`."""
+
+    name = "prompt-embeds"
+
+    def __init__(self, budget: ByteBudget) -> None:
+        self._budget = budget
+
+    def check(self, messages: Any, tools: Any) -> None:
+        refuse_raw_embeddings(messages, tools)
+
+    async def hold(self, record: Record, vectors: torch.Tensor) -> HeldVectors:
+        return HeldVectors(vectors, self._budget)
+
+    def inject(self, engine_input: dict[str, Any], slot: Slot, held: HeldVectors) -> dict[str, Any]:
+        """vLLM's mixed embeds input. Keys other than the prompt's (cache_salt, arrival_time) are kept."""
+        rows = held.vectors
+        ids: list[int] = engine_input["prompt_token_ids"]
+        held.claim(len(ids) * rows[0].nbytes)
+        start, k = len(slot.before), rows.shape[0]
+        embeds = torch.zeros(len(ids), rows.shape[1], dtype=rows.dtype)
+        embeds[start : start + k] = rows
+        is_token = [True] * len(ids)
+        is_token[start : start + k] = [False] * k
+        kept: dict[str, Any] = {key: engine_input[key] for key in ("cache_salt", "arrival_time") if key in engine_input}
+        return {"type": "embeds", "prompt_embeds": embeds, "prompt_token_ids": ids, "is_token_ids": is_token, **kept}

@@ -37,7 +37,16 @@ class Metrics:
             "Bytes of vectors that running requests with tokens hold; --be-inflight-bytes is the bound.",
             multiprocess_mode="livesum",
         )
+        self.row_writes = Counter("be_serve_row_writes", "Tokens written into rows of the workers.")
+        self.resident = Gauge(
+            "be_serve_resident_tokens", "Tokens that lie in rows of the workers.", multiprocess_mode="livesum"
+        )
         self.tokens = Gauge("be_serve_tokens", "Tokens this server can name.", multiprocess_mode="livemostrecent")
+
+    def observe_rows(self, resident: int) -> None:
+        """Count a write of rows, and set how many tokens lie in them."""
+        self.row_writes.inc()
+        self.resident.set(resident)
 
     def refused(self, exc: BEError) -> None:
         """Count a refusal."""

@@ -11,12 +11,16 @@ from typing import Any
 from be_serve.core.errors import BEError
 from be_serve.core.fingerprint import fingerprint_folder
 from be_serve.core.slots import SlotRenderer
-from be_serve.serving import inject_prompt_embeds, routes, vllm_compat
+from be_serve.serving import inject_prompt_embeds, routes, vllm_compat, vllm_rows
 from be_serve.serving.budget import ByteBudget
 from be_serve.serving.hook import ChatHook
+from be_serve.serving.inject_prompt_embeds import PromptEmbeds
+from be_serve.serving.inject_resident_rows import ResidentRows
+from be_serve.serving.injection import Injection
 from be_serve.serving.metrics import metrics
 from be_serve.serving.middleware import BEMiddleware
 from be_serve.serving.resolve import Resolver
+from be_serve.serving.rows import RowPool
 from be_serve.serving.service import ServedModel, Service
 from be_serve.serving.settings import Settings
 
@@ -48,7 +52,6 @@ class BEEndpointPlugin:
         """Hook into the running server. Raises BEError: a server must not start without its tokens."""
         vllm_compat.check_server(state)
         model = await asyncio.to_thread(_served_model, engine_client, state)
-        vllm_compat.close_raw_embeddings(state, engine_client)
         dtype = engine_client.model_config.dtype
         service = Service(
             self._settings,
@@ -57,6 +60,7 @@ class BEEndpointPlugin:
             prepare=partial(inject_prompt_embeds.prepare, dtype=dtype),
             vllm_has_api_key=bool(vllm_compat.api_keys(args)),
         )
+        injection = await self._injection(engine_client, state)
         await asyncio.to_thread(service.start)
         online = state.online_renderer
         resolver = Resolver(
@@ -69,8 +73,7 @@ class BEEndpointPlugin:
             resolver=resolver,
             index=service.index,
             slots=SlotRenderer(online.renderer.get_tokenizer(), chat_template=online.chat_template),
-            inject=inject_prompt_embeds.inject,
-            budget=ByteBudget(self._settings.inflight_bytes, metrics().inflight.set),
+            injection=injection,
             keys=vllm_compat.api_keys(args),
             vocab_size=model.vocab_size,
             max_chars=vllm_compat.max_prompt_chars(state),
@@ -84,9 +87,28 @@ class BEEndpointPlugin:
             len(service.index.records()),
             model.name,
             model.fingerprint,
-            self._settings.injection,
+            injection.name,
             "on" if self._settings.admin_key else "off",
         )
+
+    async def _injection(self, engine_client: Any, state: Any) -> Injection:
+        """The way that was asked for, or for which the engine was started. Raises BEError where it is not ready."""
+        rows = vllm_rows.engine_rows(engine_client)
+        name = self._settings.injection
+        if name == "auto":
+            name = "resident-rows" if rows else "prompt-embeds"
+        if name == "prompt-embeds":
+            vllm_compat.close_raw_embeddings(state, engine_client)
+            return PromptEmbeds(ByteBudget(self._settings.inflight_bytes, metrics().inflight.set))
+        if not rows:
+            raise vllm_compat.IncompatibleVLLM(
+                "The engine was started without rows for tokens. `be-serve serve` asks for them; a plain vLLM command "
+                "must name them: --additional-config '{\"be_rows\": 1024}'."
+            )
+        vllm_rows.install_rows(state, engine_client)
+        table = await vllm_rows.open_rows(engine_client, state)
+        pool = RowPool(table.rows, partial(vllm_rows.write_rows, engine_client), observe=metrics().observe_rows)
+        return ResidentRows(pool, table.first)
 
 
 def _served_model(engine_client: Any, state: Any) -> ServedModel:

@@ -11,8 +11,9 @@ from be_serve.core.artifact import MAX_BYTES
 from be_serve.core.errors import InputError
 from be_serve.core.ids import validate_be_id
 from be_serve.models import be_home
+from be_serve.serving.injection import INJECTIONS
 
-INJECTIONS = ("prompt-embeds",)
+_INJECTIONS = ("auto", *INJECTIONS)
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,10 @@ class Settings:
     """Tokens in memory, id to file (BE_TOKEN: `ID=FILE`, separated by line ends)."""
     admin_key: str | None = None
     """Key of the /v1/be routes (BE_ADMIN_KEY). None: they answer 403."""
-    injection: str = "prompt-embeds"
-    """How vectors reach the engine (BE_INJECTION)."""
+    injection: str = "auto"
+    """How vectors reach the engine (BE_INJECTION). `auto`: as the engine was started."""
+    rows: int = 1024
+    """Rows for vectors on the workers, for all server processes together (BE_ROWS)."""
     match: bool = True
     """Whether tokens registered with `match` answer for their prompt's text (BE_MATCH)."""
     max_upload: int = MAX_BYTES
@@ -43,14 +46,15 @@ class Settings:
     def from_env(cls, env: Mapping[str, str] | None = None) -> Settings:
         """Read BE_* variables. Raises InputError naming the variable at fault."""
         env = os.environ if env is None else env
-        injection = env.get("BE_INJECTION") or "prompt-embeds"
-        if injection not in INJECTIONS:
-            raise InputError(f"BE_INJECTION={injection!r}: choose one of {', '.join(INJECTIONS)}.")
+        injection = env.get("BE_INJECTION") or "auto"
+        if injection not in _INJECTIONS:
+            raise InputError(f"BE_INJECTION={injection!r}: choose one of {', '.join(_INJECTIONS)}.")
         return cls(
             registry=env.get("BE_REGISTRY") or f"sqlite:///{be_home() / 'registry.db'}",
             tokens=dict(parse_token_option(entry) for entry in env.get("BE_TOKEN", "").splitlines() if entry),
             admin_key=env.get("BE_ADMIN_KEY") or None,
             injection=injection,
+            rows=_positive(env.get("BE_ROWS") or "1024", "BE_ROWS"),
             match=_flag(env.get("BE_MATCH", "1"), "BE_MATCH"),
             max_upload=_positive(env.get("BE_MAX_UPLOAD") or str(MAX_BYTES), "BE_MAX_UPLOAD"),
             inflight_bytes=_positive(env.get("BE_INFLIGHT_BYTES") or str(1024**3), "BE_INFLIGHT_BYTES"),
@@ -81,5 +85,5 @@ def _positive(text: str, name: str) -> int:
     except ValueError:
         value = 0
     if value < 1:
-        raise InputError(f"{name}={text!r}: a number of bytes is needed.")
+        raise InputError(f"{name}={text!r}: a whole number above 0 is needed.")
     return value

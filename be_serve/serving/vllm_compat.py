@@ -20,6 +20,7 @@ from typing import Any
 from be_serve.core.errors import BEError
 from be_serve.core.ids import alias_of, split_alias
 from be_serve.registry import Record
+from be_serve.serving import vllm_engine
 from be_serve.serving.hook import ChatHook, Rendering
 from be_serve.serving.requests import EMBEDS_MARKER
 
@@ -213,53 +214,6 @@ def model_folder(engine_client: Any) -> Path:
     )
 
 
-def patch_cpu_seed() -> None:
-    """Let a seeded, sampled request survive a split prefill on the CPU engine.
-
-    After each chunk but the last, vLLM takes back the random numbers of the token it
-    throws away by `Generator.set_offset`, which CPU generators do not have: the
-    engine dies. Here the generator's whole state is taken back instead, which also
-    makes a seeded answer independent of how its prefill was split.
-    """
-    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
-
-    if getattr(CPUModelRunner, "_be_serve_seed", False):
-        return
-    original_sample, original_sync = CPUModelRunner._sample, CPUModelRunner._bookkeeping_sync
-
-    def discarded(runner: Any) -> list[int]:
-        count = runner.input_batch.num_reqs
-        mask = runner.discard_request_mask.np[:count]
-        return [int(i) for i in mask.nonzero()[0] if int(i) in runner.input_batch.generators]
-
-    def _sample(self: Any, *args: Any, **kwargs: Any) -> Any:
-        generators = self.input_batch.generators
-        before = {i: generators[i].get_state() for i in discarded(self)}
-        output = original_sample(self, *args, **kwargs)
-        for i, state in before.items():
-            generators[i].set_state(state)
-        return output
-
-    def _bookkeeping_sync(self: Any, *args: Any, **kwargs: Any) -> Any:
-        generators = self.input_batch.generators
-        hidden = {i: generators.pop(i) for i in discarded(self)}
-        try:
-            return original_sync(self, *args, **kwargs)
-        finally:
-            generators.update(hidden)
-
-    CPUModelRunner._sample = _sample
-    CPUModelRunner._bookkeeping_sync = _bookkeeping_sync
-    CPUModelRunner._be_serve_seed = True
-
-
-def on_cpu() -> bool:
-    """Whether vLLM runs on its CPU platform."""
-    from vllm.platforms import current_platform
-
-    return bool(current_platform.is_cpu())
-
-
 def require_endpoint_plugin() -> None:
     """Make a server fail to start where it would go on without the plugin: vLLM only logs that."""
     import vllm.plugins
@@ -335,14 +289,14 @@ def offline_decoder(model: str, dtype: str, max_model_len: int) -> Callable[...,
     from vllm import LLM, SamplingParams
 
     memory: dict[str, Any] = {}
-    if on_cpu():
-        patch_cpu_seed()
+    if vllm_engine.on_cpu():
+        vllm_engine.patch_cpu_seed()
     else:
         import torch
 
         free, total = torch.cuda.mem_get_info()  # the trainer's own model lies on the device already
         memory["gpu_memory_utilization"] = 0.85 * free / total
-    llm = LLM(model=model, dtype=dtype, max_model_len=max_model_len, enforce_eager=on_cpu(), **memory)
+    llm = LLM(model=model, dtype=dtype, max_model_len=max_model_len, enforce_eager=vllm_engine.on_cpu(), **memory)
 
     def decode(chats: Sequence[Sequence[int]], sampling: dict[str, Any]) -> list[list[int]]:
         prompts = [{"prompt_token_ids": list(chat)} for chat in chats]

@@ -95,7 +95,12 @@ class Server:
 
 def be_serve(*arguments: str) -> list[str]:
     """The `be-serve serve` command for the default model."""
-    return [str(Path(sys.executable).with_name("be-serve")), "serve", MODEL, *COMMON_FLAGS, *arguments]
+    return be_serve_model(MODEL, *COMMON_FLAGS, *arguments)
+
+
+def be_serve_model(model: str, *arguments: str) -> list[str]:
+    """The `be-serve serve` command for any model."""
+    return [str(Path(sys.executable).with_name("be-serve")), "serve", model, *arguments]
 
 
 def free_port() -> int:

@@ -134,7 +134,7 @@ def test_kill_9_during_an_upload_and_a_restart_by_vllms_own_entry(twins, registr
     model_dir = os.fspath(_model_dir())
     command = [
         sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model_dir,
-        "--served-model-name", MODEL, "--enable-prompt-embeds", *COMMON_FLAGS,
+        "--served-model-name", MODEL, "--additional-config", '{"be_rows": 64}', *COMMON_FLAGS,
     ]  # fmt: skip
     env = {
         "VLLM_PLUGINS": "be_serve",

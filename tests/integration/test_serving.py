@@ -177,9 +177,7 @@ def test_tools_and_structured_output(server):
         (400, {"be_id": "odd", "kv_transfer_params": {"prompt_token_ids": [1, 2, 3]}}),
         (400, {"be_id": "odd", "messages": [{"role": "user", "content": "word " * 5000}]}),
         (400, {"be_id": "odd", "messages": [{"role": "user", "content": "x" * 3_000_000}]}),
-        (400, {"messages": [{"role": "user", "content": "say <prompt_embeds>"}]}),
         (400, {"messages": [{"role": "user", "content": [{"type": "prompt_embeds", "data": "AAAA"}]}]}),
-        (400, {"tools": [{"type": "function", "function": {"name": "<prompt_embeds>", "parameters": {}}}]}),
     ],
 )
 def test_refusals(server, status, body):
@@ -199,7 +197,6 @@ def test_refusals(server, status, body):
         ("/v1/messages", {"messages": USER, "max_tokens": 4, "be_id": "odd"}),
         ("/inference/v1/generate", {"token_ids": [1, 2], "sampling_params": {}, "be_id": "odd"}),
         ("/generative_scoring", {"query": "a", "items": ["b"], "be_id": "odd"}),
-        ("/v1/completions", {"prompt": "hi <prompt_embeds>"}),
         ("/v1/completions", {"prompt": [49152]}),
         ("/v1/completions", {"prompt_embeds": "AAAA"}),
     ],

@@ -6,15 +6,19 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from be_serve.core.errors import BEError, NotAuthenticated, UnsupportedRequest
-from be_serve.core.slots import SlotRenderer
+from be_serve.core.slots import Slot, SlotRenderer
 from be_serve.registry import Registry, TokenIndex
 from be_serve.serving.budget import ByteBudget, OverBudget
 from be_serve.serving.hook import ChatHook
+from be_serve.serving.inject_prompt_embeds import PromptEmbeds, prepare
+from be_serve.serving.inject_resident_rows import ResidentRows, salt
 from be_serve.serving.metrics import metrics
 from be_serve.serving.middleware import RequestContext, current
 from be_serve.serving.resolve import Resolver
+from be_serve.serving.rows import RowPool
 from tests.conftest import make_tokenizer
 from tests.factories import PROMPT, make_token
 
@@ -22,17 +26,16 @@ USER = [{"role": "user", "content": "Hi"}]
 FULL = [{"role": "system", "content": PROMPT}, *USER]
 
 
-def make_hook(tmp_path, *, keys=(), capacity=10_000, placement="system"):
+def make_hook(tmp_path, *, keys=(), capacity=10_000, placement="system", injection=None):
     registry = Registry(f"sqlite:///{tmp_path / 'r.db'}")
     registry.put(make_token("harbor", placement=placement).to_bytes(), match=True)
-    index = TokenIndex(registry, prepare=lambda t: t.vectors, check=lambda t: None)
+    index = TokenIndex(registry, prepare=lambda t: torch.from_numpy(t.vectors), check=lambda t: None)
     index.refresh()
     hook = ChatHook(
         resolver=Resolver(index, lambda: ["tiny"]),
         index=index,
         slots=SlotRenderer(make_tokenizer("chatml")),
-        inject=lambda engine_input, slot, rows: {**engine_input, "rows": rows},
-        budget=ByteBudget(capacity),
+        injection=injection or PromptEmbeds(ByteBudget(capacity)),
         keys=list(keys),
         vocab_size=10_000,
         max_chars=10_000,
@@ -61,15 +64,15 @@ async def test_a_request_takes_and_gives_back_its_memory(tmp_path, context):
     ids = hook.cut(rendering, text)
     assert ids.count(0) == 2
     engine_input = {"type": "token", "prompt_token_ids": ids}
-    assert "rows" in hook.finish(rendering, engine_input)
-    assert hook._budget.used == len(ids) * 8 * 4
-    while hook._budget.used + len(ids) * 32 <= 4000:
+    assert "prompt_embeds" in hook.finish(rendering, engine_input)
+    assert hook._injection._budget.used == len(ids) * 8 * 4
+    while hook._injection._budget.used + len(ids) * 32 <= 4000:
         hook.finish(rendering, engine_input)
     with pytest.raises(OverBudget):
         hook.finish(rendering, engine_input)
     for clean in context.cleanup:
         clean()
-    assert hook._budget.used == 0
+    assert hook._injection._budget.used == 0
     with pytest.raises(UnsupportedRequest, match="cut"):
         hook.finish(rendering, {"type": "token", "prompt_token_ids": ids[:-1]})
     with pytest.raises(UnsupportedRequest, match="images"):
@@ -120,7 +123,7 @@ async def test_tokenize_needs_the_api_key_where_there_is_one(tmp_path, context):
     rendering = await hook.begin(request(be_id="harbor"), USER, None)
     ids = hook.cut(rendering, f"a{rendering.marker}b")
     assert hook.finish(rendering, {"type": "token", "prompt_token_ids": ids})["prompt_token_ids"] == ids
-    assert hook._budget.used == 0
+    assert hook._injection._budget.used == 0
 
 
 async def test_other_paths_see_plain_requests_only(tmp_path, context):
@@ -170,7 +173,7 @@ def test_an_unreadable_row_does_not_stop_the_others(tmp_path):
         db.execute("UPDATE be_version SET manifest = '{\"from\": \"the future\"}' WHERE id = 'harbor'")
         db.execute("UPDATE be_token SET revision = 99 WHERE id = 'harbor'")
         db.execute("UPDATE be_meta SET revision = 99")
-    index = TokenIndex(registry, prepare=lambda t: t.vectors, check=lambda t: None, poll_seconds=0.05)
+    index = TokenIndex(registry, prepare=lambda t: torch.from_numpy(t.vectors), check=lambda t: None, poll_seconds=0.05)
     index.start()
     assert [r.id for r in index.records()] == ["fine"]
     registry.remove("fine")
@@ -181,17 +184,13 @@ def test_an_unreadable_row_does_not_stop_the_others(tmp_path):
     index.stop()
 
 
-def test_injection_puts_the_rows_in_the_slot():
-    import torch
-
-    from be_serve.core.slots import Slot
-    from be_serve.serving import inject_prompt_embeds
-
+async def test_prompt_embeds_puts_the_vectors_in_the_slot():
     token = make_token(k=2, hidden_size=8)
-    rows = inject_prompt_embeds.prepare(token, torch.bfloat16)
     slot = Slot([5, 6], [7])
-    made = inject_prompt_embeds.inject(
-        {"type": "token", "prompt_token_ids": slot.ids(2), "cache_salt": "s", "prompt": "p"}, slot, rows
+    injection = PromptEmbeds(ByteBudget(1000))
+    held = await injection.hold(None, prepare(token, torch.bfloat16))
+    made = injection.inject(
+        {"type": "token", "prompt_token_ids": slot.ids(2), "cache_salt": "s", "prompt": "p"}, slot, held
     )
     assert made["is_token_ids"] == [True, True, False, False, True]
     assert made["prompt_embeds"].shape == (5, 8)
@@ -200,3 +199,28 @@ def test_injection_puts_the_rows_in_the_slot():
     assert not made["prompt_embeds"][[0, 1, 4]].any()
     assert made["cache_salt"] == "s"
     assert "prompt" not in made
+
+
+async def test_resident_rows_put_ids_in_the_slot(tmp_path, context):
+    written = {}
+
+    async def write(rows, vectors):
+        written.update(zip(rows, vectors, strict=True))
+
+    pool = RowPool(range(3, 6), write)
+    hook, _, _ = make_hook(tmp_path, injection=ResidentRows(pool, first=50_000))
+    rendering = await hook.begin(request(be_id="harbor"), USER, None)
+    ids = hook.cut(rendering, f"<|im_start|>system\n{rendering.marker}<|im_end|>\n")
+    made = hook.finish(rendering, {"type": "token", "prompt_token_ids": ids, "cache_salt": "mine"})
+    rows = [i - 50_000 for i in made["prompt_token_ids"] if i >= 50_000]
+    assert len(rows) == 2
+    assert set(rows) == set(written)
+    assert [i for i in made["prompt_token_ids"] if i < 50_000] == made["prompt_token_ids"].plain
+    assert made["prompt_token_ids"].plain == [i for i in ids if i]  # placeholders are zeros
+    assert made["cache_salt"] not in ("mine", salt(rendering.record.digest, None))
+    lease = made["prompt_token_ids"].lease.renew()
+    for clean in context.cleanup:
+        clean()
+    assert not pool._make_room(3)  # the engine may still embed the request again
+    lease.release()
+    assert pool._make_room(3)

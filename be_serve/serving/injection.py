@@ -1,0 +1,40 @@
+"""The seam between the hook and the ways in which vectors reach the engine.
+
+inject_prompt_embeds    they travel with each request, as vLLM prompt embeds
+inject_resident_rows    they lie on the workers; a request names their rows
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from be_serve.core.slots import Slot
+from be_serve.registry import Record
+
+INJECTIONS = ("resident-rows", "prompt-embeds")
+
+
+class Held(Protocol):
+    """What one request with a token holds in this server process."""
+
+    def release(self) -> None:
+        """Give it back; called when the HTTP request is over, and harmless when called again."""
+        ...
+
+
+class Injection(Protocol):
+    """One way. `name` is its value of `--be-injection`."""
+
+    name: str
+
+    def check(self, messages: Any, tools: Any) -> None:
+        """Raise UnsupportedRequest for content that this way must not let through. Sees every chat request."""
+        ...
+
+    async def hold(self, record: Record, vectors: Any) -> Held:
+        """Take what a request with this token needs. Raises BEError where there is not enough of it."""
+        ...
+
+    def inject(self, engine_input: dict[str, Any], slot: Slot, held: Any) -> dict[str, Any]:
+        """The engine input whose slot of placeholders stands for the vectors. Raises BEError."""
+        ...

@@ -1,0 +1,265 @@
+"""The engine's side of vLLM: what runs in its core and worker processes, for vLLM 0.32 and 0.33.
+
+Resident rows: a side table beside the input embedding holds the vectors of tokens,
+under ids above every id of the vocabulary. A request with a token is then plain token
+ids: nothing travels with it, the compiled graph stays, and KV blocks are cached by ids
+as ever. No text is tokenised to such an id and no logit stands for it, so it can be
+neither written nor sampled; the output head is untouched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+ROWS_KEY = "be_rows"
+"""Key of vLLM's `--additional-config` that gives the number of rows. It enters the hash of compiled graphs."""
+PROBE_ROWS = 4
+"""Further rows at the end of the table, for the proof at start-up."""
+_GAP = 1024
+"""Ids left free above the padded vocabulary: tokenizers may know a few ids more than the model."""
+_PADDING = 1024
+"""More than any padding of a vocabulary."""
+
+
+def configured_rows() -> int:
+    """Rows that the engine being built is to have; 0 for none."""
+    from vllm.config import get_current_vllm_config
+
+    config = get_current_vllm_config().additional_config
+    return int(config.get(ROWS_KEY, 0)) if isinstance(config, dict) else 0
+
+
+def install_resident_rows() -> None:
+    """Make input embeddings, workers and penalties know the rows. May be called more than once."""
+    from vllm.model_executor.custom_op import op_registry_oot
+    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+    if "VocabParallelEmbedding" in op_registry_oot:
+        return
+    VocabParallelEmbedding.register_oot(_resident_embedding(), name="VocabParallelEmbedding")
+    _teach_workers()
+    _teach_penalties()
+    _teach_lora()
+
+
+def _with_rows(layer: Any, ids: Tensor, look_up: Callable[[Tensor], Tensor]) -> Tensor:
+    """Embeddings [..., hidden_size] of ids, of which those from `layer.be_first` on are rows of its table."""
+    import torch
+    from torch.nn import functional as F
+
+    row = ids - layer.be_first
+    resident = row >= 0
+    # The vocabulary may be sharded and reduced over ranks; each rank has the whole table.
+    usual = look_up(ids.masked_fill(resident, 0))
+    found = F.embedding(row.clamp(0, len(layer.be_rows) - 1), layer.be_rows)
+    return torch.where(resident.unsqueeze(-1), found, usual)
+
+
+def _resident_embedding() -> type[Any]:
+    import torch
+    from vllm.config import get_current_vllm_config
+    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+    class ResidentEmbedding(VocabParallelEmbedding):  # type: ignore[misc]
+        """vLLM's input embedding with a table of further rows [rows + PROBE_ROWS, hidden_size]."""
+
+        be_rows: Tensor | None
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            rows = configured_rows()
+            text = get_current_vllm_config().model_config.hf_text_config
+            shape = (text.vocab_size, text.hidden_size)
+            whole = self.reduce_results and (self.num_embeddings, self.embedding_dim) == shape
+            table = torch.zeros(rows + PROBE_ROWS, self.embedding_dim, dtype=self.params_dtype)
+            self.register_buffer("be_rows", table if rows and whole else None, persistent=False)
+            self.be_first = self.num_embeddings_padded + _GAP
+
+        def forward(self, input_: Tensor) -> Tensor:
+            if self.be_rows is None:
+                return super().forward(input_)
+            return _with_rows(self, input_, super().forward)
+
+    return ResidentEmbedding
+
+
+def _layers(worker: Any) -> list[Any]:
+    model = worker.model_runner.get_model()
+    return [layer for layer in model.modules() if getattr(layer, "be_rows", None) is not None]
+
+
+class WorkerRows:
+    """What server processes call on each worker, by name and with native types only."""
+
+    def be_rows_info(self: Any) -> dict[str, Any] | None:
+        """What this worker's rows are; None where it has no input embedding with rows.
+
+        `scale` is the factor that the model puts on what it looks up (Gemma's square
+        root of the hidden size), found by looking up a known row.
+        """
+        import torch
+
+        layers = _layers(self)
+        if not layers:
+            return None
+        layer, model = layers[0], self.model_runner.get_model()
+        rows = len(layer.be_rows) - PROBE_ROWS
+        with torch.inference_mode():
+            known_H = torch.linspace(0.5, 1.0, layer.embedding_dim).to(layer.be_rows)
+            layer.be_rows[rows] = known_H
+            found_H = model.embed_input_ids(torch.tensor([layer.be_first + rows], device=known_H.device))[0].float()
+        self.be_scale = float((found_H / known_H.float()).median())
+        proven = self.be_scale > 0 and torch.allclose(found_H, self.be_scale * known_H.float(), rtol=2e-2)
+        return {"first": layer.be_first, "rows": rows, "scale": self.be_scale, "proven": bool(proven)}
+
+    def be_write_rows(self: Any, rows: list[int], data: bytes, hidden_size: int) -> None:
+        """Put vectors [n, hidden_size], raw bytes of the model's dtype, into `rows`. After `be_rows_info`."""
+        import torch
+
+        for layer in _layers(self):
+            table = layer.be_rows
+            vectors_NH = torch.frombuffer(bytearray(data), dtype=table.dtype).view(len(rows), hidden_size)
+            with torch.inference_mode():
+                at = torch.tensor(rows, device=table.device)
+                table[at] = (vectors_NH.float() / self.be_scale).to(table.device, table.dtype)
+
+    def be_probe_rows(self: Any, ids: list[int]) -> None:
+        """Copy the embeddings of `PROBE_ROWS` ordinary ids into the probe rows."""
+        import torch
+
+        for layer in _layers(self):
+            with torch.inference_mode():
+                layer.be_rows[-PROBE_ROWS:] = layer(torch.tensor(ids, device=layer.be_rows.device))
+
+
+def _teach_workers() -> None:
+    from vllm.v1.worker.gpu_worker import Worker  # the CPU worker is one, too
+
+    for name in ("be_rows_info", "be_write_rows", "be_probe_rows"):
+        setattr(Worker, name, getattr(WorkerRows, name))
+    # New weights are put through meta tensors, on which buffers lose what they hold. Sleep keeps buffers itself.
+    reload_weights, start, finish = Worker.reload_weights, Worker.start_weight_update, Worker.finish_weight_update
+
+    def keep(self: Any) -> None:
+        self.be_kept = [layer.be_rows.clone() for layer in _layers(self)]
+
+    def restore(self: Any) -> None:
+        for layer, table in zip(_layers(self), self.be_kept, strict=True):
+            layer.be_rows.copy_(table)
+
+    def reload_weights_and_rows(self: Any, *args: Any, **kwargs: Any) -> None:
+        keep(self)
+        try:
+            reload_weights(self, *args, **kwargs)
+        finally:
+            restore(self)
+
+    def start_weight_update(self: Any, *args: Any, **kwargs: Any) -> Any:
+        keep(self)
+        return start(self, *args, **kwargs)
+
+    def finish_weight_update(self: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return finish(self, *args, **kwargs)
+        finally:
+            restore(self)
+
+    Worker.reload_weights = reload_weights_and_rows
+    Worker.start_weight_update = start_weight_update
+    Worker.finish_weight_update = finish_weight_update
+
+
+def _teach_penalties() -> None:
+    """Penalties count the ids of a prompt over the vocabulary: rows are no words and count as nothing."""
+    import torch
+    from vllm.triton_utils import HAS_TRITON
+    from vllm.v1.worker.gpu_input_batch import InputBatch
+
+    original = InputBatch._make_prompt_token_ids_cpu_tensor
+
+    def _make_prompt_token_ids_cpu_tensor(self: Any) -> Any:
+        return original(self).clamp_(max=self.vocab_size)  # vLLM's own padding, which is counted and thrown away
+
+    InputBatch._make_prompt_token_ids_cpu_tensor = _make_prompt_token_ids_cpu_tensor
+    if not HAS_TRITON:
+        return
+    from vllm.v1.worker.gpu.sample.penalties import PenaltiesState
+
+    original_init = PenaltiesState.__init__
+
+    def __init__(self: Any, vllm_config: Any, req_states: Any) -> None:
+        original_init(self, vllm_config, req_states)
+        config = vllm_config.additional_config
+        rows = int(config.get(ROWS_KEY, 0)) if isinstance(config, dict) else 0
+        if rows:  # a bit for every id that a prompt can hold; those of rows stand for no logit
+            highest = req_states.vocab_size + _PADDING + _GAP + rows + PROBE_ROWS
+            mask = self.prompt_bin_mask
+            self.prompt_bin_mask = torch.zeros(len(mask), highest // 32 + 1, dtype=mask.dtype, device=mask.device)
+
+    PenaltiesState.__init__ = __init__
+
+
+def _teach_lora() -> None:
+    """An adapter of the embedding adds to the vocabulary's ids, not to rows."""
+    from vllm.lora.layers.vocab_parallel_embedding import VocabParallelEmbeddingWithLoRA
+
+    original = VocabParallelEmbeddingWithLoRA.forward
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        if getattr(self.base_layer, "be_rows", None) is None:
+            return original(self, x)
+        return _with_rows(self.base_layer, x, partial(original, self))
+
+    VocabParallelEmbeddingWithLoRA.forward = forward
+
+
+def patch_cpu_seed() -> None:
+    """Let a seeded, sampled request survive a split prefill on the CPU engine.
+
+    After each chunk but the last, vLLM takes back the random numbers of the token it
+    throws away by `Generator.set_offset`, which CPU generators do not have: the
+    engine dies. Here the generator's whole state is taken back instead, which also
+    makes a seeded answer independent of how its prefill was split.
+    """
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+    if getattr(CPUModelRunner, "_be_serve_seed", False):
+        return
+    original_sample, original_sync = CPUModelRunner._sample, CPUModelRunner._bookkeeping_sync
+
+    def discarded(runner: Any) -> list[int]:
+        count = runner.input_batch.num_reqs
+        mask = runner.discard_request_mask.np[:count]
+        return [int(i) for i in mask.nonzero()[0] if int(i) in runner.input_batch.generators]
+
+    def _sample(self: Any, *args: Any, **kwargs: Any) -> Any:
+        generators = self.input_batch.generators
+        before = {i: generators[i].get_state() for i in discarded(self)}
+        output = original_sample(self, *args, **kwargs)
+        for i, state in before.items():
+            generators[i].set_state(state)
+        return output
+
+    def _bookkeeping_sync(self: Any, *args: Any, **kwargs: Any) -> Any:
+        generators = self.input_batch.generators
+        hidden = {i: generators.pop(i) for i in discarded(self)}
+        try:
+            return original_sync(self, *args, **kwargs)
+        finally:
+            generators.update(hidden)
+
+    CPUModelRunner._sample = _sample
+    CPUModelRunner._bookkeeping_sync = _bookkeeping_sync
+    CPUModelRunner._be_serve_seed = True
+
+
+def on_cpu() -> bool:
+    """Whether vLLM runs on its CPU platform."""
+    from vllm.platforms import current_platform
+
+    return bool(current_platform.is_cpu())

@@ -1,0 +1,72 @@
+"""Which injection a server takes, and what its engine is told."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from be_serve.core.errors import InputError
+from be_serve.serving.launch import choose_injection, vllm_arguments
+
+
+def test_a_proven_model_takes_resident_rows(tiny_model_dir):
+    name, reason = choose_injection(str(tiny_model_dir), ["--port", "8000"])
+    assert name == "resident-rows"
+    assert "LlamaForCausalLM" in reason
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["--speculative-config", "{}"], "draft"),
+        (["--speculative_config.method=ngram"], "draft"),
+        (["-sc", "{}"], "draft"),
+        (["--kv-transfer-config={}"], "owners"),
+        (["--enable-lora"], "adapters"),
+        (["--model-impl", "transformers"], "implementation"),
+        (["--enable-prompt-embeds"], "asked for"),
+    ],
+)
+def test_what_rows_are_not_proven_with_takes_prompt_embeds(tiny_model_dir, arguments, word):
+    name, reason = choose_injection(str(tiny_model_dir), arguments)
+    assert name == "prompt-embeds"
+    assert word in reason
+
+
+def test_options_in_a_config_file_count(tiny_model_dir, tmp_path):
+    file = tmp_path / "vllm.yaml"
+    file.write_text("port: 8000\nspeculative_config: '{}'\n")
+    assert choose_injection(str(tiny_model_dir), ["--config", str(file)])[0] == "prompt-embeds"
+    file.write_text("port: 8000\n")
+    assert choose_injection(str(tiny_model_dir), [f"--config={file}"])[0] == "resident-rows"
+    with pytest.raises(InputError, match="--config"):
+        choose_injection(str(tiny_model_dir), ["--config", str(tmp_path / "none.yaml")])
+
+
+def test_an_unproven_architecture_takes_prompt_embeds(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["OddForCausalLM"], "model_type": "odd"}))
+    name, reason = choose_injection(str(tmp_path), [])
+    assert name == "prompt-embeds"
+    assert "OddForCausalLM" in reason
+    assert choose_injection(str(tmp_path / "missing"), [])[0] == "prompt-embeds"
+
+
+def test_the_engine_is_told_of_its_rows():
+    assert vllm_arguments("resident-rows", 64, ["--port", "1"]) == [
+        "--port", "1", "--additional-config", '{"be_rows": 64}'
+    ]  # fmt: skip
+    for given in (["--additional-config", '{"a": 1}', "-v"], ['--additional_config={"a": 1}', "-v"]):
+        made = vllm_arguments("resident-rows", 64, given)
+        assert json.loads(made[made.index("--additional-config") + 1]) == {"a": 1, "be_rows": 64}
+        assert made[-1] == "-v"
+    assert vllm_arguments("resident-rows", 64, ["--additional-config.a", "1"])[-2:] == [
+        "--additional-config.be_rows", "64"
+    ]  # fmt: skip
+    with pytest.raises(InputError, match="JSON object"):
+        vllm_arguments("resident-rows", 64, ["--additional-config", "[1]"])
+
+
+def test_prompt_embeds_need_vllms_flag_once():
+    assert vllm_arguments("prompt-embeds", 64, []) == ["--enable-prompt-embeds"]
+    assert vllm_arguments("prompt-embeds", 64, ["--enable_prompt_embeds"]) == ["--enable_prompt_embeds"]

@@ -1,0 +1,142 @@
+"""Rows of the workers' table: who lies where, and who may be written over."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from be_serve.serving.inject_resident_rows import RowIds, salt
+from be_serve.serving.rows import RowPool, RowsBusy, TooManyVectors
+
+
+class Table:
+    """What a worker would hold."""
+
+    def __init__(self, size):
+        self.rows = [None] * size
+        self.fault = None
+
+    async def write(self, rows, vectors):
+        await asyncio.sleep(0)
+        for row, vector in zip(rows, vectors, strict=True):
+            self.rows[row] = vector
+        await asyncio.sleep(0)
+        if self.fault:
+            raise self.fault
+
+
+def make_pool(size=4, **options):
+    table = Table(size)
+    return RowPool(range(size), table.write, **options), table
+
+
+def vectors(name, k):
+    return [f"{name}{i}" for i in range(k)]
+
+
+async def test_a_token_is_written_once_and_found_again():
+    pool, table = make_pool()
+    first = await pool.lease("a", vectors("a", 2))
+    second = await pool.lease("a", vectors("a", 2))
+    assert first.rows == second.rows
+    assert [table.rows[row] for row in first.rows] == ["a0", "a1"]
+    assert pool.writes == 1
+
+
+async def test_the_longest_unused_token_makes_room():
+    pool, table = make_pool()
+    for name in ("a", "b"):
+        (await pool.lease(name, vectors(name, 2))).release()
+    (await pool.lease("a", vectors("a", 2))).release()
+    lease = await pool.lease("c", vectors("c", 1))
+    assert pool.resident == 2
+    assert {"a0", "a1", "c0"} <= set(table.rows)
+    assert table.rows[lease.rows[0]] == "c0"
+
+
+async def test_rows_in_use_are_never_written_over():
+    pool, table = make_pool(patience=5)
+    used = await pool.lease("a", vectors("a", 3))
+    again = used.renew()
+    used.release()
+    used.release()
+    waiting = asyncio.create_task(pool.lease("b", vectors("b", 2)))
+    await asyncio.sleep(0.01)
+    assert not waiting.done()
+    assert [table.rows[row] for row in again.rows] == ["a0", "a1", "a2"]
+    again.release()
+    lease = await waiting
+    assert [table.rows[row] for row in lease.rows] == ["b0", "b1"]
+    with pytest.raises(RuntimeError):
+        again.renew()
+
+
+async def test_a_server_whose_rows_are_all_in_use_says_so():
+    pool, _ = make_pool(patience=0.01)
+    await pool.lease("a", vectors("a", 4))
+    with pytest.raises(RowsBusy, match="All 4 rows") as caught:
+        await pool.lease("b", vectors("b", 1))
+    assert caught.value.http_status == 503
+
+
+async def test_a_token_with_more_vectors_than_rows_names_both():
+    pool, _ = make_pool()
+    with pytest.raises(TooManyVectors, match=r"5 vectors.* 4 rows") as caught:
+        await pool.lease("a", vectors("a", 5))
+    assert caught.value.http_status == 422
+
+
+async def test_a_failed_write_leaves_no_resident_and_loses_no_rows():
+    pool, table = make_pool()
+    table.fault = OSError("the engine is gone")
+    with pytest.raises(OSError, match="gone"):
+        await pool.lease("a", vectors("a", 4))
+    table.fault = None
+    lease = await pool.lease("a", vectors("a", 4))
+    assert [table.rows[row] for row in lease.rows] == vectors("a", 4)
+
+
+async def test_a_client_that_goes_away_while_its_token_is_written_leaves_the_rows_to_others():
+    pool, table = make_pool()
+    task = asyncio.create_task(pool.lease("a", vectors("a", 4)))
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    lease = await pool.lease("b", vectors("b", 4))
+    assert [table.rows[row] for row in lease.rows] == vectors("b", 4)
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(1, 3), st.integers(0, 3)), max_size=60), st.integers(3, 8))
+def test_under_any_load_a_lease_reads_its_own_vectors(requests, size):
+    """Many clients at once: what lies in a lease's rows is its token's, from the first moment to the last."""
+
+    async def client(pool, table, name, k, pauses):
+        token = f"{name}/{k}"
+        lease = await pool.lease(token, vectors(token, k))
+        for _ in range(pauses + 1):
+            assert [table.rows[row] for row in lease.rows] == vectors(token, k)
+            await asyncio.sleep(0)
+        lease.release()
+
+    async def run():
+        pool, table = make_pool(size, patience=5)
+        await asyncio.gather(*(client(pool, table, *request) for request in requests))
+        assert sum(len(found.rows) for found in pool._residents.values()) + len(pool._free) == size
+
+    asyncio.run(run())
+
+
+def test_the_salt_tells_tokens_and_clients_apart():
+    salts = {salt("a", None), salt("b", None), salt("a", "x"), salt("b", "x")}
+    assert len(salts) == 4
+    assert salt("a", None) == salt("a", "")
+
+
+def test_ids_with_rows_know_the_plain_ones():
+    ids = RowIds([1, 2], [900, 901], [3], lease=None)
+    assert ids == [1, 2, 900, 901, 3]
+    assert ids.plain == [1, 2, 3]
