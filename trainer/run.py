@@ -33,7 +33,8 @@ from trainer.report_html import write_report
 from trainer.served import served_answers
 from trainer.soft_token import SoftToken, soft_token
 from trainer.stages import Distil, Joint, Reconstruct, Stage
-from trainer.starts import Search, Start, file_start, found_start, mean_start, random_start, text_start, written_texts
+from trainer.start_finder import StartFinder
+from trainer.starts import Start
 from trainer.synthesis import synthesise
 from trainer.teacher import Decoder, Example, Teacher
 from trainer.verdict import judge
@@ -164,14 +165,7 @@ class Run:
         self._training = Training(
             token,
             self._stages(examples),
-            Optimisation(
-                config.lr,
-                config.warmup,
-                (config.beta1, config.beta2),
-                config.weight_decay,
-                config.clip,
-                config.checkpoint_every,
-            ),
+            self._optimisation(),
             folder=self.folder,
             digest=digest,
         )
@@ -270,44 +264,38 @@ class Run:
         return soft_token(start.vectors_KH.to(self.model.device), self.config.rank, self.config.seed)
 
     def _find_start(self, examples: list[Example]) -> Start:
-        config, model = self.config, self.model
-        if config.init == "random":
-            return random_start(model, config.tokens, config.seed)
-        if config.init == "mean":
-            return mean_start(model, config.tokens, self.prompt_ids)
-        if config.init.startswith("file:"):
-            return file_start(model, config.tokens, config.init.removeprefix("file:"))
-        if config.init.startswith("text:"):
-            return text_start(model, config.tokens, config.init.removeprefix("text:"))
-        return self._search(examples[: config.search_queries])
-
-    def _search(self, examples: list[Example]) -> Start:
-        """The search's result, kept beside the teacher's responses for runs that differ in other settings."""
-        config, model = self.config, self.model
-        cases = [[example.query.to_json(), example.response] for example in examples]
-        key = [self.prompt, config.placement, config.tokens, config.summary, str(model.fingerprint), str(model.dtype)]
-        kept = self.cache / f"search-{digest_of([*key, cases])}.json"
-        if kept.exists():
-            return found_start(model, **json.loads(kept.read_text(encoding="utf-8")))
+        finder = StartFinder(
+            self.config, self.model, self.prompt, self.prompt_ids, cache=self.cache, folder=self.folder, say=self.say
+        )
         with self._bar("search", None) as progress:
-            texts = [] if config.tokens == 1 else written_texts(model, self.prompt, seed=config.seed)
-            if config.summary:
-                texts.append(model.slots.prompt_ids(config.summary, template_kwargs=model.template_kwargs))
-            search = Search(model, examples, config.placement, progress)
-            ids, kl = search.run(self.prompt_ids, config.tokens, texts)
-        write_atomically(kept, json.dumps({"ids": ids, "kl": kl}).encode())
-        return found_start(model, ids, kl)
+            starts = finder.candidates(examples, progress)
+        return finder.best(starts, self._distil(examples), self._optimisation(), quiet=self.quiet)
 
-    def _stages(self, examples: list[Example]) -> list[tuple[Stage, int]]:
-        config, model = self.config, self.model
-        stage: Stage = Distil(
-            model,
+    def _distil(self, examples: list[Example]) -> Distil:
+        config = self.config
+        return Distil(
+            self.model,
             examples,
             placement=config.placement,
             tau=config.tau,
             batch_size=config.batch_size,
             seed=config.seed,
         )
+
+    def _optimisation(self) -> Optimisation:
+        config = self.config
+        return Optimisation(
+            config.lr,
+            config.warmup,
+            (config.beta1, config.beta2),
+            config.weight_decay,
+            config.clip,
+            config.checkpoint_every,
+        )
+
+    def _stages(self, examples: list[Example]) -> list[tuple[Stage, int]]:
+        config, model = self.config, self.model
+        stage: Stage = self._distil(examples)
         stages: list[tuple[Stage, int]] = []
         if config.ae is not None:
             reconstruct = Reconstruct(model, self.prompt, self._ae(config.ae))

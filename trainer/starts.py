@@ -107,6 +107,15 @@ def _parts(rows_PH: Tensor, k: int) -> list[Tensor]:
     return list(rows_PH.tensor_split(k))
 
 
+def distinct(candidates: Sequence[tuple[list[int], float]], count: int) -> list[tuple[list[int], float]]:
+    """The first `count` candidates of which none shares more than half its tokens with an earlier one."""
+    kept: list[tuple[list[int], float]] = []
+    for ids, kl in candidates:
+        if len(kept) < count and all(len(set(ids) & set(other)) <= len(set(ids)) / 2 for other, _ in kept):
+            kept.append((ids, kl))
+    return kept
+
+
 class Search:
     """Greedy search over a prompt's own tokens by KL(full || candidate) on a few training queries.
 
@@ -129,6 +138,12 @@ class Search:
 
     def run(self, prompt_ids: Sequence[int], k: int, texts: Sequence[Sequence[int]] = ()) -> tuple[list[int], float]:
         """The best k tokens found, and their KL; of `texts` (ids) the first k tokens compete."""
+        return self.ranked(prompt_ids, k, texts)[0]
+
+    def ranked(
+        self, prompt_ids: Sequence[int], k: int, texts: Sequence[Sequence[int]] = ()
+    ) -> list[tuple[list[int], float]]:
+        """The candidates that were scored on every query, best first: what `run` takes, and its rivals."""
         pool = self._words(prompt_ids)
         ranked = self._best([[token] for token in pool], _FINALISTS)
         chosen, kl = ranked[0]
@@ -137,12 +152,12 @@ class Search:
         tried = max(_POOL // k, 8)  # a search for 16 tokens may not take four times as long as one for 4
         for _ in range(1, k):
             chosen, kl = self._best([[*chosen, token] for token in tokens[:tried]], tried // 4)[0]
+        found = [(chosen, kl)] if k > 1 else ranked
         if k > 1:
             rivals = self._windows(prompt_ids, k, set(tokens[:_FINALISTS]))
             rivals += [list(text[:k]) for text in texts if len(text) >= k]
-            rival, rival_kl = self._best(rivals, _FINALISTS // 3)[0]
-            chosen, kl = (rival, rival_kl) if rival_kl < kl else (chosen, kl)
-        return chosen, kl
+            found += self._best(rivals, _FINALISTS // 3)
+        return sorted(found, key=lambda candidate: candidate[1])
 
     def _words(self, prompt_ids: Sequence[int]) -> list[int]:
         """Distinct tokens with a letter or digit, in order of appearance."""
