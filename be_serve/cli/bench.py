@@ -173,6 +173,8 @@ def ttft(
     from benchmarks.ttft import TTFTOptions, measure_ttft
 
     token = Token.load(token_file) if token_file else None
+    if k > 1024 and not any(argument.startswith("--be-rows") for argument in plugin_args):
+        plugin_args = (*plugin_args, "--be-rows", str(k))
     resolved = resolve_model(model, revision=revision) if not (url and (be_id or token)) else None
     options = TTFTOptions(
         model=model,

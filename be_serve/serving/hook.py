@@ -102,7 +102,7 @@ class ChatHook:
             return None
         try:
             self._refuse_options(request)
-            held = await self._hold(context, resolution.record)
+            held = await self._hold(context, resolution)
             rendering = self._mark(resolution, held, started)
         except BEError as exc:
             if resolution.how != "match":
@@ -124,14 +124,16 @@ class ChatHook:
         kwargs = dict(manifest.template_kwargs)
         return Rendering(resolution.record, held, marker, marked, kwargs, started, how=resolution.how)
 
-    async def _hold(self, context: RequestContext, record: Record) -> Held | None:
+    async def _hold(self, context: RequestContext, resolution: Resolution) -> Held | None:
+        record = resolution.record
         vectors = self._index.cached(record)
         self._metrics.cache.labels(result="hit" if vectors is not None else "miss").inc()
         if vectors is None:
             vectors = await asyncio.to_thread(self._index.load, record)
         if context.path == "/tokenize":
             return None
-        held = await self._injection.hold(record, vectors)
+        # A matched request has its full prompt to fall back on: it waits for nothing.
+        held = await self._injection.hold(record, vectors, wait=resolution.how != "match")
         context.cleanup.append(held.release)
         return held
 

@@ -55,7 +55,7 @@ class PromptEmbeds:
     def check(self, messages: Any, tools: Any) -> None:
         refuse_raw_embeddings(messages, tools)
 
-    async def hold(self, record: Record, vectors: torch.Tensor) -> HeldVectors:
+    async def hold(self, record: Record, vectors: torch.Tensor, *, wait: bool = True) -> HeldVectors:
         return HeldVectors(vectors, self._budget)
 
     def inject(self, engine_input: dict[str, Any], slot: Slot, held: HeldVectors) -> dict[str, Any]:

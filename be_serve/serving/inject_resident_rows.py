@@ -50,8 +50,8 @@ class ResidentRows:
     def check(self, messages: Any, tools: Any) -> None:
         """Nothing is closed to clients: the engine takes no embeddings, and no text becomes a row's id."""
 
-    async def hold(self, record: Record, vectors: Any) -> HeldRows:
-        return HeldRows(await self._pool.lease(record.digest, vectors), record.digest)
+    async def hold(self, record: Record, vectors: Any, *, wait: bool = True) -> HeldRows:
+        return HeldRows(await self._pool.lease(record.digest, vectors, wait=wait), record.digest)
 
     def inject(self, engine_input: dict[str, Any], slot: Slot, held: HeldRows) -> dict[str, Any]:
         """The token input with the rows' ids in the slot."""

@@ -31,8 +31,11 @@ class Injection(Protocol):
         """Raise UnsupportedRequest for content that this way must not let through. Sees every chat request."""
         ...
 
-    async def hold(self, record: Record, vectors: Any) -> Held:
-        """Take what a request with this token needs. Raises BEError where there is not enough of it."""
+    async def hold(self, record: Record, vectors: Any, *, wait: bool = True) -> Held:
+        """Take what a request with this token needs.
+
+        Raises BEError where there is not enough of it: after a while, without `wait` at once.
+        """
         ...
 
     def inject(self, engine_input: dict[str, Any], slot: Slot, held: Any) -> dict[str, Any]:

@@ -24,7 +24,11 @@ PROVEN = frozenset(
 
 _UNPROVEN_WITH = {
     "--speculative-config": "speculative decoding may draft a row's id",
+    "--spec-method": "speculative decoding may draft a row's id",
+    "--spec-model": "speculative decoding may draft a row's id",
+    "--spec-tokens": "speculative decoding may draft a row's id",
     "--kv-transfer-config": "a KV store outside vLLM may not tell the owners of a row apart",
+    "--kv-offloading-size": "a KV store outside vLLM may not tell the owners of a row apart",
     "--enable-lora": "not tried beside adapters yet",
     "--model-impl": "another implementation of the model was chosen",
     "--enable-prompt-embeds": "prompt embeds were asked for",
@@ -96,7 +100,9 @@ def _architectures(model: str, arguments: Sequence[str]) -> list[str]:
     """The model's architectures by its config.json; none where it cannot be read without running code."""
     from transformers import PretrainedConfig
 
-    revision = next((b for a, b in itertools.pairwise(arguments) if a == "--revision"), None)
+    given = [a.partition("=")[2] for a in arguments if a.startswith("--revision=")]
+    given += [b for a, b in itertools.pairwise(arguments) if a == "--revision"]
+    revision = given[-1] if given else None
     try:
         config, _ = PretrainedConfig.get_config_dict(model, revision=revision)
     except (OSError, ValueError):

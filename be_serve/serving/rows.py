@@ -95,11 +95,11 @@ class RowPool:
         """Number of tokens that lie in rows."""
         return len(self._residents)
 
-    async def lease(self, digest: str, vectors: Any) -> Lease:
+    async def lease(self, digest: str, vectors: Any, *, wait: bool = True) -> Lease:
         """The rows of a token's vectors [k, hidden_size], written if they are not resident.
 
         Raises TooManyVectors where k exceeds the rows of this process, RowsBusy where
-        none became free in time.
+        none became free within `patience` seconds, at once without `wait`.
         """
         k = len(vectors)
         if k > self.capacity:
@@ -110,8 +110,7 @@ class RowPool:
             )
         found = self._residents.get(digest)
         if found is None:
-            async with self._writing:
-                found = self._residents.get(digest) or await self._admit(digest, vectors, k)
+            found = await self._in_turn(digest, vectors, k, self._patience if wait else 0.0)
         self._residents.move_to_end(digest)
         return Lease(self, found)
 
@@ -121,17 +120,25 @@ class RowPool:
         if not resident.users:
             self._freed.set()
 
-    async def _admit(self, digest: str, vectors: Any, k: int) -> _Resident:
+    async def _in_turn(self, digest: str, vectors: Any, k: int, patience: float) -> _Resident:
+        """The token's rows, once it is this request's turn and there is room. Only the waiting has a limit."""
+        busy = RowsBusy(
+            f"All {self.capacity} rows of this server process are used by requests in flight; please try again later. "
+            "Operators: --be-rows."
+        )
         try:
-            async with asyncio.timeout(self._patience):
-                while not self._make_room(k):
+            async with asyncio.timeout(patience) as limit, self._writing:
+                while digest not in self._residents and not self._make_room(k):
+                    if not patience:
+                        raise busy
                     self._freed.clear()
                     await self._freed.wait()
+                limit.reschedule(None)
+                return self._residents.get(digest) or await self._admit(digest, vectors, k)
         except TimeoutError:
-            raise RowsBusy(
-                f"All {self.capacity} rows of this server process are used by requests in flight; please try "
-                "again later. Operators: --be-rows."
-            ) from None
+            raise busy from None
+
+    async def _admit(self, digest: str, vectors: Any, k: int) -> _Resident:
         rows = [self._free.pop() for _ in range(k)]
         try:
             await self._write(rows, vectors)

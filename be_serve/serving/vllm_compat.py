@@ -1,6 +1,6 @@
 """Everything that touches vLLM's private parts, for vLLM 0.32 and 0.33.
 
-The rest of the package never imports vLLM. Each expectation is checked when a
+Beside it only `vllm_engine` (the workers) and `vllm_rows` import vLLM. Each expectation is checked when a
 server starts, so that a vLLM that moved something gives one clear error instead
 of a wrong answer.
 """
@@ -172,8 +172,9 @@ def close_raw_embeddings(state: Any, engine_client: Any) -> None:
     config = engine_client.model_config
     if not config.enable_prompt_embeds:
         raise IncompatibleVLLM(
-            "The engine was started without --enable-prompt-embeds, which injection `prompt-embeds` needs. "
-            "`be-serve serve` adds it; a plain vLLM command must name it."
+            "The engine was started without --enable-prompt-embeds, which injection `prompt-embeds` needs, and without "
+            "rows for tokens. `be-serve serve` adds what is needed; a plain vLLM command must name the flag, or "
+            """--additional-config '{"be_rows": 1024}' for resident rows."""
         )
     base = state.online_renderer.renderer
     config.enable_prompt_embeds = False

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 ROWS_KEY = "be_rows"
 """Key of vLLM's `--additional-config` that gives the number of rows. It enters the hash of compiled graphs."""
 PROBE_ROWS = 4
-"""Further rows at the end of the table, for the proof at start-up."""
+"""Rows behind those for tokens, for the proof at start-up; one more behind them tells the model's scale."""
 _GAP = 1024
 """Ids left free above the padded vocabulary: tokenizers may know a few ids more than the model."""
 _PADDING = 1024
@@ -66,7 +66,7 @@ def _resident_embedding() -> type[Any]:
     from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
     class ResidentEmbedding(VocabParallelEmbedding):  # type: ignore[misc]
-        """vLLM's input embedding with a table of further rows [rows + PROBE_ROWS, hidden_size]."""
+        """vLLM's input embedding with a table of further rows [rows + PROBE_ROWS + 1, hidden_size]."""
 
         be_rows: Tensor | None
 
@@ -76,7 +76,7 @@ def _resident_embedding() -> type[Any]:
             text = get_current_vllm_config().model_config.hf_text_config
             shape = (text.vocab_size, text.hidden_size)
             whole = self.reduce_results and (self.num_embeddings, self.embedding_dim) == shape
-            table = torch.zeros(rows + PROBE_ROWS, self.embedding_dim, dtype=self.params_dtype)
+            table = torch.zeros(rows + PROBE_ROWS + 1, self.embedding_dim, dtype=self.params_dtype)
             self.register_buffer("be_rows", table if rows and whole else None, persistent=False)
             self.be_first = self.num_embeddings_padded + _GAP
 
@@ -108,11 +108,12 @@ class WorkerRows:
         if not layers:
             return None
         layer, model = layers[0], self.model_runner.get_model()
-        rows = len(layer.be_rows) - PROBE_ROWS
+        rows = len(layer.be_rows) - PROBE_ROWS - 1
         with torch.inference_mode():
             known_H = torch.linspace(0.5, 1.0, layer.embedding_dim).to(layer.be_rows)
-            layer.be_rows[rows] = known_H
-            found_H = model.embed_input_ids(torch.tensor([layer.be_first + rows], device=known_H.device))[0].float()
+            layer.be_rows[-1] = known_H
+            last = layer.be_first + len(layer.be_rows) - 1
+            found_H = model.embed_input_ids(torch.tensor([last], device=known_H.device))[0].float()
         self.be_scale = float((found_H / known_H.float()).median())
         proven = self.be_scale > 0 and torch.allclose(found_H, self.be_scale * known_H.float(), rtol=2e-2)
         return {"first": layer.be_first, "rows": rows, "scale": self.be_scale, "proven": bool(proven)}
@@ -134,7 +135,7 @@ class WorkerRows:
 
         for layer in _layers(self):
             with torch.inference_mode():
-                layer.be_rows[-PROBE_ROWS:] = layer(torch.tensor(ids, device=layer.be_rows.device))
+                layer.be_rows[-PROBE_ROWS - 1 : -1] = layer(torch.tensor(ids, device=layer.be_rows.device))
 
 
 def _teach_workers() -> None:
@@ -197,7 +198,7 @@ def _teach_penalties() -> None:
         config = vllm_config.additional_config
         rows = int(config.get(ROWS_KEY, 0)) if isinstance(config, dict) else 0
         if rows:  # a bit for every id that a prompt can hold; those of rows stand for no logit
-            highest = req_states.vocab_size + _PADDING + _GAP + rows + PROBE_ROWS
+            highest = req_states.vocab_size + _PADDING + _GAP + rows + PROBE_ROWS + 1
             mask = self.prompt_bin_mask
             self.prompt_bin_mask = torch.zeros(len(mask), highest // 32 + 1, dtype=mask.dtype, device=mask.device)
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from be_serve.serving.inject_resident_rows import RowIds
 from be_serve.serving.rows import Lease
 from be_serve.serving.vllm_compat import IncompatibleVLLM
 from be_serve.serving.vllm_engine import PROBE_ROWS, ROWS_KEY
+
+_ATTEMPTS = 3
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,11 @@ async def open_rows(engine_client: Any, state: Any) -> RowTable:
     where something behind the engine may not tell the owners of a row apart.
     """
     config = engine_client.vllm_config
+    if engine_client.model_config.enable_prompt_embeds:
+        raise IncompatibleVLLM(
+            "With resident rows the engine must take no embeddings, for clients could send their own: "
+            "leave --enable-prompt-embeds out, or start the server with --be-injection prompt-embeds."
+        )
     for option in ("speculative_config", "kv_transfer_config"):
         if getattr(config, option, None) is not None:
             raise IncompatibleVLLM(
@@ -58,9 +66,17 @@ async def open_rows(engine_client: Any, state: Any) -> RowTable:
             f"The tokenizer knows ids up to {highest}, the rows begin at {first}; "
             "start the server with --be-injection prompt-embeds."
         )
-    await _prove_rows(engine_client, first + count)
+    for attempt in range(_ATTEMPTS):  # processes that start together share batches, which round differently
+        try:
+            await _prove_rows(engine_client, first + count)
+            break
+        except IncompatibleVLLM:
+            if attempt + 1 == _ATTEMPTS:
+                raise
+            await asyncio.sleep(1)
+    # Processes that took one another's rows would serve one another's tokens: no guess if these are missing.
     client = engine_client.engine_core
-    index, clients = getattr(client, "client_index", 0), getattr(client, "client_count", 1)
+    index, clients = int(client.client_index), int(client.client_count)
     return RowTable(first, range(count * index // clients, count * (index + 1) // clients))
 
 

@@ -82,6 +82,19 @@ async def test_a_server_whose_rows_are_all_in_use_says_so():
     assert caught.value.http_status == 503
 
 
+async def test_the_wait_counts_from_the_request_on_and_some_do_not_wait():
+    pool, _ = make_pool(patience=0.05)
+    await pool.lease("a", vectors("a", 4))
+    started = asyncio.get_running_loop().time()
+    waiting = [asyncio.create_task(pool.lease(name, vectors(name, 1))) for name in "bcdefgh"]
+    with pytest.raises(RowsBusy):
+        await pool.lease("z", vectors("z", 1), wait=False)
+    assert asyncio.get_running_loop().time() - started < 0.04
+    found = await asyncio.gather(*waiting, return_exceptions=True)
+    assert all(isinstance(one, RowsBusy) for one in found)
+    assert asyncio.get_running_loop().time() - started < 0.2
+
+
 async def test_a_token_with_more_vectors_than_rows_names_both():
     pool, _ = make_pool()
     with pytest.raises(TooManyVectors, match=r"5 vectors.* 4 rows") as caught:
