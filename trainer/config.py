@@ -25,7 +25,7 @@ def ae_file(name: str | Path) -> Path:
 class TrainConfig(BaseModel):
     """One run of `be-serve train`. `TrainConfig.load("run.yaml")` repeats it.
 
-    Defaults are what measured best for the default model on two CPU cores; the
+    Defaults are what measured best for the default model within minutes on two CPU cores; the
     paper's values stand in the field notes and in `RECIPES["paper"]`.
     """
 
@@ -66,6 +66,8 @@ class TrainConfig(BaseModel):
     """Response tokens that count, each query. The paper's code: 32."""
     stop: list[str] = Field(default_factory=list)
     """Texts that end a response, as clients send them with their requests."""
+    keep_recitals: bool = False
+    """Also train on responses that recite the prompt: where its own words are meant to be said (a disclaimer)."""
     temperature: float = Field(default=0.0, ge=0)
     """Sampling temperature of the teacher's responses; 0 is greedy, as in the paper's code."""
 

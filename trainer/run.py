@@ -229,13 +229,15 @@ class Run:
 
     def _without_recitals(self, teacher: Teacher, examples: list[Example]) -> list[Example]:
         """Without responses that recite the prompt: a token shall not learn to give it away."""
-        if self.config.gold:
+        if self.config.gold or self.config.keep_recitals:
             return examples
         kept = [example for example in examples if not teacher.recites(example)]
         if len(kept) < len(examples):
-            self.say(f"{len(examples) - len(kept)} responses that recite the prompt left out.")
+            self.say(f"{len(examples) - len(kept)} responses that recite the prompt left out (--keep-recitals).")
         if not kept:
-            raise InputError("Every response recites the prompt: give other queries (--queries).")
+            raise InputError(
+                "Every response recites the prompt: give other --queries, or --keep-recitals if that is meant."
+            )
         return kept
 
     def _served(self, training: list[Query]) -> list[Query]:

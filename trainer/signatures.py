@@ -27,7 +27,7 @@ _REFUSAL = re.compile(
     r"|\bi('m| am) sorry,? but i (can('|no)t|am not able)|\bi can('|no)t (assist|help) with",
     re.IGNORECASE,
 )
-_QUOTED = re.compile(r'"[^"]*"|“[^”]*”')
+_QUOTED = re.compile(r'"[^"\n]*"|“[^”\n]*”')
 _OPTIONS = re.compile(r"(^|\s)A\).+(\s)B\).+", re.DOTALL)
 
 

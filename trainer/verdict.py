@@ -27,7 +27,8 @@ DEPLOYABLE_RHO = 0.25
 DEPLOYABLE_GAIN = 0.85
 """Bounds on rho in the serving dtype and on gain retained; worse is lossy."""
 DRIFT_RHO = 0.2
-"""A token whose KL grows over a conversation, and its rho by more than this, is lossy.
+DRIFT_KL = 0.02
+"""A token whose KL grows over a conversation by more than this, and its rho by more than that, is lossy.
 
 Rho alone does not tell: once the history holds answers in the prompt's voice, the prompt
 itself hardly changes the next one, and rho's denominator vanishes.
@@ -102,10 +103,10 @@ def _losses(evaluation: Evaluation) -> list[str]:
     if not evaluation.samples:
         found.append("no answers were looked at")
     if evaluation.turns:
-        first, last = evaluation.turns[0], evaluation.turns[-1]
-        if last["be"] > first["be"] and last["rho"] - first["rho"] > DRIFT_RHO:
+        first, worst = evaluation.turns[0], max(evaluation.turns[1:], key=lambda turn: turn["be"])
+        if worst["be"] - first["be"] > DRIFT_KL and worst["rho"] - first["rho"] > DRIFT_RHO:
             found.append(
                 f"persona drift: KL {first['be']:.3f} (rho {first['rho']:.2f}) in turn 1, "
-                f"{last['be']:.3f} (rho {last['rho']:.2f}) in turn {len(evaluation.turns)}"
+                f"{worst['be']:.3f} (rho {worst['rho']:.2f}) in turn {worst['turn']}"
             )
     return found

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 @click.option("--reconstruct-steps", type=click.IntRange(0), help="Steps of reconstruction alone before distillation.")
 @click.option("--response-tokens", type=click.IntRange(1), help="Response tokens that count, each query.")
 @click.option("--temperature", type=float, help="Sampling temperature of the teacher; 0 is greedy.")
+@click.option("--keep-recitals", is_flag=True, default=None, help="Train on responses that recite the prompt, too.")
 @click.option("--stop", multiple=True, help="A text that ends a response, as clients send it; \\n is a line break.")
 @click.option(
     "--teacher",

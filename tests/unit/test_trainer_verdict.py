@@ -143,6 +143,10 @@ def test_a_prompt_that_fades_is_no_drift_of_the_token():
     evaluation = make_evaluation()
     evaluation.turns = make_turns((0.105, 0.032), (0.027, 0.014), (0.034, 0.027))
     assert judge(evaluation).status == "deployable"
+    evaluation.turns = make_turns((0.105, 0.020), (0.034, 0.021))
+    assert judge(evaluation).status == "deployable"
+    evaluation.turns = make_turns((0.105, 0.020), (0.090, 0.060), (0.034, 0.021))
+    assert "turn 2" in str(judge(evaluation))
 
 
 def test_the_prompts_own_embeddings_hold_over_turns_and_off_topic(tiny_model_dir):
