@@ -148,8 +148,8 @@ def drop_near_duplicates(queries: Sequence[Query], similar: float = _SIMILAR) ->
 def split_held_out(queries: Sequence[Query], held_out: int) -> tuple[list[Query], list[Query]]:
     """Shuffle and split into (training, held-out); near-duplicates must be gone already.
 
-    The split depends on the queries alone: runs of other seeds are measured on the same
-    queries, and share the teacher's responses. At most a fifth is held out, at least
+    The split depends on the queries alone: of the same file, runs of other seeds are
+    measured on the same queries. At most a fifth is held out, at least
     one. Raises InputError for fewer than two queries.
     """
     if len(queries) < 2:

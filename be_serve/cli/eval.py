@@ -24,7 +24,11 @@ import click
 @click.option(
     "--stop", multiple=True, help="A text that ends a response; \\n is a line break. [default: as in training]"
 )
-@click.option("--clauses", is_flag=True, help="Leave out each sentence of the prompt in turn: what is kept of it?")
+@click.option(
+    "--clauses",
+    is_flag=True,
+    help="Leave out each of the first 16 sentences in turn, on 16 queries: what is kept of it?",
+)
 @click.option("--checks", help="JSON list of checks (`trainer/checkers.py`) on the answers' form and words.")
 @click.option(
     "--check-tokens", type=click.IntRange(1), default=256, show_default=True, help="Answers' length for them."
