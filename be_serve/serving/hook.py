@@ -132,6 +132,8 @@ class ChatHook:
             vectors = await asyncio.to_thread(self._index.load, record)
         if context.path == "/tokenize":
             return None
+        if context.over:
+            raise UnsupportedRequest("A response that goes on in the background cannot use a token in its later turns.")
         # A matched request has its full prompt to fall back on: it waits for nothing.
         held = await self._injection.hold(record, vectors, wait=resolution.how != "match")
         context.cleanup.append(held.release)

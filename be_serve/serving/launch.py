@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import itertools
 import json
 from collections.abc import Sequence
@@ -29,21 +30,25 @@ _UNPROVEN_WITH = {
     "--spec-tokens": "speculative decoding may draft a row's id",
     "--kv-transfer-config": "a KV store outside vLLM may not tell the owners of a row apart",
     "--kv-offloading-size": "a KV store outside vLLM may not tell the owners of a row apart",
+    "--logits-processors": "custom logits processors are shown the ids of a prompt",
     "--enable-lora": "not tried beside adapters yet",
     "--model-impl": "another implementation of the model was chosen",
     "--enable-prompt-embeds": "prompt embeds were asked for",
 }
 _ADDITIONAL = "--additional-config"
+_SHORTEST = 6
 
 
 def choose_injection(model: str, arguments: Sequence[str]) -> tuple[str, str]:
     """The injection that `auto` takes for a model and vLLM's arguments, and why."""
-    given = set(_options(arguments))
+    given = _options(arguments)
     for option, reason in _UNPROVEN_WITH.items():
-        if option in given:
+        if any(_means(name, option) for name in given):
             return "prompt-embeds", f"{option}: {reason}"
     if "-sc" in given:
         return "prompt-embeds", f"-sc: {_UNPROVEN_WITH['--speculative-config']}"
+    if plugins := logits_processor_plugins():
+        return "prompt-embeds", f"{plugins[0]}: {_UNPROVEN_WITH['--logits-processors']}"
     names = _architectures(model, arguments)
     if not PROVEN.issuperset(names) or not names:
         return "prompt-embeds", f"resident rows are not proven for {', '.join(names) or 'this model'}"
@@ -54,15 +59,28 @@ def vllm_arguments(injection: str, rows: int, arguments: Sequence[str]) -> list[
     """vLLM's arguments with what an injection needs of the engine. Raises InputError."""
     made = list(arguments)
     if injection == "prompt-embeds":
-        return made if "--enable-prompt-embeds" in _options(made) else [*made, "--enable-prompt-embeds"]
+        given = any(_means(name, "--enable-prompt-embeds") for name in _options(made))
+        return made if given else [*made, "--enable-prompt-embeds"]
     for i, argument in enumerate(made):
         name, equals, value = argument.partition("=")
-        if name.replace("_", "-") == _ADDITIONAL:
+        if _means(name.replace("_", "-"), _ADDITIONAL):
             text = value if equals else "".join(made[i + 1 : i + 2])
             return [*made[:i], _ADDITIONAL, _with_rows(text, rows), *made[i + (1 if equals else 2) :]]
-    if _ADDITIONAL in _options(made):  # given key by key
+    if any(argument.replace("_", "-").startswith(f"{_ADDITIONAL}.") for argument in made):  # given key by key
         return [*made, f"{_ADDITIONAL}.be_rows", str(rows)]
-    return [*made, _ADDITIONAL, _with_rows("{}", rows)]
+    file = {key.replace("_", "-"): value for key, value in _config_file(made).items()}
+    given = file.get("additional-config", {})
+    return [*made, _ADDITIONAL, _with_rows(given if isinstance(given, str) else json.dumps(given), rows)]
+
+
+def logits_processor_plugins() -> list[str]:
+    """Logits processors that vLLM loads because they are installed."""
+    return [entry.name for entry in importlib.metadata.entry_points(group="vllm.logits_processors")]
+
+
+def _means(given: str, option: str) -> bool:
+    """Whether an option as given is `option` for argparse, which takes what is short and unambiguous."""
+    return given == option or (len(given) >= _SHORTEST and option.startswith(given))
 
 
 def _with_rows(text: str, rows: int) -> str:

@@ -37,6 +37,8 @@ class RequestContext:
     """Headers to add to the response."""
     cleanup: list[Callable[[], None]] = field(default_factory=list)
     """Called when the request is over, streams included."""
+    over: bool = False
+    """Whether that is so already: a background task may outlive its request."""
 
     @property
     def supported(self) -> bool:
@@ -94,6 +96,7 @@ class BEMiddleware:
             await self._app(scope, receive, send_with_headers)
         finally:
             current.reset(token)
+            context.over = True
             for clean in context.cleanup:
                 clean()
 

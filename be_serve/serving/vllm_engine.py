@@ -89,8 +89,13 @@ def _resident_embedding() -> type[Any]:
 
 
 def _layers(worker: Any) -> list[Any]:
-    model = worker.model_runner.get_model()
-    return [layer for layer in model.modules() if getattr(layer, "be_rows", None) is not None]
+    """The embeddings with rows of a worker's model, found once: a weight update moves their tensors for a while."""
+    if not hasattr(worker, "be_layers"):
+        model = worker.model_runner.get_model()
+        worker.be_layers = [layer for layer in model.modules() if getattr(layer, "be_rows", None) is not None]
+        # vLLM puts these very tensors back behind a weight update, and leaves what they hold alone.
+        worker.be_tables = [layer.be_rows for layer in worker.be_layers]
+    return worker.be_layers  # type: ignore[no-any-return]
 
 
 class WorkerRows:
@@ -118,24 +123,34 @@ class WorkerRows:
         proven = self.be_scale > 0 and torch.allclose(found_H, self.be_scale * known_H.float(), rtol=2e-2)
         return {"first": layer.be_first, "rows": rows, "scale": self.be_scale, "proven": bool(proven)}
 
-    def be_write_rows(self: Any, rows: list[int], data: bytes, hidden_size: int) -> None:
-        """Put vectors [n, hidden_size], raw bytes of the model's dtype, into `rows`. After `be_rows_info`."""
+    def be_write_rows(self: Any, rows: list[int], data: bytes, hidden_size: int) -> bool:
+        """Put vectors [n, hidden_size], raw bytes of the model's dtype, into `rows`. After `be_rows_info`.
+
+        False, and nothing written, while the worker sleeps: its memory is not there.
+        """
         import torch
 
-        for layer in _layers(self):
-            table = layer.be_rows
+        layers = _layers(self)
+        if getattr(self, "be_asleep", False):
+            return False
+        for _, table in zip(layers, self.be_tables, strict=True):
             vectors_NH = torch.frombuffer(bytearray(data), dtype=table.dtype).view(len(rows), hidden_size)
             with torch.inference_mode():
                 at = torch.tensor(rows, device=table.device)
                 table[at] = (vectors_NH.float() / self.be_scale).to(table.device, table.dtype)
+        return True
 
-    def be_probe_rows(self: Any, ids: list[int]) -> None:
-        """Copy the embeddings of `PROBE_ROWS` ordinary ids into the probe rows."""
+    def be_probe_rows(self: Any, ids: list[int]) -> bool:
+        """Write what the model makes of `PROBE_ROWS` ordinary ids into the probe rows, as a token is written."""
         import torch
 
-        for layer in _layers(self):
+        for layer, table in zip(_layers(self), self.be_tables, strict=True):
             with torch.inference_mode():
-                layer.be_rows[-PROBE_ROWS - 1 : -1] = layer(torch.tensor(ids, device=layer.be_rows.device))
+                found_NH = layer(torch.tensor(ids, device=table.device)).float() * self.be_scale
+            data = found_NH.to("cpu", table.dtype).contiguous().view(torch.uint8).numpy().tobytes()
+            first = len(table) - PROBE_ROWS - 1
+            self.be_write_rows(list(range(first, first + PROBE_ROWS)), data, layer.embedding_dim)
+        return True
 
 
 def _teach_workers() -> None:
@@ -143,36 +158,19 @@ def _teach_workers() -> None:
 
     for name in ("be_rows_info", "be_write_rows", "be_probe_rows"):
         setattr(Worker, name, getattr(WorkerRows, name))
-    # New weights are put through meta tensors, on which buffers lose what they hold. Sleep keeps buffers itself.
-    reload_weights, start, finish = Worker.reload_weights, Worker.start_weight_update, Worker.finish_weight_update
+    sleep, wake_up = Worker.sleep, Worker.wake_up
 
-    def keep(self: Any) -> None:
-        self.be_kept = [layer.be_rows.clone() for layer in _layers(self)]
+    def sleep_without_rows(self: Any, *args: Any, **kwargs: Any) -> Any:
+        self.be_asleep = True
+        return sleep(self, *args, **kwargs)
 
-    def restore(self: Any) -> None:
-        for layer, table in zip(_layers(self), self.be_kept, strict=True):
-            layer.be_rows.copy_(table)
+    def wake_up_with_rows(self: Any, tags: list[str] | None = None) -> Any:
+        woken = wake_up(self, tags)
+        if tags is None or "weights" in tags:
+            self.be_asleep = False
+        return woken
 
-    def reload_weights_and_rows(self: Any, *args: Any, **kwargs: Any) -> None:
-        keep(self)
-        try:
-            reload_weights(self, *args, **kwargs)
-        finally:
-            restore(self)
-
-    def start_weight_update(self: Any, *args: Any, **kwargs: Any) -> Any:
-        keep(self)
-        return start(self, *args, **kwargs)
-
-    def finish_weight_update(self: Any, *args: Any, **kwargs: Any) -> Any:
-        try:
-            return finish(self, *args, **kwargs)
-        finally:
-            restore(self)
-
-    Worker.reload_weights = reload_weights_and_rows
-    Worker.start_weight_update = start_weight_update
-    Worker.finish_weight_update = finish_weight_update
+    Worker.sleep, Worker.wake_up = sleep_without_rows, wake_up_with_rows
 
 
 def _teach_penalties() -> None:
@@ -203,6 +201,29 @@ def _teach_penalties() -> None:
             self.prompt_bin_mask = torch.zeros(len(mask), highest // 32 + 1, dtype=mask.dtype, device=mask.device)
 
     PenaltiesState.__init__ = __init__
+    _teach_prompt_logprobs()
+
+
+def _teach_prompt_logprobs() -> None:
+    """Model Runner V2 scores the prompts of a whole batch if one request asks; a row has no logit to look up.
+
+    Requests with tokens may not ask, so what stands for a row is read by nobody.
+    """
+    from vllm.v1.worker.gpu.sample import prompt_logprob
+
+    compute = prompt_logprob.compute_prompt_logprobs_with_chunking
+
+    def compute_prompt_logprobs_with_chunking(
+        prompt_token_ids: Tensor,
+        prompt_hidden_states: Tensor,
+        logits_fn: Callable[[Tensor], Tensor],
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        highest = logits_fn(prompt_hidden_states[:1]).shape[-1] - 1
+        return compute(prompt_token_ids.clamp(max=highest), prompt_hidden_states, logits_fn, *args, **kwargs)
+
+    prompt_logprob.compute_prompt_logprobs_with_chunking = compute_prompt_logprobs_with_chunking
 
 
 def _teach_lora() -> None:

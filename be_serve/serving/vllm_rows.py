@@ -7,16 +7,21 @@ from __future__ import annotations
 
 import asyncio
 import uuid
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from be_serve.serving.inject_resident_rows import RowIds
-from be_serve.serving.rows import Lease
+from be_serve.serving.launch import logits_processor_plugins
+from be_serve.serving.rows import Lease, RowsBusy
 from be_serve.serving.vllm_compat import IncompatibleVLLM
 from be_serve.serving.vllm_engine import PROBE_ROWS, ROWS_KEY
 
 _ATTEMPTS = 3
+_TOP, _TOLERANCE = 8, 0.1
+"""Of how many likely tokens the log-probabilities are compared, and how far bfloat16 may move them (nats)."""
+_INSTEAD = "start the server with --be-injection prompt-embeds."
 
 
 @dataclass(frozen=True)
@@ -38,34 +43,16 @@ async def open_rows(engine_client: Any, state: Any) -> RowTable:
     """The rows of this process, once it is proven that the engine reads them as it reads ordinary ids.
 
     Raises IncompatibleVLLM where it does not, where a client could name a row's id, or
-    where something behind the engine may not tell the owners of a row apart.
+    where something beside the engine may not tell the owners of a row apart.
     """
-    config = engine_client.vllm_config
-    if engine_client.model_config.enable_prompt_embeds:
-        raise IncompatibleVLLM(
-            "With resident rows the engine must take no embeddings, for clients could send their own: "
-            "leave --enable-prompt-embeds out, or start the server with --be-injection prompt-embeds."
-        )
-    for option in ("speculative_config", "kv_transfer_config"):
-        if getattr(config, option, None) is not None:
-            raise IncompatibleVLLM(
-                f"Resident rows are not safe beside --{option.replace('_', '-')}; "
-                "start the server with --be-injection prompt-embeds."
-            )
-    answers = await engine_client.collective_rpc("be_rows_info")
-    found = [answer for answer in answers if answer is not None]
-    if not found or any(one["first"] != found[0]["first"] or not one["proven"] for one in found):
-        raise IncompatibleVLLM(
-            f"This model's input embedding cannot take rows for tokens ({found or 'it was not found'}); "
-            "start the server with --be-injection prompt-embeds."
-        )
+    _refuse_unsafe(engine_client)
+    found = await _on_every_engine(engine_client, "be_rows_info")
+    if any(one["first"] != found[0]["first"] or one["rows"] != found[0]["rows"] or not one["proven"] for one in found):
+        raise IncompatibleVLLM(f"This model's input embedding cannot take rows for tokens ({found}); {_INSTEAD}")
     first, count = int(found[0]["first"]), int(found[0]["rows"])
     highest = state.online_renderer.renderer.get_tokenizer().max_token_id
     if highest >= first:
-        raise IncompatibleVLLM(
-            f"The tokenizer knows ids up to {highest}, the rows begin at {first}; "
-            "start the server with --be-injection prompt-embeds."
-        )
+        raise IncompatibleVLLM(f"The tokenizer knows ids up to {highest}, the rows begin at {first}; {_INSTEAD}")
     for attempt in range(_ATTEMPTS):  # processes that start together share batches, which round differently
         try:
             await _prove_rows(engine_client, first + count)
@@ -80,30 +67,73 @@ async def open_rows(engine_client: Any, state: Any) -> RowTable:
     return RowTable(first, range(count * index // clients, count * (index + 1) // clients))
 
 
+def _refuse_unsafe(engine_client: Any) -> None:
+    config = engine_client.vllm_config
+    if engine_client.model_config.enable_prompt_embeds:
+        raise IncompatibleVLLM(
+            "With resident rows the engine must take no embeddings, for clients could send their own: "
+            f"leave --enable-prompt-embeds out, or {_INSTEAD}"
+        )
+    for option in ("speculative_config", "kv_transfer_config"):
+        if getattr(config, option, None) is not None:
+            raise IncompatibleVLLM(f"Resident rows are not safe beside --{option.replace('_', '-')}; {_INSTEAD}")
+    if engine_client.model_config.logits_processors or logits_processor_plugins():
+        raise IncompatibleVLLM(
+            f"Custom logits processors are shown the ids of a prompt, and may index logits with a row's; {_INSTEAD}"
+        )
+
+
+async def _on_every_engine(engine_client: Any, method: str, *args: Any) -> list[Any]:
+    """The answers of all workers that hold the input embedding (others say None). Raises where an engine has none."""
+    client = engine_client.engine_core
+    engines = await client.call_utility_all_async("collective_rpc", method, None, args, None)
+    found = [[answer for answer in answers if answer is not None] for answers in engines]
+    if not all(found):
+        raise IncompatibleVLLM(
+            "An engine has no rows for tokens: start every node with the same --additional-config, "
+            f"and a model whose input embedding is known; or {_INSTEAD}"
+        )
+    return [answer for answers in found for answer in answers]
+
+
 async def _prove_rows(engine_client: Any, first_probe: int) -> None:
     """Ask the engine the same thing in ordinary ids and through rows that hold those ids' embeddings."""
     vocabulary = engine_client.model_config.get_vocab_size()
     ids = [(i + 1) * vocabulary // (PROBE_ROWS + 2) for i in range(PROBE_ROWS)]
-    await engine_client.collective_rpc("be_probe_rows", args=(ids,))
+    await _on_every_engine(engine_client, "be_probe_rows", ids)
     rows = RowIds([ids[0]], [first_probe + i for i in range(len(ids))], [ids[-1]], lease=None)
-    plain, resident = [await _greedy(engine_client, one) for one in ([ids[0], *ids, ids[-1]], rows)]
-    if plain[0] != resident[0] or abs(plain[1] - resident[1]) > 0.01 * abs(plain[1]) + 0.01:
-        raise IncompatibleVLLM(
-            f"The engine answers rows otherwise than the same ids ({plain} against {resident}); "
-            "start the server with --be-injection prompt-embeds."
-        )
+    for rank in _ranks(engine_client):
+        plain, resident = [
+            await _likely(engine_client, one, data_parallel_rank=rank) for one in ([ids[0], *ids, ids[-1]], rows)
+        ]
+        shared = plain.keys() & resident.keys()
+        close = [abs(plain[token] - resident[token]) <= _TOLERANCE for token in shared]  # False for NaN
+        if len(shared) < _TOP // 2 or not all(close):
+            raise IncompatibleVLLM(
+                f"The engine answers rows otherwise than the same ids ({plain} against {resident}); {_INSTEAD}"
+            )
 
 
-async def _greedy(engine_client: Any, ids: list[int]) -> tuple[list[int], float]:
+def _ranks(engine_client: Any) -> list[int | None]:
+    """Data-parallel ranks that this process can choose between; none to choose where it feeds one engine."""
+    parallel = engine_client.vllm_config.parallel_config
+    if len(engine_client.engine_core.core_engines) < 2 or parallel.data_parallel_hybrid_lb:
+        return [None]
+    return list(range(parallel.data_parallel_size))
+
+
+async def _likely(engine_client: Any, ids: list[int], **options: Any) -> dict[int, float]:
+    """The likeliest next tokens of a prompt with their log-probabilities."""
     from vllm import SamplingParams
 
-    sampling = SamplingParams(max_tokens=4, temperature=0.0, logprobs=0, ignore_eos=True, detokenize=False)
+    # Of one candidate: greedy, in the one way that every configuration allows.
+    sampling = SamplingParams(max_tokens=1, temperature=1.0, top_k=1, logprobs=_TOP, ignore_eos=True, detokenize=False)
     prompt = {"type": "token", "prompt_token_ids": ids, "cache_salt": uuid.uuid4().hex}
-    outputs = [one async for one in engine_client.generate(prompt, sampling, f"be-serve-{uuid.uuid4().hex}")]
-    if not outputs:
+    request_id = f"be-serve-{uuid.uuid4().hex}"
+    outputs = [one async for one in engine_client.generate(prompt, sampling, request_id, **options)]
+    if not outputs or not outputs[-1].outputs[0].logprobs:
         raise IncompatibleVLLM("The engine gave no answer at start-up.")
-    made = outputs[-1].outputs[0]
-    return list(made.token_ids), float(made.cumulative_logprob)
+    return {token: float(found.logprob) for token, found in outputs[-1].outputs[0].logprobs[0].items()}
 
 
 async def write_rows(engine_client: Any, rows: list[int], vectors: Any) -> None:
@@ -111,7 +141,8 @@ async def write_rows(engine_client: Any, rows: list[int], vectors: Any) -> None:
     import torch
 
     data = vectors.contiguous().view(torch.uint8).numpy().tobytes()
-    await engine_client.collective_rpc("be_write_rows", args=(rows, data, vectors.shape[1]))
+    if not all(await _on_every_engine(engine_client, "be_write_rows", rows, data, vectors.shape[1])):
+        raise RowsBusy("The server sleeps, and takes no token into its memory; please try again when it is awake.")
 
 
 def install_rows(state: Any, engine_client: Any) -> None:
@@ -131,12 +162,26 @@ def install_rows(state: Any, engine_client: Any) -> None:
     engine_client.generate = generate_with_rows
 
 
-async def _leased(lease: Lease, outputs: Any) -> Any:
-    """The outputs, with the rows held until the request is over: aborted on the engine, if the client went away."""
-    lease = lease.renew()
-    try:
-        async for output in outputs:
-            yield output
-    finally:
-        await outputs.aclose()
-        lease.release()
+def _leased(lease: Lease, outputs: Any) -> Any:
+    """The outputs, with the rows held until the request is over: aborted on the engine, if the client went away.
+
+    Held from here on, for a background response is generated when its HTTP request is over.
+    """
+    own, begun = lease.renew(), []
+
+    async def held() -> Any:
+        begun.append(True)
+        try:
+            async for output in outputs:
+                yield output
+        finally:
+            try:
+                await outputs.aclose()
+                await asyncio.sleep(0)  # vLLM may have an abort of its own to send yet
+            finally:
+                own.release()
+
+    made = held()
+    # A generator that was never begun runs no `finally`.
+    weakref.finalize(made, lambda: None if begun else own.release())
+    return made

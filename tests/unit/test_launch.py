@@ -26,6 +26,9 @@ def test_a_proven_model_takes_resident_rows(tiny_model_dir):
         (["--kv-transfer-config={}"], "owners"),
         (["--kv-offloading-size=4"], "owners"),
         (["--enable-lora"], "adapters"),
+        (["--enable-lo"], "adapters"),
+        (["--speculative", "{}"], "draft"),
+        (["--logits-processors", "x:Y"], "shown the ids"),
         (["--model-impl", "transformers"], "implementation"),
         (["--enable-prompt-embeds"], "asked for"),
     ],
@@ -44,6 +47,13 @@ def test_options_in_a_config_file_count(tiny_model_dir, tmp_path):
     assert choose_injection(str(tiny_model_dir), [f"--config={file}"])[0] == "resident-rows"
     with pytest.raises(InputError, match="--config"):
         choose_injection(str(tiny_model_dir), ["--config", str(tmp_path / "none.yaml")])
+
+
+def test_additional_config_in_a_file_is_kept(tmp_path):
+    file = tmp_path / "vllm.yaml"
+    file.write_text("additional_config: {a: 1}\n")
+    made = vllm_arguments("resident-rows", 64, ["--config", str(file)])
+    assert json.loads(made[made.index("--additional-config") + 1]) == {"a": 1, "be_rows": 64}
 
 
 def test_an_unproven_architecture_takes_prompt_embeds(tmp_path):
@@ -65,6 +75,7 @@ def test_the_engine_is_told_of_its_rows():
     assert vllm_arguments("resident-rows", 64, ["--additional-config.a", "1"])[-2:] == [
         "--additional-config.be_rows", "64"
     ]  # fmt: skip
+    assert vllm_arguments("resident-rows", 8, ["--additional", "{}"]) == ["--additional-config", '{"be_rows": 8}']
     with pytest.raises(InputError, match="JSON object"):
         vllm_arguments("resident-rows", 64, ["--additional-config", "[1]"])
 

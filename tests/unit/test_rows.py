@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import gc
 
 import pytest
 from hypothesis import given
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 
 from be_serve.serving.inject_resident_rows import RowIds, salt
 from be_serve.serving.rows import RowPool, RowsBusy, TooManyVectors
+from be_serve.serving.vllm_rows import _leased
 
 
 class Table:
@@ -141,6 +144,51 @@ def test_under_any_load_a_lease_reads_its_own_vectors(requests, size):
         assert sum(len(found.rows) for found in pool._residents.values()) + len(pool._free) == size
 
     asyncio.run(run())
+
+
+class Outputs:
+    """vLLM's generator of outputs: `faults` says what closing it does."""
+
+    def __init__(self, fault=None):
+        self.closed, self._fault, self._left = False, fault, 3
+
+    def __aiter__(self):
+        return self
+
+    async def __anext__(self):
+        if not self._left:
+            raise StopAsyncIteration
+        self._left -= 1
+        return self._left
+
+    async def aclose(self):
+        self.closed = True
+        if self._fault:
+            raise self._fault
+
+
+@pytest.mark.parametrize("read", [0, 1, 3, None])
+@pytest.mark.parametrize("fault", [None, OSError("the engine is gone")])
+async def test_rows_are_held_from_the_call_to_the_end_of_the_engines_work(read, fault):
+    """Read to the end, given up in the middle, or never begun: the rows come back once, behind vLLM's own abort."""
+    pool, _ = make_pool()
+    http = await pool.lease("a", vectors("a", 4))
+    outputs = Outputs(fault)
+    held = _leased(http, outputs)
+    http.release()
+    assert not pool._make_room(4)
+    with contextlib.suppress(OSError):
+        if read is None:
+            assert [one async for one in held] == [2, 1, 0]
+        else:
+            for _ in range(read):
+                await anext(held)
+                assert not pool._make_room(4)
+        await held.aclose()
+    del held
+    gc.collect()
+    assert outputs.closed == (read != 0)
+    assert pool._make_room(4)
 
 
 def test_the_salt_tells_tokens_and_clients_apart():
