@@ -22,6 +22,8 @@ async def start(tmp_path: Path, ours: FakeServer, stock: FakeServer, *options: s
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
         env={**os.environ, "VLLM_API_KEY": "hidden-value"},
+        # A shell starts what runs in its background deaf to SIGINT, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
