@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from be_serve.core.fingerprint import Fingerprint, fingerprint_folder
 from be_serve.core.slots import SlotRenderer, pinned_template_kwargs
 from trainer import packed, shared_prefix
 
+logger = logging.getLogger(__name__)
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 # Above this length the eager attention's T x T scores cost more memory than they save time.
 _EAGER_LENGTH = 640
@@ -166,12 +168,16 @@ class FrozenModel:
         """Whether attention to a shared prefix works for this architecture; tried once."""
         if self._shares_prefix is None:
             self._shares_prefix = shared_prefix.works(self.causal_lm, self.embed(torch.arange(3, 11)))
+            if not self._shares_prefix:
+                logger.warning("%s: the prompt's keys and values are copied for each batch (slower).", self.name)
         return self._shares_prefix
 
     def packs_rows(self) -> bool:
         """Whether rows may stand in one sequence without padding; tried once."""
         if self._packs_rows is None:
             self._packs_rows = packed.works(self.causal_lm, self.embed(torch.arange(3, 14) % self.vocab_size))
+            if not self._packs_rows:
+                logger.warning("%s: rows of a batch are padded, not packed (slower).", self.name)
         return self._packs_rows
 
     def _check_parts(self) -> None:

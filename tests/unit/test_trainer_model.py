@@ -332,3 +332,16 @@ def test_a_model_without_a_chat_template_is_refused(model, tmp_path):
         FrozenModel.load(tmp_path, name="plain", dtype="float32")
     with pytest.raises(InputError, match="Cannot load"):
         FrozenModel.load(tmp_path / "absent", name="absent")
+
+
+def test_a_model_that_takes_the_slower_path_says_so_once(tiny_model_dir, monkeypatch, caplog):
+    model = FrozenModel.load(tiny_model_dir, name="tiny", device="cpu", dtype="float32")
+    for module in ("packed", "shared_prefix"):
+        monkeypatch.setattr(f"trainer.{module}.works", lambda *args: False)
+    for _ in range(2):
+        assert not model.packs_rows()
+        assert not model.shares_prefix()
+    assert [record.message for record in caplog.records] == [
+        "tiny: rows of a batch are padded, not packed (slower).",
+        "tiny: the prompt's keys and values are copied for each batch (slower).",
+    ]
