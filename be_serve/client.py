@@ -8,9 +8,10 @@ from typing import Any
 
 import httpx
 
-from be_serve.core.artifact import read_limited
+from be_serve.core.artifact import Token, read_limited
 from be_serve.core.errors import BEError, InputError
 from be_serve.core.ids import validate_be_id
+from be_serve.core.prompts import prompt_sha256
 
 
 class ServerRefused(BEError):
@@ -44,17 +45,31 @@ class BEClient:
             raise InputError(f"--url {url!r} is no URL: {exc}.") from exc
 
     def register(
-        self, file: str | Path, *, be_id: str | None = None, match: bool | None = None, replace: bool = False
+        self,
+        file: str | Path,
+        *,
+        be_id: str | None = None,
+        match: bool | None = None,
+        replace: bool = False,
+        prompt: str | None = None,
     ) -> tuple[dict[str, Any], bool]:
-        """Upload a token file. Returns its manifest, and whether it was new (False: already there)."""
+        """Upload a token file. Returns its manifest, and whether it was new (False: already there).
+
+        `prompt` is the text of its prompt, to be stored for requests with `be_fallback`.
+        """
         data = read_limited(file)
+        if prompt is not None and prompt_sha256(prompt) != (expected := Token.from_bytes(data).manifest.prompt.sha256):
+            raise InputError(f"This text is not the prompt that the token replaces (SHA-256 {expected}).")
         params = {"replace": str(replace).lower()}
         if match is not None:
             params["match"] = str(match).lower()
         if be_id is not None:
             params["id"] = validate_be_id(be_id, param="--id")
         response = self._call("POST", "/v1/be/tokens", params=params, content=data)
-        return response.json(), response.status_code == 201
+        manifest: dict[str, Any] = response.json()
+        if prompt is not None:
+            manifest = self._call("PUT", f"/v1/be/tokens/{manifest['id']}/prompt", content=prompt.encode()).json()
+        return manifest, response.status_code == 201
 
     def list(self) -> list[dict[str, Any]]:
         """Manifests of all tokens."""
@@ -66,9 +81,10 @@ class BEClient:
         manifest: dict[str, Any] = self._call("GET", f"/v1/be/tokens/{validate_be_id(be_id, param='ID')}").json()
         return manifest
 
-    def remove(self, be_id: str) -> None:
-        """Remove a token with all its versions."""
-        self._call("DELETE", f"/v1/be/tokens/{validate_be_id(be_id, param='ID')}")
+    def remove(self, be_id: str, *, prompt: bool = False) -> None:
+        """Remove a token with all its versions, and its stored prompt where `prompt`."""
+        params = {"prompt": str(prompt).lower()}
+        self._call("DELETE", f"/v1/be/tokens/{validate_be_id(be_id, param='ID')}", params=params)
 
     def __enter__(self) -> BEClient:
         return self

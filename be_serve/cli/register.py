@@ -16,6 +16,13 @@ from be_serve.cli.remote import server_options
     help="Also answer requests, of any client, whose system message is the prompt itself. [default: as it is]",
 )
 @click.option("--replace", is_flag=True, help="Make another file under the id a new version.")
+@click.option(
+    "--with-prompt",
+    "prompt_file",
+    type=click.Path(dir_okay=False),
+    help="File with the token's prompt. The server stores the text and answers by it where the token cannot, for "
+    'requests with "be_fallback": "full".',
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the server's answer as JSON.")
 @server_options
 def command(
@@ -23,6 +30,7 @@ def command(
     be_id: str | None,
     match: bool | None,
     replace: bool,
+    prompt_file: str | None,
     as_json: bool,
     url: str,
     api_key: str,
@@ -32,9 +40,11 @@ def command(
     import json
 
     from be_serve.client import BEClient
+    from be_serve.core.prompts import read_prompt_file
 
+    prompt = read_prompt_file(prompt_file) if prompt_file else None
     with BEClient(url, api_key=api_key, vllm_api_key=vllm_api_key) as client:
-        manifest, created = client.register(file, be_id=be_id, match=match, replace=replace)
+        manifest, created = client.register(file, be_id=be_id, match=match, replace=replace, prompt=prompt)
     if as_json:
         click.echo(json.dumps({**manifest, "created": created}))
         return
@@ -43,5 +53,6 @@ def command(
         f"{what} {manifest['id']} version {manifest['version']}: k={manifest['k']} in place of "
         f"{manifest['prompt']['tokens']} tokens, digest {manifest['digest'][:16]}. "
         f'Send {{"be_id": "{manifest["id"]}"}} with a chat request. '
-        f"Exact match is {'on' if manifest['match'] else 'off'}."
+        f"Exact match is {'on' if manifest['match'] else 'off'}, "
+        f"the prompt's text is {'' if manifest['fallback'] else 'not '}stored."
     )

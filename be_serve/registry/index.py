@@ -132,6 +132,14 @@ class TokenIndex(Generic[V]):
             raise TokenNotFound(f"No token {be_id!r} is registered on this server.", param="be_id")
         return record
 
+    def prompt(self, be_id: str) -> str | None:
+        """The text of an id's prompt, where its file or the registry holds it; blocks on the database."""
+        stored = self._registry.read_prompt(be_id)
+        if stored is not None:
+            return stored
+        found = self._static[be_id][0] if be_id in self._static else self._records.get(be_id)
+        return found.manifest.prompt.text if found else None
+
     def match(self, sha256: str) -> Record | None:
         """The token registered to answer for the prompt of this digest, if any."""
         be_id = self._matches.get(sha256)

@@ -3,6 +3,7 @@
 be_meta      one row: schema_version, revision (grows with every change)
 be_token     one row an id, removed ids included: what replicas poll
 be_version   one immutable row a registered version: the artefact's bytes
+be_prompt    the prompt's text of an id, where its owner stored it; later than the others, so it may have to be added
 """
 
 from __future__ import annotations
@@ -47,6 +48,14 @@ class TokenRow(Base):
     """Set while the token answers for its prompt's text (`register --match`); unique by the index below."""
 
     __table_args__ = (Index("be_token_match", "match_sha256", unique=True),)
+
+
+class PromptRow(Base):
+    __tablename__ = "be_prompt"
+
+    id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    sha256: Mapped[str] = mapped_column(String(64))
+    text: Mapped[str] = mapped_column(Text)
 
 
 class VersionRow(Base):

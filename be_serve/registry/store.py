@@ -21,7 +21,7 @@ from be_serve.core.artifact import Manifest, Token, file_digest
 from be_serve.core.errors import InvalidArtifact, RegistryError, SchemaMismatch, TokenConflict, TokenNotFound
 from be_serve.core.ids import validate_be_id
 from be_serve.core.prompts import prompt_sha256
-from be_serve.registry.schema import SCHEMA_VERSION, Base, Meta, TokenRow, VersionRow
+from be_serve.registry.schema import SCHEMA_VERSION, Base, Meta, PromptRow, TokenRow, VersionRow
 
 logger = logging.getLogger("vllm.be_serve.registry")
 
@@ -37,6 +37,8 @@ class Record:
     match_sha256: str | None = None
     source: Literal["registry", "server"] = "registry"
     """`server`: given on the command line by `--be-token`, in memory only."""
+    stored_prompt: bool = False
+    """Whether the registry holds the prompt's text, for requests with `be_fallback`."""
 
     def public(self) -> dict[str, Any]:
         """The record as the HTTP API shows it: the manifest and its digest, never a vector."""
@@ -49,6 +51,7 @@ class Record:
             "digest": self.digest,
             "match": self.match_sha256 is not None,
             "source": self.source,
+            "fallback": self.stored_prompt or self.manifest.prompt.text is not None,
         }
 
 
@@ -116,7 +119,7 @@ class Registry:
                 if match is not None and row.match_sha256 != wanted:
                     self._claim_match(session, token_id, wanted)
                     row.match_sha256, row.revision = wanted, revision
-                return PutResult(_record(row, current), created=False)
+                return PutResult(_record(row, current, self._stored(session, token_id)), created=False)
             if current is not None and not replace:
                 raise TokenConflict(
                     f"Token {token_id!r} is registered with digest {current.digest}; this file has {digest}. "
@@ -141,15 +144,50 @@ class Registry:
                     created_at=datetime.now(UTC),
                 )
             )
+            # A stored text of another prompt must not answer for this token.
+            other = (PromptRow.id == token_id) & (PromptRow.sha256 != token.manifest.prompt.sha256)
+            session.execute(delete(PromptRow).where(other))
             version = session.get_one(VersionRow, (token_id, row.version))
-            return PutResult(_record(row, version), created=True)
+            return PutResult(_record(row, version, self._stored(session, token_id)), created=True)
 
-    def remove(self, be_id: str) -> None:
-        """Remove a token with all its versions. Raises TokenNotFound."""
+    def store_prompt(self, be_id: str, text: str) -> None:
+        """Keep the prompt's text of a registered token, so that it can answer where the token cannot.
+
+        Raises TokenNotFound, and InvalidArtifact where the text is not the token's prompt.
+        """
         with self._errors(), Session(self._engine) as session, session.begin():
             revision = self._next_revision(session)
             row = session.get(TokenRow, be_id)
+            current = session.get(VersionRow, (be_id, row.version)) if row and not row.removed else None
+            if row is None or current is None:
+                raise TokenNotFound(f"No token {be_id!r} is registered.")
+            expected, given = Manifest.model_validate_json(current.manifest).prompt.sha256, prompt_sha256(text)
+            if given != expected:
+                raise InvalidArtifact(
+                    f"This text is not the prompt of token {be_id!r}: its SHA-256 is {given}, the token's {expected}."
+                )
+            session.merge(PromptRow(id=be_id, sha256=given, text=text))
+            row.revision = revision
+
+    def read_prompt(self, be_id: str) -> str | None:
+        """The stored prompt's text of an id, of a removed one too; None where none is kept."""
+        with self._errors(), Session(self._engine) as session:
+            return session.scalar(select(PromptRow.text).where(PromptRow.id == be_id))
+
+    def remove(self, be_id: str, *, prompt: bool = False) -> None:
+        """Remove a token with all its versions, and its stored prompt where `prompt`. Raises TokenNotFound.
+
+        Without `prompt` the text stays: requests with `be_fallback` are still answered.
+        """
+        with self._errors(), Session(self._engine) as session, session.begin():
+            revision = self._next_revision(session)
+            row = session.get(TokenRow, be_id)
+            kept = session.get(PromptRow, be_id) if prompt else None
+            if kept is not None:
+                session.delete(kept)
             if row is None or row.removed:
+                if kept is not None:
+                    return  # the token went earlier, its prompt now
                 raise TokenNotFound(f"No token {be_id!r} is registered.")
             # The row stays as a tombstone: it tells other replicas, and version numbers never repeat.
             row.removed, row.match_sha256, row.revision = True, None, revision
@@ -162,11 +200,15 @@ class Registry:
             if revision == since:
                 return revision, []
             rows = session.execute(
-                select(TokenRow, VersionRow)
+                select(TokenRow, VersionRow, PromptRow.id)
                 .outerjoin(VersionRow, (VersionRow.id == TokenRow.id) & (VersionRow.version == TokenRow.version))
+                .outerjoin(PromptRow, PromptRow.id == TokenRow.id)
                 .where(TokenRow.revision > since)
             ).all()
-            found = [Change(row.id, None if row.removed else _readable(row, version)) for row, version in rows]
+            found = [
+                Change(row.id, None if row.removed else _readable(row, version, prompt is not None))
+                for row, version, prompt in rows
+            ]
             return revision, found
 
     def read_artifact(self, be_id: str, version: int) -> bytes:
@@ -183,8 +225,8 @@ class Registry:
         self._engine.dispose()
 
     def _prepare(self) -> None:
-        """Create the tables in an empty database; refuse one made by another schema version."""
-        if not inspect(self._engine).has_table(Meta.__tablename__):
+        """Create the tables that are missing; refuse a database made by another schema version."""
+        if self._missing_tables():
             try:
                 # Tables and their first row in one transaction, so that processes starting together see all or nothing.
                 with self._engine.connect().execution_options(**_IMMEDIATE) as connection, connection.begin():
@@ -193,7 +235,7 @@ class Registry:
                         connection.execute(insert(Meta).values(id=1, schema_version=SCHEMA_VERSION, revision=0))
             except SQLAlchemyError:
                 # Another process created them in the same moment, or this says what is wrong.
-                if not inspect(self._engine).has_table(Meta.__tablename__):
+                if self._missing_tables():
                     raise
         with Session(self._engine) as session:
             found = session.get_one(Meta, 1).schema_version
@@ -207,10 +249,18 @@ class Registry:
                 )
             )
 
+    def _missing_tables(self) -> bool:
+        """All in a new database; be_prompt alone in one that an earlier be-serve made."""
+        return not {*Base.metadata.tables} <= {*inspect(self._engine).get_table_names()}
+
     def _next_revision(self, session: Session) -> int:
         """Take the next revision. The row's lock makes writers queue, so revisions commit in order."""
         session.execute(update(Meta).where(Meta.id == 1).values(revision=Meta.revision + 1))
         return session.scalars(select(Meta.revision).where(Meta.id == 1)).one()
+
+    @staticmethod
+    def _stored(session: Session, be_id: str) -> bool:
+        return session.scalar(select(PromptRow.id).where(PromptRow.id == be_id)) is not None
 
     def _claim_match(self, session: Session, be_id: str, sha256: str | None) -> None:
         if sha256 is None:
@@ -232,17 +282,17 @@ class Registry:
             raise RegistryError(f"The registry {_safe(self.url)} failed: {cause}.") from exc
 
 
-def _record(row: TokenRow, version: VersionRow) -> Record:
+def _record(row: TokenRow, version: VersionRow, stored_prompt: bool) -> Record:
     manifest = Manifest.model_validate_json(version.manifest)
-    return Record(row.id, version.version, version.digest, manifest, row.match_sha256)
+    return Record(row.id, version.version, version.digest, manifest, row.match_sha256, stored_prompt=stored_prompt)
 
 
-def _readable(row: TokenRow, version: VersionRow | None) -> Record | None:
+def _readable(row: TokenRow, version: VersionRow | None, stored_prompt: bool) -> Record | None:
     """The record, or None for one this be-serve cannot read: it must not stop the others."""
     if version is None:
         return None
     try:
-        return _record(row, version)
+        return _record(row, version, stored_prompt)
     except ValidationError as exc:
         logger.error("Token %s has a manifest that this be-serve cannot read; it is left out: %s", row.id, exc)
         return None

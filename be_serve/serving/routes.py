@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Header, Query, Request
 from fastapi.responses import JSONResponse
 
-from be_serve.core.errors import ArtifactTooLarge, BEError, Forbidden, NotAuthenticated, TokenNotFound
+from be_serve.core.errors import ArtifactTooLarge, BEError, Forbidden, InvalidArtifact, NotAuthenticated, TokenNotFound
 from be_serve.serving.middleware import error_body
 from be_serve.serving.service import Service
 
@@ -107,17 +107,47 @@ async def show_token(request: Request, be_id: str) -> dict[str, Any]:
     return service(request).index.get(be_id).public()
 
 
+@router.put(
+    "/v1/be/tokens/{be_id}/prompt",
+    dependencies=[Admin],
+    summary="Store a token's prompt",
+    responses={
+        **_RESPONSES,
+        404: {"description": "No such token."},
+        413: {"description": "Larger than --be-max-upload."},
+        422: {"description": "Not the token's prompt, or not UTF-8."},
+    },
+    openapi_extra={"requestBody": {"required": True, "content": {"text/plain": {"schema": {"type": "string"}}}}},
+)
+async def store_prompt(request: Request, be_id: str) -> dict[str, Any]:
+    """Body: the prompt's text, for requests with `"be_fallback": "full"`. It is never returned."""
+    state = service(request)
+    data = await _read_body(request, state.settings.max_upload)
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as exc:
+        raise InvalidArtifact("The prompt must be UTF-8 text.") from exc
+    return (await asyncio.to_thread(state.store_prompt, be_id, text)).public()
+
+
 @router.delete(
     "/v1/be/tokens/{be_id}",
     dependencies=[Admin],
     summary="Remove a token",
     responses={**_RESPONSES, 404: {"description": "No such token."}},
 )
-async def remove_token(request: Request, be_id: str) -> dict[str, Any]:
-    """Remove a token with all its versions; it stops answering at once on this server process."""
+async def remove_token(
+    request: Request,
+    be_id: str,
+    prompt: Annotated[bool, Query(description="Also forget the prompt's text, where it was stored.")] = False,
+) -> dict[str, Any]:
+    """Remove a token with all its versions; it stops answering at once on this server process.
+
+    A stored prompt stays, for requests with `be_fallback`, unless `prompt` is true.
+    """
     if not 0 < len(be_id) <= 64:
         raise TokenNotFound(f"No token {be_id[:64]!r} is registered.")
-    await asyncio.to_thread(service(request).remove, be_id)
+    await asyncio.to_thread(service(request).remove, be_id, prompt=prompt)
     return {"id": be_id, "deleted": True}
 
 

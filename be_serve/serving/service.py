@@ -86,8 +86,15 @@ class Service:
         self.index.refresh()
         return result
 
-    def remove(self, be_id: str) -> None:
-        """Remove a token. Blocks; raises TokenNotFound, TokenConflict."""
+    def store_prompt(self, be_id: str, text: str) -> Record:
+        """Keep the text of a token's prompt. Blocks; raises TokenNotFound, TokenConflict, InvalidArtifact."""
         self.index.refuse_static(be_id)
-        self.registry.remove(be_id)
+        self.registry.store_prompt(be_id, text)
+        self.index.refresh()
+        return self.index.get(be_id)
+
+    def remove(self, be_id: str, *, prompt: bool = False) -> None:
+        """Remove a token, and its stored prompt where `prompt`. Blocks; raises TokenNotFound, TokenConflict."""
+        self.index.refuse_static(be_id)
+        self.registry.remove(be_id, prompt=prompt)
         self.index.refresh()

@@ -16,7 +16,7 @@ import pytest
 from be_serve.core.errors import InvalidArtifact, RegistryError, SchemaMismatch, TokenConflict, TokenNotFound
 from be_serve.registry import Registry, TokenIndex
 from be_serve.registry.index import ByteLRU
-from tests.factories import make_token
+from tests.factories import PROMPT, make_token
 
 
 @pytest.fixture
@@ -159,7 +159,7 @@ def test_kill_9_in_a_registration_leaves_it_whole_or_absent(url, tmp_path):
     script = textwrap.dedent("""
         import sys, itertools
         from be_serve.registry import Registry
-        from tests.factories import make_token
+        from tests.factories import PROMPT, make_token
         registry = Registry(sys.argv[1])
         print("ready", flush=True)
         for i in itertools.count():
@@ -225,3 +225,46 @@ def _root():
     from pathlib import Path
 
     return Path(__file__).parents[2]
+
+
+def test_a_prompt_is_kept_by_choice_and_only_the_tokens_own(registry):
+    registry.put(make_token().to_bytes())
+    assert registry.read_prompt("harbor") is None
+    with pytest.raises(InvalidArtifact, match="not the prompt"):
+        registry.store_prompt("harbor", "Another.")
+    registry.store_prompt("harbor", PROMPT)
+    (change,) = registry.changes()[1]
+    assert change.record.stored_prompt
+    assert registry.put(make_token().to_bytes()).record.stored_prompt
+    registry.put(make_token(seed=2).to_bytes(), replace=True)  # the same prompt's
+    assert registry.read_prompt("harbor") == PROMPT
+    registry.remove("harbor")
+    assert registry.read_prompt("harbor") == PROMPT
+    with pytest.raises(TokenNotFound):
+        registry.store_prompt("harbor", PROMPT)
+    registry.put(make_token(prompt="Another.").to_bytes())
+    assert registry.read_prompt("harbor") is None  # the new token's prompt is another
+
+
+def test_a_removed_tokens_prompt_can_be_forgotten(registry):
+    registry.put(make_token().to_bytes())
+    registry.store_prompt("harbor", PROMPT)
+    registry.remove("harbor")
+    registry.remove("harbor", prompt=True)
+    assert registry.read_prompt("harbor") is None
+    with pytest.raises(TokenNotFound):
+        registry.remove("harbor", prompt=True)
+
+
+def test_a_database_from_before_prompts_were_kept(tmp_path):
+
+    url = f"sqlite:///{tmp_path / 'old.db'}"
+    old = Registry(url)
+    old.put(make_token().to_bytes())
+    old.close()
+    with sqlite3.connect(tmp_path / "old.db") as database:
+        database.execute("DROP TABLE be_prompt")
+    found = Registry(url)
+    assert found.read_prompt("harbor") is None
+    found.store_prompt("harbor", PROMPT)
+    assert found.read_prompt("harbor") == PROMPT
