@@ -6,28 +6,43 @@ import asyncio
 import hmac
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from be_serve.core.artifact import Placement
-from be_serve.core.errors import BEError, NotAuthenticated, RequestError, UnsupportedRequest
+from be_serve.core.errors import BEError, NotAuthenticated, RegistryError, RequestError, UnsupportedRequest
 from be_serve.core.slots import Slot, SlotRenderer, new_marker
-from be_serve.registry import Record, TokenIndex
+from be_serve.registry import TokenIndex
+from be_serve.serving.composition import Composition
 from be_serve.serving.injection import Held, Injection
 from be_serve.serving.metrics import Metrics
-from be_serve.serving.middleware import RequestContext, current
-from be_serve.serving.requests import BEFields
-from be_serve.serving.resolve import How, Resolution, Resolver
+from be_serve.serving.middleware import COUNTING, RequestContext, current
+from be_serve.serving.requests import BEFields, keep_lists
+from be_serve.serving.resolve import How, Message, Resolution, Resolver
+from be_serve.serving.vectors import join
 
 logger = logging.getLogger("vllm.be_serve.hook")
+
+
+class Unfit(BEError):
+    """The token may be used, but a request asked for the full prompt rather than a token that loses behaviour."""
+
+    code = "be_unfit"
+
+
+@dataclass
+class FullPrompt:
+    """A request that is answered by its prompts' own texts, for its tokens cannot."""
+
+    messages: list[Message]
 
 
 @dataclass
 class Rendering:
     """One request on its way through vLLM's renderer."""
 
-    record: Record
+    tokens: Composition
     held: Held | None
     """What the vectors need in this process; None where they are only counted."""
     marker: str
@@ -37,14 +52,8 @@ class Rendering:
     spent: float = 0.0
     slot: Slot | None = None
     how: How = "be_id"
-
-    @property
-    def placement(self) -> Placement:
-        return self.record.manifest.placement
-
-    @property
-    def k(self) -> int:
-        return self.record.manifest.k
+    otherwise: Callable[[BEError], Awaitable[list[Message]]] | None = None
+    """Gives the chat that is answered where the tokens cannot be placed, or raises the reason. None: raised at once."""
 
 
 class ChatHook:
@@ -71,8 +80,8 @@ class ChatHook:
         self._max_chars = max_chars
         self._metrics = metrics
 
-    async def begin(self, request: Any, messages: Sequence[Any], tools: Any) -> Rendering | None:
-        """The rendering of a request that a token answers; None for a plain one.
+    async def begin(self, request: Any, messages: Sequence[Any], tools: Any) -> Rendering | FullPrompt | None:
+        """How a request that names a token is answered; None for a plain one.
 
         Raises BEError for everything that must be refused, counted.
         """
@@ -89,65 +98,120 @@ class ChatHook:
             self._metrics.requests.labels(path=context.path, how="plain").inc()
         return rendering
 
-    async def _begin(self, context: RequestContext, request: Any, messages: Sequence[Any]) -> Rendering | None:
+    async def _begin(
+        self, context: RequestContext, request: Any, messages: Sequence[Any]
+    ) -> Rendering | FullPrompt | None:
         started = time.perf_counter()
         fields = BEFields.parse(request.model_extra)
         if not self._may_use(context):
-            if fields.be_id is not None:
+            if fields.be_ids:
                 raise NotAuthenticated(f"{context.path} with a token needs the server's API key.")
             return None
-        model = getattr(request, "model", None)
-        resolution = self._resolver.resolve(fields, model, [dict(m) for m in messages])
+        keep_lists(messages)
+        chat = [dict(m) for m in messages]
+        full = partial(self._full, context, fields, getattr(request, "model", None), chat)
+        try:
+            rendering = await self._with_tokens(context, request, fields, chat, started)
+        except BEError as exc:
+            if not fields.fallback:
+                raise
+            return FullPrompt(await full(exc))
+        if rendering is not None and fields.fallback:
+            rendering.otherwise = full
+        return rendering
+
+    async def _with_tokens(
+        self, context: RequestContext, request: Any, fields: BEFields, chat: list[Message], started: float
+    ) -> Rendering | None:
+        resolution = self._resolver.resolve(fields, getattr(request, "model", None), chat)
         if resolution is None:
             return None
+        tokens = resolution.tokens
         try:
             self._refuse_options(request)
+            if fields.fallback:
+                _refuse_unfit(tokens)
             held = await self._hold(context, resolution)
             rendering = self._mark(resolution, held, started)
         except BEError as exc:
             if resolution.how != "match":
                 raise
-            logger.debug("Serving the full prompt: token %s cannot answer: %s", resolution.record.id, exc)
+            logger.debug("Serving the full prompt: token %s cannot answer: %s", tokens.name, exc)
             return None
         self._metrics.requests.labels(path=context.path, how=resolution.how).inc()
-        context.headers["x-be-id"] = resolution.record.id
-        context.headers["x-be-digest"] = resolution.record.digest
+        context.headers["x-be-id"] = tokens.name
+        context.headers["x-be-digest"] = tokens.digest
         if resolution.how == "match":
             context.headers["x-be-match"] = "exact"
+            rendering.otherwise = partial(self._as_it_came, context, tokens, chat)
         rendering.spent = time.perf_counter() - started
         return rendering
 
+    async def _full(
+        self, context: RequestContext, fields: BEFields, model: str | None, chat: list[Message], exc: BEError
+    ) -> list[Message]:
+        """The chat with the stored prompts of the tokens named, which cannot answer for the reason `exc`.
+
+        Raises `exc` where it is the request's own fault, or a text is not stored.
+        """
+        if isinstance(exc, RequestError):
+            raise exc
+        be_ids, _ = self._resolver.named(fields, model)
+        try:
+            found = await asyncio.to_thread(lambda: [self._index.prompt(be_id) for be_id in be_ids])
+        except RegistryError:
+            raise exc from None
+        texts = [text for text in found if text is not None]
+        if len(texts) < len(found):
+            raise exc
+        full = self._resolver.full(fields, be_ids, texts, chat)
+        logger.debug("Serving the full prompt, as the request allows: %s", exc)
+        self._metrics.requests.labels(path=context.path, how="fallback").inc()
+        context.headers.clear()
+        context.headers["x-be-fallback"] = "full"
+        return full
+
+    @staticmethod
+    async def _as_it_came(
+        context: RequestContext, tokens: Composition, chat: list[Message], exc: BEError
+    ) -> list[Message]:
+        """A matched request's own chat: it named no token, and is answered as without the plugin."""
+        logger.debug("Serving the full prompt: token %s cannot answer: %s", tokens.name, exc)
+        context.headers.clear()
+        return chat
+
     def _mark(self, resolution: Resolution, held: Held | None, started: float) -> Rendering:
         marker = new_marker()
-        manifest = resolution.record.manifest
-        marked = self._slots.mark(resolution.messages, marker, placement=manifest.placement, append=resolution.append)
-        kwargs = dict(manifest.template_kwargs)
-        return Rendering(resolution.record, held, marker, marked, kwargs, started, how=resolution.how)
+        tokens = resolution.tokens
+        marked = self._slots.mark(resolution.messages, marker, placement=tokens.placement, append=resolution.append)
+        return Rendering(tokens, held, marker, marked, tokens.template_kwargs, started, how=resolution.how)
 
     async def _hold(self, context: RequestContext, resolution: Resolution) -> Held | None:
-        record = resolution.record
-        vectors = self._index.cached(record)
-        self._metrics.cache.labels(result="hit" if vectors is not None else "miss").inc()
-        if vectors is None:
-            vectors = await asyncio.to_thread(self._index.load, record)
-        if context.path == "/tokenize":
+        parts = []
+        for record in resolution.tokens.records:
+            vectors = self._index.cached(record)
+            self._metrics.cache.labels(result="hit" if vectors is not None else "miss").inc()
+            if vectors is None:
+                vectors = await asyncio.to_thread(self._index.load, record)
+            parts.append(vectors)
+        if context.path in COUNTING:
             return None
         if context.over:
             raise UnsupportedRequest("A response that goes on in the background cannot use a token in its later turns.")
         # A matched request has its full prompt to fall back on: it waits for nothing.
-        held = await self._injection.hold(record, vectors, wait=resolution.how != "match")
+        held = await self._injection.hold(resolution.tokens.digest, join(parts), wait=resolution.how != "match")
         context.cleanup.append(held.release)
         return held
 
-    def give_up(self, rendering: Rendering, exc: BEError) -> None:
-        """A matched request is answered as without the plugin; one that named its token is refused."""
-        if rendering.how != "match":
-            self._metrics.refused(exc)
-            raise exc
-        logger.debug("Serving the full prompt: token %s cannot answer: %s", rendering.record.id, exc)
-        context = current.get()
-        if context is not None:
-            context.headers.clear()
+    async def give_up(self, rendering: Rendering, exc: BEError) -> list[Message]:
+        """The chat that is answered in place of one whose tokens could not be placed, or raises `exc`."""
+        try:
+            if rendering.otherwise is None:
+                raise exc
+            return await rendering.otherwise(exc)
+        except BEError as refusal:
+            self._metrics.refused(refusal)
+            raise
 
     @staticmethod
     def check_prompt(prompt: Mapping[str, Any]) -> str:
@@ -168,13 +232,13 @@ class ChatHook:
                 param="messages",
             )
         started = time.perf_counter()
-        slot = self._slots.cut(text, rendering.marker, placement=rendering.placement)
+        slot = self._slots.cut(text, rendering.marker, placement=rendering.tokens.placement)
         highest = max((*slot.before, *slot.after), default=0)
         if highest >= self._vocab_size:
             raise UnsupportedRequest(f"The chat contains the id {highest}, outside the model's vocabulary.")
         rendering.slot = slot
         rendering.spent += time.perf_counter() - started
-        return slot.ids(rendering.k)
+        return slot.ids(rendering.tokens.k)
 
     def finish(self, rendering: Rendering, engine_input: Mapping[str, Any]) -> dict[str, Any]:
         """The engine input with the vectors in it. Raises UnsupportedRequest where the slot was cut away."""
@@ -183,7 +247,7 @@ class ChatHook:
         ids = engine_input.get("prompt_token_ids", ())
         if slot is None or engine_input.get("type") != "token":
             raise UnsupportedRequest("vLLM rendered this chat in a way that leaves no place for a token.")
-        if len(ids) != len(slot.before) + rendering.k + len(slot.after):
+        if len(ids) != len(slot.before) + rendering.tokens.k + len(slot.after):
             raise UnsupportedRequest("The chat was cut to another length, and the token with it.")
         if rendering.held is None:
             return dict(engine_input)  # only counted: no vectors are needed
@@ -219,3 +283,12 @@ class ChatHook:
         transfer = getattr(request, "kv_transfer_params", None)
         if isinstance(transfer, dict) and transfer.get("prompt_token_ids") is not None:
             raise UnsupportedRequest("Reused prompt ids cannot be combined with a token.", param="kv_transfer_params")
+
+
+def _refuse_unfit(tokens: Composition) -> None:
+    """Raise Unfit for a token whose own verdict says that it does not keep its prompt's behaviour."""
+    for record in tokens.records:
+        verdict = (record.manifest.quality or {}).get("verdict") or {}
+        status = verdict.get("status")
+        if status not in (None, "deployable"):
+            raise Unfit(f"Token {record.id!r} is marked {status!r}.")

@@ -11,19 +11,12 @@ from typing import Any
 
 import torch
 
-from be_serve.core.artifact import Token
 from be_serve.core.slots import Slot
-from be_serve.registry import Record
 from be_serve.serving.budget import ByteBudget
 from be_serve.serving.requests import refuse_raw_embeddings
 
 PLACEHOLDER_ID = 0
 """The id under a row. It must be a real one: logits processors index with it."""
-
-
-def prepare(token: Token, dtype: torch.dtype) -> torch.Tensor:
-    """The token's vectors [k, hidden_size] in the serving dtype."""
-    return torch.from_numpy(token.vectors.copy()).to(dtype)
 
 
 class HeldVectors:
@@ -55,7 +48,7 @@ class PromptEmbeds:
     def check(self, messages: Any, tools: Any) -> None:
         refuse_raw_embeddings(messages, tools)
 
-    async def hold(self, record: Record, vectors: torch.Tensor, *, wait: bool = True) -> HeldVectors:
+    async def hold(self, digest: str, vectors: torch.Tensor, *, wait: bool = True) -> HeldVectors:
         return HeldVectors(vectors, self._budget)
 
     def inject(self, engine_input: dict[str, Any], slot: Slot, held: HeldVectors) -> dict[str, Any]:

@@ -11,7 +11,6 @@ import hashlib
 from typing import Any
 
 from be_serve.core.slots import Slot
-from be_serve.registry import Record
 from be_serve.serving.rows import Lease, RowPool
 
 
@@ -50,8 +49,8 @@ class ResidentRows:
     def check(self, messages: Any, tools: Any) -> None:
         """Nothing is closed to clients: the engine takes no embeddings, and no text becomes a row's id."""
 
-    async def hold(self, record: Record, vectors: Any, *, wait: bool = True) -> HeldRows:
-        return HeldRows(await self._pool.lease(record.digest, vectors, wait=wait), record.digest)
+    async def hold(self, digest: str, vectors: Any, *, wait: bool = True) -> HeldRows:
+        return HeldRows(await self._pool.lease(digest, vectors, wait=wait), digest)
 
     def inject(self, engine_input: dict[str, Any], slot: Slot, held: HeldRows) -> dict[str, Any]:
         """The token input with the rows' ids in the slot."""

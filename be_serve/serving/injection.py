@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 from be_serve.core.slots import Slot
-from be_serve.registry import Record
 
 INJECTIONS = ("resident-rows", "prompt-embeds")
 
@@ -31,8 +30,8 @@ class Injection(Protocol):
         """Raise UnsupportedRequest for content that this way must not let through. Sees every chat request."""
         ...
 
-    async def hold(self, record: Record, vectors: Any, *, wait: bool = True) -> Held:
-        """Take what a request with this token needs.
+    async def hold(self, digest: str, vectors: Any, *, wait: bool = True) -> Held:
+        """Take what a request needs whose slot holds `vectors` [k, hidden_size], which `digest` names.
 
         Raises BEError where there is not enough of it: after a while, without `wait` at once.
         """

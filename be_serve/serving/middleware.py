@@ -22,7 +22,20 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 # The endpoints that honour a token.
-SUPPORTED = frozenset({"/v1/chat/completions", "/v1/chat/completions/batch", "/v1/responses", "/tokenize"})
+SUPPORTED = frozenset(
+    {
+        "/v1/chat/completions",
+        "/v1/chat/completions/batch",
+        "/v1/responses",
+        "/v1/messages",
+        "/v1/messages/count_tokens",
+        "/tokenize",
+    }
+)
+# They count a chat's ids and generate nothing.
+COUNTING = frozenset({"/v1/messages/count_tokens", "/tokenize"})
+# Their request classes drop fields that they do not know: ours are read from the body.
+_STRICT = frozenset({"/v1/messages", "/v1/messages/count_tokens"})
 _MARK = b'"be_'
 
 
@@ -33,6 +46,8 @@ class RequestContext:
     path: str
     authorization: str = ""
     """The request's Authorization header."""
+    fields: dict[str, Any] = field(default_factory=dict)
+    """Our fields as they came, on endpoints whose request classes drop them."""
     headers: dict[str, str] = field(default_factory=dict)
     """Headers to add to the response."""
     cleanup: list[Callable[[], None]] = field(default_factory=list)
@@ -85,6 +100,10 @@ class BEMiddleware:
                 await _respond(send, exc)
                 return
 
+        if path in _STRICT:
+            body, receive = await _read_ahead(receive)
+            context.fields = _our_fields(body)
+
         async def send_with_headers(message: MutableMapping[str, Any]) -> None:
             if message["type"] == "http.response.start" and context.headers:
                 extra = [(k.encode("latin-1"), v.encode("latin-1")) for k, v in context.headers.items()]
@@ -106,11 +125,8 @@ class BEMiddleware:
         # The common case costs a few substring searches. Escapes and other encodings may hide a name.
         if not any(mark in body for mark in (_MARK, b"\\u", b"\0", *(f"{name}:".encode() for name in names))):
             return
-        try:
-            data = json.loads(body)
-        except (ValueError, RecursionError):
-            return  # malformed JSON is the endpoint's to refuse
-        if not isinstance(data, dict):
+        data = _json_object(body)
+        if data is None:
             return
         arguments = data.get("vllm_xargs")
         places = [data, arguments if isinstance(arguments, dict) else {}]
@@ -127,6 +143,20 @@ class BEMiddleware:
                 f"Use one of: {', '.join(sorted(SUPPORTED))}.",
                 param=named[0],
             )
+
+
+def _our_fields(body: bytes) -> dict[str, Any]:
+    data = _json_object(body) or {}
+    return {name: data[name] for name in FIELDS if data.get(name) is not None}
+
+
+def _json_object(body: bytes) -> dict[str, Any] | None:
+    """The object in a body; None for anything else, which is the endpoint's to refuse."""
+    try:
+        data = json.loads(body)
+    except (ValueError, RecursionError):
+        return None
+    return data if isinstance(data, dict) else None
 
 
 def _header(scope: Scope, name: bytes) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 from be_serve.core.errors import BEError
 from be_serve.core.fingerprint import fingerprint_folder
 from be_serve.core.slots import SlotRenderer
-from be_serve.serving import inject_prompt_embeds, routes, vllm_compat, vllm_rows
+from be_serve.serving import routes, vectors, vllm_compat, vllm_rows
 from be_serve.serving.budget import ByteBudget
 from be_serve.serving.hook import ChatHook
 from be_serve.serving.inject_prompt_embeds import PromptEmbeds
@@ -57,7 +57,7 @@ class BEEndpointPlugin:
             self._settings,
             model,
             metrics(),
-            prepare=partial(inject_prompt_embeds.prepare, dtype=dtype),
+            prepare=partial(vectors.prepare, dtype=dtype),
             vllm_has_api_key=bool(vllm_compat.api_keys(args)),
         )
         injection = await self._injection(engine_client, state)
@@ -80,6 +80,7 @@ class BEEndpointPlugin:
             metrics=metrics(),
         )
         vllm_compat.install_chat_hook(state, hook)
+        vllm_compat.install_messages(state)
         vllm_compat.install_aliases(state, service.listed if self._settings.list_aliases else list)
         state.be_serve = service
         logger.info(

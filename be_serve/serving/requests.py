@@ -9,19 +9,26 @@ from typing import Any
 from be_serve.core.errors import RequestError, UnsupportedRequest
 from be_serve.core.ids import validate_be_id
 
-FIELDS = ("be_id", "be_system", "be_match")
+FIELDS = ("be_id", "be_system", "be_match", "be_fallback")
 # vLLM's own marker for client-sent embeddings. With the engine able to take embeddings,
 # its text form would become an id outside the vocabulary.
 EMBEDS_MARKER = "<prompt_embeds>"
 
 
+MAX_COMPOSED = 8
+"""Most tokens that a request may name for its slot."""
+
+
 @dataclass(frozen=True)
 class BEFields:
-    """`be_id`, `be_system` and `be_match` of one request, validated."""
+    """Our fields of one request, validated."""
 
-    be_id: str | None = None
+    be_ids: tuple[str, ...] = ()
+    """The tokens of the slot, in order."""
     append: bool = False
     match: bool = True
+    fallback: bool = False
+    """Whether the full prompt may answer where the tokens cannot."""
 
     @classmethod
     def parse(cls, extra: Mapping[str, Any] | None) -> BEFields:
@@ -32,17 +39,37 @@ class BEFields:
         given = {name: extra[name] for name in FIELDS if extra and extra.get(name) is not None}
         if not given:
             return _NONE
-        be_id = validate_be_id(given["be_id"]) if "be_id" in given else None
+        be_ids = _be_ids(given["be_id"]) if "be_id" in given else ()
         system = given.get("be_system")
         if system not in (None, "append"):
             raise RequestError('`be_system` must be "append" or absent.', param="be_system")
         match = given.get("be_match", True)
         if not isinstance(match, bool):
             raise RequestError("`be_match` must be true or false.", param="be_match")
-        return cls(be_id=be_id, append=system == "append", match=match)
+        fallback = given.get("be_fallback")
+        if fallback not in (None, "full"):
+            raise RequestError('`be_fallback` must be "full" or absent.', param="be_fallback")
+        return cls(be_ids=be_ids, append=system == "append", match=match, fallback=fallback == "full")
 
 
 _NONE = BEFields()
+
+
+def _be_ids(value: object) -> tuple[str, ...]:
+    """One id, or a list of them. Raises InvalidBeId, RequestError."""
+    if not isinstance(value, list):
+        return (validate_be_id(value),)
+    if not 0 < len(value) <= MAX_COMPOSED:
+        raise RequestError(f"`be_id` as a list names 1 to {MAX_COMPOSED} tokens, not {len(value)}.", param="be_id")
+    return tuple(validate_be_id(be_id) for be_id in value)
+
+
+def keep_lists(messages: Any) -> None:
+    """Make lists of the one-shot iterators that pydantic keeps in messages: they may be read more than once."""
+    for message in messages:
+        if isinstance(message, dict):
+            lazy = {key: list(value) for key, value in message.items() if isinstance(value, Iterator)}
+            message.update(lazy)
 
 
 def refuse_raw_embeddings(messages: Any, tools: Any) -> None:
@@ -51,10 +78,7 @@ def refuse_raw_embeddings(messages: Any, tools: Any) -> None:
     Raises UnsupportedRequest. Stock vLLM refuses the parts without
     `--enable-prompt-embeds`; with it in use for tokens, both must be refused here.
     """
-    for message in messages:
-        if isinstance(message, dict):  # pydantic keeps some lists as one-shot iterators: the scan must not use them up
-            lazy = {key: list(value) for key, value in message.items() if isinstance(value, Iterator)}
-            message.update(lazy)
+    keep_lists(messages)
     for value in _leaves([messages, tools]):
         if isinstance(value, str):
             if EMBEDS_MARKER in value:

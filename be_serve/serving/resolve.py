@@ -1,4 +1,4 @@
-"""From a request to the token that answers it, or to none. Pure: no I/O, no vLLM."""
+"""From a request to the tokens that answer it, or to none. Pure: no I/O, no vLLM."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from be_serve.core.ids import split_alias, validate_be_id
 from be_serve.core.prompts import prompt_sha256
 from be_serve.core.slots import SYSTEM_ROLES, text_of
 from be_serve.registry import Record, TokenIndex
+from be_serve.serving.composition import Composition
 from be_serve.serving.requests import BEFields
 
 Message = dict[str, Any]
@@ -19,16 +20,16 @@ How = Literal["be_id", "alias", "match"]
 
 @dataclass(frozen=True)
 class Resolution:
-    """The token of a request, and the chat without the system text it replaces."""
+    """The tokens of a request, and the chat without the system text they replace."""
 
-    record: Record
+    tokens: Composition
     how: How
     messages: list[Message]
     append: str | None = None
 
 
 class Resolver:
-    """Applies the naming rules: `be_id`, then the alias, then (opt-in) the exact prompt."""
+    """Applies the naming rules: `be_id` (one, or a list), then the alias, then (opt-in) the exact prompt."""
 
     def __init__(
         self,
@@ -44,11 +45,11 @@ class Resolver:
         self._usable = usable
 
     def resolve(self, fields: BEFields, model: str | None, messages: Sequence[Message]) -> Resolution | None:
-        """Return the token to use, or None for a plain request.
+        """Return the tokens to use, or None for a plain request.
 
         Raises InvalidBeId, NameConflict, TokenNotFound, SystemConflict, RequestError.
         """
-        be_id, how = self._named(fields, model)
+        be_ids, how = self.named(fields, model)
         if (
             how != "alias"
             and model
@@ -56,31 +57,42 @@ class Resolver:
             and split_alias(model, self._base_models()) is None
         ):
             # A LoRA adapter: not the model that any token's fingerprint stands for.
-            if be_id is not None:
+            if be_ids:
                 raise UnsupportedRequest(
                     f"Tokens are made for the base model, and `model` names {model!r}; send the base model's name.",
                     param="model",
                 )
             return None
-        if be_id is None:
-            if fields.append:
-                raise RequestError("`be_system` needs a `be_id`.", param="be_system")
+        if not be_ids:
+            for name, given in (("be_system", fields.append), ("be_fallback", fields.fallback)):
+                if given:
+                    raise RequestError(f"`{name}` needs a `be_id`.", param=name)
             return self._matched(fields, messages)
-        record = self._index.get(be_id)
-        chat, append = self._without_system(record, messages, append=fields.append)
-        return Resolution(record, how, chat, append)
+        tokens = Composition([self._index.get(be_id) for be_id in be_ids])
+        chat, append = self._without_system(tokens.name, tokens.replaces, messages, append=fields.append)
+        return Resolution(tokens, how, chat, append)
 
-    def _named(self, fields: BEFields, model: str | None) -> tuple[str | None, How]:
+    def full(
+        self, fields: BEFields, be_ids: Sequence[str], texts: Sequence[str], messages: Sequence[Message]
+    ) -> list[Message]:
+        """The chat with the prompts' own texts in place of the tokens. Raises SystemConflict."""
+        digests = {prompt_sha256(text) for text in texts}
+        chat, append = self._without_system(",".join(be_ids), digests.__contains__, messages, append=fields.append)
+        return [{"role": "system", "content": "\n\n".join([*texts, *([append] if append else [])])}, *chat]
+
+    def named(self, fields: BEFields, model: str | None) -> tuple[tuple[str, ...], How]:
+        """The ids that a request names, and how. Raises InvalidBeId, NameConflict."""
         alias = split_alias(model, self._base_models())
         if alias is None:
-            return fields.be_id, "be_id"
+            return fields.be_ids, "be_id"
         alias_id = validate_be_id(alias[1], param="model")
-        if fields.be_id is not None and fields.be_id != alias_id:
+        if fields.be_ids not in ((), (alias_id,)):
             raise NameConflict(
-                f"`model` names the token {alias_id!r} and `be_id` names {fields.be_id!r}; send one of them.",
+                f"`model` names the token {alias_id!r} and `be_id` names {', '.join(map(repr, fields.be_ids))}; "
+                "send one of them.",
                 param="be_id",
             )
-        return alias_id, "be_id" if fields.be_id is not None else "alias"
+        return (alias_id,), "be_id" if fields.be_ids else "alias"
 
     def _matched(self, fields: BEFields, messages: Sequence[Message]) -> Resolution | None:
         if not (self._match and fields.match and self._index.has_matches) or not messages:
@@ -95,12 +107,12 @@ class Resolver:
         # A request that names no token must be answered as without the plugin, never refused for a token's sake.
         if record is None or not self._usable(record):
             return None
-        return Resolution(record, "match", list(messages[1:]))
+        return Resolution(Composition([record]), "match", list(messages[1:]))
 
     def _without_system(
-        self, record: Record, messages: Sequence[Message], *, append: bool
+        self, name: str, replaces: Callable[[str], bool], messages: Sequence[Message], *, append: bool
     ) -> tuple[list[Message], str | None]:
-        """Drop the leading system turn the token stands for; keep other system text only to append it."""
+        """Drop the leading system turn the tokens stand for; keep other system text only to append it."""
         count = next((i for i, m in enumerate(messages) if m.get("role") not in SYSTEM_ROLES), len(messages))
         head, chat = messages[:count], list(messages[count:])
         others: list[str] = []
@@ -108,7 +120,7 @@ class Resolver:
             text = text_of(message.get("content"))
             if text is None:
                 raise SystemConflict("A system message beside a token must be text.", param="messages")
-            if text.strip() and prompt_sha256(text) != record.manifest.prompt.sha256:
+            if text.strip() and not replaces(prompt_sha256(text)):
                 others.append(text)
         if any(m.get("role") in SYSTEM_ROLES for m in chat):
             raise SystemConflict(
@@ -118,7 +130,7 @@ class Resolver:
             )
         if others and not append:
             raise SystemConflict(
-                f"Token {record.id!r} replaces the system message, and this request brings another one. "
+                f"Token {name!r} replaces the system message, and this request brings another one. "
                 'Remove it, or send `"be_system": "append"` to place it behind the token.',
                 param="messages",
             )

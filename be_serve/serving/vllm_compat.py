@@ -21,7 +21,8 @@ from be_serve.core.errors import BEError
 from be_serve.core.ids import alias_of, split_alias
 from be_serve.registry import Record
 from be_serve.serving import vllm_engine
-from be_serve.serving.hook import ChatHook, Rendering
+from be_serve.serving.hook import ChatHook, FullPrompt, Rendering
+from be_serve.serving.middleware import current, error_body
 from be_serve.serving.requests import EMBEDS_MARKER
 
 PLUGIN_NAME = "be_serve"
@@ -95,6 +96,10 @@ def install_chat_hook(state: Any, hook: ChatHook) -> None:
         rendering = await hook.begin(given["request"], given["messages"], given.get("tool_dicts"))
         if rendering is None:
             return await original_chat(*args, **kwargs)
+        if isinstance(rendering, FullPrompt):
+            given["messages"] = rendering.messages
+            return await original_chat(*call.args, **call.kwargs)
+        template_kwargs = given["default_template_kwargs"]
         given["messages"] = rendering.messages
         # The token's pinned template variables; the request's own still win over them.
         given["default_template_kwargs"] = {**(given["default_template_kwargs"] or {}), **rendering.template_kwargs}
@@ -103,10 +108,11 @@ def install_chat_hook(state: Any, hook: ChatHook) -> None:
             conversation, engine_inputs = await original_chat(*call.args, **call.kwargs)
             return conversation, [hook.finish(rendering, engine_input) for engine_input in engine_inputs]
         except BEError as exc:
-            hook.give_up(rendering, exc)  # raises, unless the request named no token
+            given["messages"] = await hook.give_up(rendering, exc)  # or raises
+            given["default_template_kwargs"] = template_kwargs
         finally:
             _rendering.reset(reset)
-        return await original_chat(*args, **kwargs)
+        return await original_chat(*call.args, **call.kwargs)
 
     async def render_messages_async(*args: Any, **kwargs: Any) -> Any:
         conversation, prompt = await original_messages(*args, **kwargs)
@@ -121,6 +127,36 @@ def install_chat_hook(state: Any, hook: ChatHook) -> None:
 
     online.preprocess_chat = preprocess_chat
     base.render_messages_async = render_messages_async
+
+
+def install_messages(state: Any) -> None:
+    """Carry our fields onto the chat request that vLLM makes of a Messages request; our errors in its shape."""
+    from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse
+
+    handler = getattr(state, "anthropic_serving_messages", None)
+    if handler is None:
+        return
+    convert = handler.to_chat_completion_request
+
+    def to_chat_completion_request(*args: Any, **kwargs: Any) -> Any:
+        made = convert(*args, **kwargs)
+        context = current.get()
+        for name, value in context.fields.items() if context else ():
+            setattr(made, name, value)
+        return made
+
+    def answering(original: Callable[..., Any]) -> Callable[..., Any]:
+        async def answer(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return await original(*args, **kwargs)
+            except BEError as exc:
+                return ErrorResponse(error=ErrorInfo(**error_body(exc)["error"]))
+
+        return answer
+
+    handler.to_chat_completion_request = to_chat_completion_request
+    handler.create_messages = answering(handler.create_messages)
+    handler.count_tokens = answering(handler.count_tokens)
 
 
 def install_aliases(state: Any, records: Callable[[], Sequence[Record]]) -> None:

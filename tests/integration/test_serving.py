@@ -194,7 +194,7 @@ def test_refusals(server, status, body):
     [
         ("/v1/completions", {"prompt": "hi", "be_id": "odd"}),
         ("/v1/completions", {"prompt": "hi", "model": f"{MODEL}:odd"}),
-        ("/v1/messages", {"messages": USER, "max_tokens": 4, "be_id": "odd"}),
+        ("/v1/chat/completions/render", {"messages": USER, "be_id": "odd"}),
         ("/inference/v1/generate", {"token_ids": [1, 2], "sampling_params": {}, "be_id": "odd"}),
         ("/generative_scoring", {"query": "a", "items": ["b"], "be_id": "odd"}),
         ("/v1/completions", {"prompt": [49152]}),

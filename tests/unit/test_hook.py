@@ -13,12 +13,13 @@ from be_serve.core.slots import Slot, SlotRenderer
 from be_serve.registry import Registry, TokenIndex
 from be_serve.serving.budget import ByteBudget, OverBudget
 from be_serve.serving.hook import ChatHook
-from be_serve.serving.inject_prompt_embeds import PromptEmbeds, prepare
+from be_serve.serving.inject_prompt_embeds import PromptEmbeds
 from be_serve.serving.inject_resident_rows import ResidentRows, salt
 from be_serve.serving.metrics import metrics
 from be_serve.serving.middleware import RequestContext, current
 from be_serve.serving.resolve import Resolver
 from be_serve.serving.rows import RowPool
+from be_serve.serving.vectors import prepare
 from tests.conftest import make_tokenizer
 from tests.factories import PROMPT, make_token
 
@@ -99,11 +100,11 @@ async def test_giving_up_a_match_leaves_no_trace(tmp_path, context):
     hook, _, _ = make_hook(tmp_path)
     matched = await hook.begin(request(), FULL, None)
     assert context.headers["x-be-match"] == "exact"
-    hook.give_up(matched, UnsupportedRequest("x"))
+    assert await hook.give_up(matched, UnsupportedRequest("x")) == FULL
     assert context.headers == {}
     named = await hook.begin(request(be_id="harbor"), USER, None)
     with pytest.raises(UnsupportedRequest):
-        hook.give_up(named, UnsupportedRequest("x"))
+        await hook.give_up(named, UnsupportedRequest("x"))
 
 
 async def test_a_lora_adapter_gets_no_token(tmp_path, context):
@@ -128,7 +129,7 @@ async def test_tokenize_needs_the_api_key_where_there_is_one(tmp_path, context):
 
 async def test_other_paths_see_plain_requests_only(tmp_path, context):
     hook, _, _ = make_hook(tmp_path)
-    context.path = "/v1/messages"
+    context.path = "/v1/chat/completions/render"
     assert await hook.begin(request(), FULL, None) is None
 
 
@@ -217,7 +218,7 @@ async def test_resident_rows_put_ids_in_the_slot(tmp_path, context):
     assert set(rows) == set(written)
     assert [i for i in made["prompt_token_ids"] if i < 50_000] == made["prompt_token_ids"].plain
     assert made["prompt_token_ids"].plain == [i for i in ids if i]  # placeholders are zeros
-    assert made["cache_salt"] not in ("mine", salt(rendering.record.digest, None))
+    assert made["cache_salt"] not in ("mine", salt(rendering.tokens.digest, None))
     lease = made["prompt_token_ids"].lease.renew()
     for clean in context.cleanup:
         clean()

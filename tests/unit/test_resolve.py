@@ -54,8 +54,8 @@ def test_plain_requests_are_plain(resolver):
 def test_by_id_and_alias(resolver):
     assert resolve(resolver, be_id="harbor").how == "be_id"
     found = resolve(resolver, model=f"{BASE}:harbor")
-    assert (found.record.id, found.how) == ("harbor", "alias")
-    assert resolve(resolver, model=f"{BASE}:harbor", be_id="harbor").record.id == "harbor"
+    assert (found.tokens.name, found.how) == ("harbor", "alias")
+    assert resolve(resolver, model=f"{BASE}:harbor", be_id="harbor").tokens.name == "harbor"
     with pytest.raises(NameConflict):
         resolve(resolver, model=f"{BASE}:harbor", be_id="other")
     with pytest.raises(TokenNotFound):
@@ -88,7 +88,7 @@ def test_other_system_text(resolver):
 
 def test_exact_match_is_opt_in_and_exact(index, resolver):
     found = resolve(resolver, system(PROMPT + " \n"))
-    assert (found.record.id, found.how, found.messages) == ("harbor", "match", USER)
+    assert (found.tokens.name, found.how, found.messages) == ("harbor", "match", USER)
     parts = [{"role": "developer", "content": [{"type": "text", "text": PROMPT}]}, *USER]
     assert resolve(resolver, parts).how == "match"
     assert resolve(resolver, system("Something else.")) is None  # registered without match
@@ -101,7 +101,19 @@ def test_exact_match_is_opt_in_and_exact(index, resolver):
 
 
 @pytest.mark.parametrize(
-    "fields", [{"be_system": "replace"}, {"be_system": "append"}, {"be_match": "no"}, {"be_match": 0}, {"be_system": 1}]
+    "fields",
+    [
+        {"be_system": "replace"},
+        {"be_system": "append"},
+        {"be_match": "no"},
+        {"be_match": 0},
+        {"be_system": 1},
+        {"be_fallback": "full"},
+        {"be_id": "harbor", "be_fallback": True},
+        {"be_id": []},
+        {"be_id": ["harbor"] * 9},
+        {"be_id": ["harbor", None]},
+    ],
 )
 def test_malformed_fields(resolver, fields):
     with pytest.raises(RequestError):
@@ -123,3 +135,24 @@ def test_raw_embeddings_are_refused_in_every_form(messages, tools):
     with pytest.raises(UnsupportedRequest):
         refuse_raw_embeddings(messages if isinstance(messages, list) else list(messages), tools)
     refuse_raw_embeddings(USER, [{"function": {"name": "f"}}])
+
+
+def test_tokens_of_a_list_stand_in_order(resolver):
+    found = resolve(resolver, be_id=["other", "harbor"])
+    assert (found.tokens.name, found.tokens.k) == ("other,harbor", 4)
+    assert found.tokens.digest.count(",") == 1
+    for text in (PROMPT, "Something else."):
+        assert resolve(resolver, system(text), be_id=["other", "harbor"]).messages == USER
+    with pytest.raises(SystemConflict, match="other,harbor"):
+        resolve(resolver, system("Be nice."), be_id=["other", "harbor"])
+    with pytest.raises(TokenNotFound):
+        resolve(resolver, be_id=["harbor", "nobody"])
+    with pytest.raises(NameConflict):
+        resolve(resolver, model=f"{BASE}:harbor", be_id=["harbor", "other"])
+
+
+def test_the_full_prompts_stand_in_order_too(resolver):
+    fields = BEFields.parse({"be_id": ["a", "b"], "be_system": "append"})
+    chat = resolver.full(fields, ["a", "b"], ["First.", "Second."], system("Third."))
+    assert chat == system("First.\n\nSecond.\n\nThird.")
+    assert resolver.full(fields, ["a", "b"], ["First.", "Second."], system("Second.")) == system("First.\n\nSecond.")
