@@ -19,6 +19,15 @@ PLACEHOLDER_ID = 0
 """The id under a row. It must be a real one: logits processors index with it."""
 
 
+def mixed(slot: Slot, vectors: torch.Tensor) -> tuple[torch.Tensor, list[bool]]:
+    """A tensor [T, hidden_size] with the vectors [k, hidden_size] in the slot, and which of the T are tokens."""
+    start, k = len(slot.before), len(vectors)
+    length = start + k + len(slot.after)
+    embeds = torch.zeros(length, vectors.shape[1], dtype=vectors.dtype)
+    embeds[start : start + k] = vectors
+    return embeds, [not start <= i < start + k for i in range(length)]
+
+
 class HeldVectors:
     """The vectors [k, hidden_size] of one request, and the memory that its tensors claim."""
 
@@ -53,13 +62,8 @@ class PromptEmbeds:
 
     def inject(self, engine_input: dict[str, Any], slot: Slot, held: HeldVectors) -> dict[str, Any]:
         """vLLM's mixed embeds input. Keys other than the prompt's (cache_salt, arrival_time) are kept."""
-        rows = held.vectors
         ids: list[int] = engine_input["prompt_token_ids"]
-        held.claim(len(ids) * rows[0].nbytes)
-        start, k = len(slot.before), rows.shape[0]
-        embeds = torch.zeros(len(ids), rows.shape[1], dtype=rows.dtype)
-        embeds[start : start + k] = rows
-        is_token = [True] * len(ids)
-        is_token[start : start + k] = [False] * k
+        held.claim(len(ids) * held.vectors[0].nbytes)
+        embeds, is_token = mixed(slot, held.vectors)
         kept: dict[str, Any] = {key: engine_input[key] for key in ("cache_salt", "arrival_time") if key in engine_input}
         return {"type": "embeds", "prompt_embeds": embeds, "prompt_token_ids": ids, "is_token_ids": is_token, **kept}

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from be_serve.core.errors import NameConflict, RequestError, SystemConflict, UnsupportedRequest
 from be_serve.core.ids import split_alias, validate_be_id
 from be_serve.core.prompts import prompt_sha256
 from be_serve.core.slots import SYSTEM_ROLES, text_of
-from be_serve.registry import Record, TokenIndex
+from be_serve.registry import Record
 from be_serve.serving.composition import Composition
 from be_serve.serving.requests import BEFields
 
@@ -28,12 +28,27 @@ class Resolution:
     append: str | None = None
 
 
+class Names(Protocol):
+    """Where records are looked up: a TokenIndex, or files alone."""
+
+    @property
+    def has_matches(self) -> bool: ...
+
+    def get(self, be_id: str) -> Record:
+        """The record of an id. Raises TokenNotFound."""
+        ...
+
+    def match(self, sha256: str) -> Record | None:
+        """The record that answers for the prompt of this digest, if any."""
+        ...
+
+
 class Resolver:
     """Applies the naming rules: `be_id` (one, or a list), then the alias, then (opt-in) the exact prompt."""
 
     def __init__(
         self,
-        index: TokenIndex[Any],
+        index: Names,
         base_models: Callable[[], Sequence[str]],
         *,
         match: bool = True,

@@ -1,0 +1,7 @@
+"""Tokens without a server: `from be_serve.llm import LLM`."""
+
+from __future__ import annotations
+
+from be_serve.serving.vllm_llm import LLM
+
+__all__ = ["LLM"]
