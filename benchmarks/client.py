@@ -90,6 +90,16 @@ class ServerClient:
             )
         return response.json() if response.content else None
 
+    async def text(self, path: str) -> str:
+        """The body of a GET. Raises ServerError."""
+        try:
+            response = await self._http.get(path)
+        except httpx.HTTPError as exc:
+            raise ServerError(f"GET {self.url}{path} failed: {exc or type(exc).__name__}.") from exc
+        if response.is_error:
+            raise ServerError(f"GET {self.url}{path} answered {response.status_code}.")
+        return response.text
+
     async def model_id(self) -> str:
         """Name of the served base model: the first that is no adapter or alias of another."""
         models = (await self.call("GET", "/v1/models"))["data"]

@@ -148,11 +148,21 @@ def stock_server(options: ServerOptions, out: Path, max_model_len: int) -> Serve
     return _server("stock", options, out, max_model_len, ["--be-off"])
 
 
-def plugin_server(options: ServerOptions, out: Path, max_model_len: int, be_id: str, token: Path) -> Server:
-    """vLLM with the plugin and one token, with a registry of its own."""
+def plugin_server(
+    options: ServerOptions,
+    out: Path,
+    max_model_len: int,
+    *,
+    token: tuple[str, Path] | None = None,
+    admin_key: str | None = None,
+) -> Server:
+    """vLLM with the plugin, with a registry of its own; `token` is an id and the file it names."""
     registry = f"sqlite:///{(out / 'registry.db').resolve()}"
-    extra = ["--be-registry", registry, "--be-token", f"{be_id}={token}", *options.plugin_args]
-    return _server("plugin", options, out, max_model_len, extra)
+    named = ["--be-token", f"{token[0]}={token[1]}"] if token else []
+    server = _server("plugin", options, out, max_model_len, ["--be-registry", registry, *named, *options.plugin_args])
+    if admin_key:
+        server.env["BE_ADMIN_KEY"] = admin_key
+    return server
 
 
 def _server(name: str, options: ServerOptions, out: Path, max_model_len: int, extra: Sequence[str]) -> Server:

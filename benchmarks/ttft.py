@@ -178,7 +178,7 @@ class _Fleet:
             assert token is not None
             be_id, path = token.manifest.id, options.out / "token.safetensors"
             token.save(path)
-            server = plugin_server(options.servers, options.out, max_model_len(options), be_id, path)
+            server = plugin_server(options.servers, options.out, max_model_len(options), token=(be_id, path))
             await self._open("plugin", None, server)
             return be_id
         if options.be_id is not None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from be_serve.cli.bench_load import command as load_command
 from be_serve.cli.bench_train import command as train_command
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ def command() -> None:
     """Measure a server from the client's side, or the trainer."""
 
 
+command.add_command(load_command, "load")
 command.add_command(train_command, "train")
 
 

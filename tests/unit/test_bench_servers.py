@@ -106,7 +106,7 @@ async def test_cancelling_the_start_stops_it(tmp_path):
 def test_commands(tmp_path):
     options = ServerOptions("m", server_args=("--dtype", "float32"), plugin_args=("--be-injection", "x"))
     stock = stock_server(options, tmp_path, 2048).command
-    plugin = plugin_server(options, tmp_path, 2048, "bench", tmp_path / "t.safetensors").command
+    plugin = plugin_server(options, tmp_path, 2048, token=("bench", tmp_path / "t.safetensors")).command
     assert "--be-off" in stock
     assert not {"--be-token", "--be-injection", "--enable-prompt-embeds"} & set(stock)
     assert plugin[plugin.index("--be-token") + 1] == f"bench={tmp_path / 't.safetensors'}"

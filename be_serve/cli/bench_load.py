@@ -1,0 +1,100 @@
+"""`be-serve bench load`: throughput and inter-token latency of concurrent chats."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import click
+
+
+@click.command("load")
+@click.option("--model", default="builtin:smollm2-135m-instruct", show_default=True, help="Model name or folder.")
+@click.option(
+    "--beside",
+    type=click.Choice(["stock", "prompt-embeds", "resident-rows"]),
+    default="stock",
+    show_default=True,
+    help="The other server: vLLM without the plugin, or with it and this injection.",
+)
+@click.option("--rounds", type=click.IntRange(1), default=200, show_default=True, help="Bursts of each arm.")
+@click.option("--concurrency", type=click.IntRange(1), default=4, show_default=True, help="Chats of a burst.")
+@click.option("--question-tokens", type=click.IntRange(8), default=58, show_default=True)
+@click.option("--max-tokens", type=click.IntRange(2), default=16, show_default=True, help="Length of an answer.")
+@click.option("--k", type=click.IntRange(1), default=1, show_default=True, help="Vectors of the token.")
+@click.option("--registered", type=click.IntRange(1), default=100, show_default=True, help="Tokens on the server.")
+@click.option("--seed", default=0, show_default=True, help="Seed of texts, order and bootstrap.")
+@click.option("--kv-gib", type=click.IntRange(1), default=1, show_default=True, help="KV cache of a server on a CPU.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder for results and logs [runs/bench-load-DATE].")
+def command(
+    model: str,
+    beside: str,
+    rounds: int,
+    concurrency: int,
+    question_tokens: int,
+    max_tokens: int,
+    k: int,
+    registered: int,
+    seed: int,
+    kv_gib: int,
+    out: Path | None,
+) -> None:
+    """Bursts of concurrent chats at two servers in turns: what does the plugin cost plain traffic?
+
+    Writes load.json. The last line printed is one JSON object.
+    """
+    from be_serve.core.artifact import write_atomically
+    from be_serve.models import resolve_model
+    from benchmarks.load import LoadOptions, measure_load
+    from benchmarks.servers import ServerOptions
+
+    found = resolve_model(model)
+    options = LoadOptions(
+        model=model,
+        folder=found.path,
+        out=(out or Path("runs") / f"bench-load-{datetime.now():%Y%m%d-%H%M%S}").resolve(),
+        servers=ServerOptions(model, kv_gib=kv_gib),
+        other=beside,
+        k=k,
+        rounds=rounds,
+        concurrency=concurrency,
+        question_tokens=question_tokens,
+        max_tokens=max_tokens,
+        registered=registered,
+        seed=seed,
+    )
+    run = asyncio.run(measure_load(options, lambda line: click.echo(line, err=True)))
+    result = run.result()
+    write_atomically(options.out / "load.json", f"{json.dumps(result, indent=1)}\n".encode())
+    click.echo("\n".join(_table(result, beside)))
+    click.echo(json.dumps({key: result[key] for key in ("benchmark", "rounds", "failed_chats", "ratios")}))
+    if run.interrupted:
+        raise click.exceptions.Exit(130)
+
+
+def _table(result: dict[str, Any], beside: str) -> list[str]:
+    options = result["options"]
+    lines = [
+        f"{result['rounds']} bursts of {options['concurrency']} chats, {options['question_tokens']} + {options['k']} "
+        f"tokens in and {options['max_tokens']} out; {options['registered']} tokens registered; medians of bursts",
+        "",
+        f"{'arm':<14}{'tokens/s':>10}{'ITL ms':>10}{'TTFT ms':>10}",
+    ]
+    for arm, figures in result["arms"].items():
+        lines.append(
+            f"{arm:<14}{figures['tokens_per_s']:>10.1f}{figures['median_itl_ms']:>10.1f}{figures['median_ttft_ms']:>10.1f}"
+        )
+    lines += ["", f"ratios of medians with 95 % intervals (_other: {beside}):"]
+    for name, ratios in result["ratios"].items():
+        for metric, ratio in ratios.items():
+            low, high = ratio["of_medians_ci95"]
+            lines.append(f"  {name:<18}{metric:<14}{ratio['of_medians']:.3f}  {low:.3f} to {high:.3f}")
+    if result["injection_seconds"]:
+        within = [bound for bound, share in result["injection_seconds"].items() if share >= 0.99]
+        lines += ["", f"time that a token costs a request in the server process: p99 within {within[0]} s"]
+    if result["failed_chats"]:
+        lines += ["", f"{result['failed_chats']} chats failed: {'; '.join(result['errors'])}"]
+    return lines
