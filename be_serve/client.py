@@ -84,7 +84,9 @@ class BEClient:
     def remove(self, be_id: str, *, prompt: bool = False) -> None:
         """Remove a token with all its versions, and its stored prompt where `prompt`."""
         params = {"prompt": str(prompt).lower()}
-        self._call("DELETE", f"/v1/be/tokens/{validate_be_id(be_id, param='ID')}", params=params)
+        answer = self._call("DELETE", f"/v1/be/tokens/{validate_be_id(be_id, param='ID')}", params=params).json()
+        if prompt and not answer.get("prompt_forgotten"):
+            raise ServerRefused(501, f"It removed {be_id} and knows nothing of stored prompts; upgrade it.")
 
     def __enter__(self) -> BEClient:
         return self

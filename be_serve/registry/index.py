@@ -14,10 +14,12 @@ from typing import Generic, TypeVar
 
 from be_serve.core.artifact import Token, file_digest
 from be_serve.core.errors import TokenConflict, TokenNotFound
+from be_serve.core.prompts import prompt_sha256
 from be_serve.registry.store import Record, Registry
 
 logger = logging.getLogger("vllm.be_serve.registry")
 V = TypeVar("V")
+_TEXT_BYTES = 16 * 1024 * 1024
 
 
 class ByteLRU(Generic[V]):
@@ -80,6 +82,8 @@ class TokenIndex(Generic[V]):
         self._revision = 0
         self._records: dict[str, Record] = {}
         self._matches: dict[str, str] = {}
+        self._prompts: dict[str, str] = {}
+        self._texts: ByteLRU[str] = ByteLRU(_TEXT_BYTES)
         self._static: dict[str, tuple[Record, V]] = {}
         self._loading = threading.Lock()
         self._stop = threading.Event()
@@ -109,10 +113,15 @@ class TokenIndex(Generic[V]):
             revision, changes = self._registry.changes(self._revision)
             # Readers take no lock, so they get whole new dicts and never a half-changed one.
             records = dict(self._records) if changes else self._records
+            prompts = dict(self._prompts) if changes else self._prompts
             if revision < self._revision:  # the database was replaced by an older copy
                 revision, changes = self._registry.changes(0)
-                records = {}
+                records, prompts = {}, {}
             for change in changes:
+                if change.prompt_sha256 is None:
+                    prompts.pop(change.id, None)
+                else:
+                    prompts[change.id] = change.prompt_sha256
                 if change.record is None:
                     records.pop(change.id, None)
                 else:
@@ -120,6 +129,7 @@ class TokenIndex(Generic[V]):
             if records is not self._records:
                 self._matches = {r.match_sha256: r.id for r in records.values() if r.match_sha256}
                 self._records = records
+            self._prompts = prompts
             self._revision = revision
         self._on_refresh(len(self._records) + len(self._static))
 
@@ -133,12 +143,24 @@ class TokenIndex(Generic[V]):
         return record
 
     def prompt(self, be_id: str) -> str | None:
-        """The text of an id's prompt, where its file or the registry holds it; blocks on the database."""
-        stored = self._registry.read_prompt(be_id)
-        if stored is not None:
-            return stored
+        """The text of an id's prompt, of a removed token too, where its file or the registry holds it.
+
+        A text of another prompt than the token's does not count. Blocks on the database
+        where a stored text is read for the first time. Raises RegistryError.
+        """
         found = self._static[be_id][0] if be_id in self._static else self._records.get(be_id)
-        return found.manifest.prompt.text if found else None
+        if found is not None and (found.manifest.prompt.text is not None or found.source == "server"):
+            return found.manifest.prompt.text
+        sha256 = self._prompts.get(be_id)
+        if sha256 is None or (found is not None and sha256 != found.manifest.prompt.sha256):
+            return None
+        text = self._texts.get(sha256)
+        if text is None:
+            text = self._registry.read_prompt(be_id)
+            if text is None or prompt_sha256(text) != sha256:  # it has just changed
+                return None
+            self._texts.put(sha256, text, len(text.encode()))
+        return text
 
     def match(self, sha256: str) -> Record | None:
         """The token registered to answer for the prompt of this digest, if any."""

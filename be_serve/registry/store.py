@@ -70,6 +70,8 @@ class Change:
 
     id: str
     record: Record | None
+    prompt_sha256: str | None = None
+    """Of the stored prompt; one that was stored stays when its token is removed."""
 
 
 _IMMEDIATE = {"be_immediate": True}
@@ -166,7 +168,8 @@ class Registry:
                 raise InvalidArtifact(
                     f"This text is not the prompt of token {be_id!r}: its SHA-256 is {given}, the token's {expected}."
                 )
-            session.merge(PromptRow(id=be_id, sha256=given, text=text))
+            # As the digest sees it: without the trailing white space, which `register` strips, too.
+            session.merge(PromptRow(id=be_id, sha256=given, text=text.rstrip()))
             row.revision = revision
 
     def read_prompt(self, be_id: str) -> str | None:
@@ -185,9 +188,10 @@ class Registry:
             kept = session.get(PromptRow, be_id) if prompt else None
             if kept is not None:
                 session.delete(kept)
+            if row is not None and row.removed and kept is not None:
+                row.revision = revision
+                return  # the token went earlier, its prompt now
             if row is None or row.removed:
-                if kept is not None:
-                    return  # the token went earlier, its prompt now
                 raise TokenNotFound(f"No token {be_id!r} is registered.")
             # The row stays as a tombstone: it tells other replicas, and version numbers never repeat.
             row.removed, row.match_sha256, row.revision = True, None, revision
@@ -200,13 +204,13 @@ class Registry:
             if revision == since:
                 return revision, []
             rows = session.execute(
-                select(TokenRow, VersionRow, PromptRow.id)
+                select(TokenRow, VersionRow, PromptRow.sha256)
                 .outerjoin(VersionRow, (VersionRow.id == TokenRow.id) & (VersionRow.version == TokenRow.version))
                 .outerjoin(PromptRow, PromptRow.id == TokenRow.id)
                 .where(TokenRow.revision > since)
             ).all()
             found = [
-                Change(row.id, None if row.removed else _readable(row, version, prompt is not None))
+                Change(row.id, None if row.removed else _readable(row, version, prompt), prompt)
                 for row, version, prompt in rows
             ]
             return revision, found
@@ -225,7 +229,9 @@ class Registry:
         self._engine.dispose()
 
     def _prepare(self) -> None:
-        """Create the tables that are missing; refuse a database made by another schema version."""
+        """Refuse a database made by another schema version; create the tables that are missing."""
+        if inspect(self._engine).has_table(Meta.__tablename__):
+            self._check_version()
         if self._missing_tables():
             try:
                 # Tables and their first row in one transaction, so that processes starting together see all or nothing.
@@ -237,6 +243,9 @@ class Registry:
                 # Another process created them in the same moment, or this says what is wrong.
                 if self._missing_tables():
                     raise
+        self._check_version()
+
+    def _check_version(self) -> None:
         with Session(self._engine) as session:
             found = session.get_one(Meta, 1).schema_version
         if found != SCHEMA_VERSION:
@@ -259,8 +268,8 @@ class Registry:
         return session.scalars(select(Meta.revision).where(Meta.id == 1)).one()
 
     @staticmethod
-    def _stored(session: Session, be_id: str) -> bool:
-        return session.scalar(select(PromptRow.id).where(PromptRow.id == be_id)) is not None
+    def _stored(session: Session, be_id: str) -> str | None:
+        return session.scalar(select(PromptRow.sha256).where(PromptRow.id == be_id))
 
     def _claim_match(self, session: Session, be_id: str, sha256: str | None) -> None:
         if sha256 is None:
@@ -282,17 +291,19 @@ class Registry:
             raise RegistryError(f"The registry {_safe(self.url)} failed: {cause}.") from exc
 
 
-def _record(row: TokenRow, version: VersionRow, stored_prompt: bool) -> Record:
+def _record(row: TokenRow, version: VersionRow, prompt: str | None) -> Record:
+    """The record; `prompt` is the SHA-256 of the text that is stored under the id."""
     manifest = Manifest.model_validate_json(version.manifest)
-    return Record(row.id, version.version, version.digest, manifest, row.match_sha256, stored_prompt=stored_prompt)
+    stored = prompt == manifest.prompt.sha256
+    return Record(row.id, version.version, version.digest, manifest, row.match_sha256, stored_prompt=stored)
 
 
-def _readable(row: TokenRow, version: VersionRow | None, stored_prompt: bool) -> Record | None:
+def _readable(row: TokenRow, version: VersionRow | None, prompt: str | None) -> Record | None:
     """The record, or None for one this be-serve cannot read: it must not stop the others."""
     if version is None:
         return None
     try:
-        return _record(row, version, stored_prompt)
+        return _record(row, version, prompt)
     except ValidationError as exc:
         logger.error("Token %s has a manifest that this be-serve cannot read; it is left out: %s", row.id, exc)
         return None

@@ -11,31 +11,18 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from be_serve.core.errors import BEError, NotAuthenticated, RegistryError, RequestError, UnsupportedRequest
+from be_serve.core.errors import BEError, NotAuthenticated, RequestError, UnsupportedRequest
 from be_serve.core.slots import Slot, SlotRenderer, new_marker
 from be_serve.registry import TokenIndex
 from be_serve.serving.composition import Composition
+from be_serve.serving.fallback import Fallback, PlainChat, refuse_unfit
 from be_serve.serving.injection import Held, Injection
 from be_serve.serving.metrics import Metrics
 from be_serve.serving.middleware import COUNTING, RequestContext, current
 from be_serve.serving.requests import BEFields, keep_lists
 from be_serve.serving.resolve import How, Message, Resolution, Resolver
-from be_serve.serving.vectors import join
 
 logger = logging.getLogger("vllm.be_serve.hook")
-
-
-class Unfit(BEError):
-    """The token may be used, but a request asked for the full prompt rather than a token that loses behaviour."""
-
-    code = "be_unfit"
-
-
-@dataclass
-class FullPrompt:
-    """A request that is answered by its prompts' own texts, for its tokens cannot."""
-
-    messages: list[Message]
 
 
 @dataclass
@@ -52,7 +39,7 @@ class Rendering:
     spent: float = 0.0
     slot: Slot | None = None
     how: How = "be_id"
-    otherwise: Callable[[BEError], Awaitable[list[Message]]] | None = None
+    otherwise: Callable[[BEError], Awaitable[PlainChat]] | None = None
     """Gives the chat that is answered where the tokens cannot be placed, or raises the reason. None: raised at once."""
 
 
@@ -79,8 +66,9 @@ class ChatHook:
         self._vocab_size = vocab_size
         self._max_chars = max_chars
         self._metrics = metrics
+        self._fallback = Fallback(resolver, index, slots)
 
-    async def begin(self, request: Any, messages: Sequence[Any], tools: Any) -> Rendering | FullPrompt | None:
+    async def begin(self, request: Any, messages: Sequence[Any], tools: Any) -> Rendering | PlainChat | None:
         """How a request that names a token is answered; None for a plain one.
 
         Raises BEError for everything that must be refused, counted.
@@ -100,7 +88,7 @@ class ChatHook:
 
     async def _begin(
         self, context: RequestContext, request: Any, messages: Sequence[Any]
-    ) -> Rendering | FullPrompt | None:
+    ) -> Rendering | PlainChat | None:
         started = time.perf_counter()
         fields = BEFields.parse(request.model_extra)
         if not self._may_use(context):
@@ -109,76 +97,71 @@ class ChatHook:
             return None
         keep_lists(messages)
         chat = [dict(m) for m in messages]
-        full = partial(self._full, context, fields, getattr(request, "model", None), chat)
+        outcome: dict[str, str] = {}
+        context.outcomes.append(outcome)
+        full = partial(self._full, context, request, fields, chat, outcome)
         try:
             rendering = await self._with_tokens(context, request, fields, chat, started)
         except BEError as exc:
             if not fields.fallback:
                 raise
-            return FullPrompt(await full(exc))
-        if rendering is not None and fields.fallback:
+            return await full(exc)
+        if rendering is None:
+            return None
+        tokens = rendering.tokens
+        outcome.update({"x-be-id": tokens.name, "x-be-digest": tokens.digest})
+        if rendering.how == "match":
+            outcome["x-be-match"] = "exact"
+            rendering.otherwise = partial(self._as_it_came, tokens, chat, outcome)
+        elif fields.fallback:
             rendering.otherwise = full
+        rendering.spent = time.perf_counter() - started
         return rendering
 
     async def _with_tokens(
         self, context: RequestContext, request: Any, fields: BEFields, chat: list[Message], started: float
     ) -> Rendering | None:
-        resolution = self._resolver.resolve(fields, getattr(request, "model", None), chat)
+        model = getattr(request, "model", None)
+        if self._resolver.named(fields, model)[0]:
+            self._refuse_options(request)
+        resolution = self._resolver.resolve(fields, model, chat)
         if resolution is None:
             return None
-        tokens = resolution.tokens
         try:
             self._refuse_options(request)
             if fields.fallback:
-                _refuse_unfit(tokens)
-            held = await self._hold(context, resolution)
-            rendering = self._mark(resolution, held, started)
+                refuse_unfit(resolution.tokens)
+            # Who has a full prompt to fall back on waits for nothing.
+            held = await self._hold(context, resolution, wait=resolution.how != "match" and not fields.fallback)
+            return self._mark(resolution, held, started)
         except BEError as exc:
             if resolution.how != "match":
                 raise
-            logger.debug("Serving the full prompt: token %s cannot answer: %s", tokens.name, exc)
+            logger.debug("Serving the full prompt: token %s cannot answer: %s", resolution.tokens.name, exc)
             return None
-        self._metrics.requests.labels(path=context.path, how=resolution.how).inc()
-        context.headers["x-be-id"] = tokens.name
-        context.headers["x-be-digest"] = tokens.digest
-        if resolution.how == "match":
-            context.headers["x-be-match"] = "exact"
-            rendering.otherwise = partial(self._as_it_came, context, tokens, chat)
-        rendering.spent = time.perf_counter() - started
-        return rendering
 
     async def _full(
-        self, context: RequestContext, fields: BEFields, model: str | None, chat: list[Message], exc: BEError
-    ) -> list[Message]:
-        """The chat with the stored prompts of the tokens named, which cannot answer for the reason `exc`.
-
-        Raises `exc` where it is the request's own fault, or a text is not stored.
-        """
-        if isinstance(exc, RequestError):
-            raise exc
-        be_ids, _ = self._resolver.named(fields, model)
-        try:
-            found = await asyncio.to_thread(lambda: [self._index.prompt(be_id) for be_id in be_ids])
-        except RegistryError:
-            raise exc from None
-        texts = [text for text in found if text is not None]
-        if len(texts) < len(found):
-            raise exc
-        full = self._resolver.full(fields, be_ids, texts, chat)
-        logger.debug("Serving the full prompt, as the request allows: %s", exc)
+        self,
+        context: RequestContext,
+        request: Any,
+        fields: BEFields,
+        chat: list[Message],
+        outcome: dict[str, str],
+        exc: BEError,
+    ) -> PlainChat:
+        """The stored prompt's chat in place of a token's, which cannot be had for the reason `exc`."""
+        found = await self._fallback.chat(context, request, fields, chat, exc)
+        outcome.clear()
+        outcome["x-be-fallback"] = "full"
         self._metrics.requests.labels(path=context.path, how="fallback").inc()
-        context.headers.clear()
-        context.headers["x-be-fallback"] = "full"
-        return full
+        return found
 
     @staticmethod
-    async def _as_it_came(
-        context: RequestContext, tokens: Composition, chat: list[Message], exc: BEError
-    ) -> list[Message]:
+    async def _as_it_came(tokens: Composition, chat: list[Message], outcome: dict[str, str], exc: BEError) -> PlainChat:
         """A matched request's own chat: it named no token, and is answered as without the plugin."""
         logger.debug("Serving the full prompt: token %s cannot answer: %s", tokens.name, exc)
-        context.headers.clear()
-        return chat
+        outcome.clear()
+        return PlainChat(chat)
 
     def _mark(self, resolution: Resolution, held: Held | None, started: float) -> Rendering:
         marker = new_marker()
@@ -186,24 +169,23 @@ class ChatHook:
         marked = self._slots.mark(resolution.messages, marker, placement=tokens.placement, append=resolution.append)
         return Rendering(tokens, held, marker, marked, tokens.template_kwargs, started, how=resolution.how)
 
-    async def _hold(self, context: RequestContext, resolution: Resolution) -> Held | None:
+    async def _hold(self, context: RequestContext, resolution: Resolution, *, wait: bool) -> Held | None:
         parts = []
         for record in resolution.tokens.records:
             vectors = self._index.cached(record)
             self._metrics.cache.labels(result="hit" if vectors is not None else "miss").inc()
             if vectors is None:
                 vectors = await asyncio.to_thread(self._index.load, record)
-            parts.append(vectors)
+            parts.append((record.digest, vectors))
         if context.path in COUNTING:
             return None
         if context.over:
             raise UnsupportedRequest("A response that goes on in the background cannot use a token in its later turns.")
-        # A matched request has its full prompt to fall back on: it waits for nothing.
-        held = await self._injection.hold(resolution.tokens.digest, join(parts), wait=resolution.how != "match")
+        held = await self._injection.hold(parts, wait=wait)
         context.cleanup.append(held.release)
         return held
 
-    async def give_up(self, rendering: Rendering, exc: BEError) -> list[Message]:
+    async def give_up(self, rendering: Rendering, exc: BEError) -> PlainChat:
         """The chat that is answered in place of one whose tokens could not be placed, or raises `exc`."""
         try:
             if rendering.otherwise is None:
@@ -233,9 +215,7 @@ class ChatHook:
             )
         started = time.perf_counter()
         slot = self._slots.cut(text, rendering.marker, placement=rendering.tokens.placement)
-        highest = max((*slot.before, *slot.after), default=0)
-        if highest >= self._vocab_size:
-            raise UnsupportedRequest(f"The chat contains the id {highest}, outside the model's vocabulary.")
+        check_ids(slot, self._vocab_size)
         rendering.slot = slot
         rendering.spent += time.perf_counter() - started
         return slot.ids(rendering.tokens.k)
@@ -249,6 +229,9 @@ class ChatHook:
             raise UnsupportedRequest("vLLM rendered this chat in a way that leaves no place for a token.")
         if len(ids) != len(slot.before) + rendering.tokens.k + len(slot.after):
             raise UnsupportedRequest("The chat was cut to another length, and the token with it.")
+        context = current.get()
+        if context is not None:
+            self._metrics.requests.labels(path=context.path, how=rendering.how).inc()
         if rendering.held is None:
             return dict(engine_input)  # only counted: no vectors are needed
         injected = self._injection.inject(dict(engine_input), slot, rendering.held)
@@ -285,10 +268,8 @@ class ChatHook:
             raise UnsupportedRequest("Reused prompt ids cannot be combined with a token.", param="kv_transfer_params")
 
 
-def _refuse_unfit(tokens: Composition) -> None:
-    """Raise Unfit for a token whose own verdict says that it does not keep its prompt's behaviour."""
-    for record in tokens.records:
-        verdict = (record.manifest.quality or {}).get("verdict") or {}
-        status = verdict.get("status")
-        if status not in (None, "deployable"):
-            raise Unfit(f"Token {record.id!r} is marked {status!r}.")
+def check_ids(slot: Slot, vocab_size: int) -> None:
+    """Raise UnsupportedRequest for a chat with an id that the model has not: an added marker of the tokenizer."""
+    highest = max((*slot.before, *slot.after), default=0)
+    if highest >= vocab_size:
+        raise UnsupportedRequest(f"The chat contains the id {highest}, outside the model's vocabulary.")

@@ -7,6 +7,7 @@ never leaves this process as client data: no base64, no unpickling.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ import torch
 from be_serve.core.slots import Slot
 from be_serve.serving.budget import ByteBudget
 from be_serve.serving.requests import refuse_raw_embeddings
+from be_serve.serving.vectors import join
 
 PLACEHOLDER_ID = 0
 """The id under a row. It must be a real one: logits processors index with it."""
@@ -57,8 +59,8 @@ class PromptEmbeds:
     def check(self, messages: Any, tools: Any) -> None:
         refuse_raw_embeddings(messages, tools)
 
-    async def hold(self, digest: str, vectors: torch.Tensor, *, wait: bool = True) -> HeldVectors:
-        return HeldVectors(vectors, self._budget)
+    async def hold(self, parts: Sequence[tuple[str, torch.Tensor]], *, wait: bool = True) -> HeldVectors:
+        return HeldVectors(join([vectors for _, vectors in parts]), self._budget)
 
     def inject(self, engine_input: dict[str, Any], slot: Slot, held: HeldVectors) -> dict[str, Any]:
         """vLLM's mixed embeds input. Keys other than the prompt's (cache_salt, arrival_time) are kept."""

@@ -8,6 +8,7 @@ hashes them.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from typing import Any
 
 from be_serve.core.slots import Slot
@@ -27,7 +28,7 @@ class RowIds(list[int]):
 
 
 class HeldRows:
-    """The rows of one request, and the digest of the token that lies in them."""
+    """The rows of one request, and the digests of the tokens that lie in them."""
 
     def __init__(self, lease: Lease, digest: str) -> None:
         self.lease = lease
@@ -49,8 +50,8 @@ class ResidentRows:
     def check(self, messages: Any, tools: Any) -> None:
         """Nothing is closed to clients: the engine takes no embeddings, and no text becomes a row's id."""
 
-    async def hold(self, digest: str, vectors: Any, *, wait: bool = True) -> HeldRows:
-        return HeldRows(await self._pool.lease(digest, vectors, wait=wait), digest)
+    async def hold(self, parts: Sequence[tuple[str, Any]], *, wait: bool = True) -> HeldRows:
+        return HeldRows(await self._pool.lease(parts, wait=wait), ",".join(digest for digest, _ in parts))
 
     def inject(self, engine_input: dict[str, Any], slot: Slot, held: HeldRows) -> dict[str, Any]:
         """The token input with the rows' ids in the slot."""
@@ -65,5 +66,5 @@ class ResidentRows:
 
 
 def salt(digest: str, given: str | None) -> str:
-    """One salt of a token's digest and the client's own."""
+    """One salt of the tokens' digests and the client's own."""
     return hashlib.sha256(f"{digest}\n{given or ''}".encode()).hexdigest()

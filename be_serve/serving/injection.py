@@ -6,6 +6,7 @@ inject_resident_rows    they lie on the workers; a request names their rows
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from be_serve.core.slots import Slot
@@ -30,8 +31,8 @@ class Injection(Protocol):
         """Raise UnsupportedRequest for content that this way must not let through. Sees every chat request."""
         ...
 
-    async def hold(self, digest: str, vectors: Any, *, wait: bool = True) -> Held:
-        """Take what a request needs whose slot holds `vectors` [k, hidden_size], which `digest` names.
+    async def hold(self, parts: Sequence[tuple[str, Any]], *, wait: bool = True) -> Held:
+        """Take what a request needs whose slot holds these tokens: each a digest and its vectors [k, hidden_size].
 
         Raises BEError where there is not enough of it: after a while, without `wait` at once.
         """

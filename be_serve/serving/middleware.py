@@ -36,7 +36,8 @@ SUPPORTED = frozenset(
 COUNTING = frozenset({"/v1/messages/count_tokens", "/tokenize"})
 # Their request classes drop fields that they do not know: ours are read from the body.
 _STRICT = frozenset({"/v1/messages", "/v1/messages/count_tokens"})
-_MARK = b'"be_'
+# One of these stands in every body with a field of ours: escapes and other encodings may hide the name.
+_MARKS = (b'"be_', b"\\u", b"\0")
 
 
 @dataclass
@@ -48,8 +49,8 @@ class RequestContext:
     """The request's Authorization header."""
     fields: dict[str, Any] = field(default_factory=dict)
     """Our fields as they came, on endpoints whose request classes drop them."""
-    headers: dict[str, str] = field(default_factory=dict)
-    """Headers to add to the response."""
+    outcomes: list[dict[str, str]] = field(default_factory=list)
+    """Headers that tell how each chat of the request was answered; of a batch there are many."""
     cleanup: list[Callable[[], None]] = field(default_factory=list)
     """Called when the request is over, streams included."""
     over: bool = False
@@ -58,6 +59,14 @@ class RequestContext:
     @property
     def supported(self) -> bool:
         return self.path in SUPPORTED
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Headers to add to the response."""
+        merged = {name: value for outcome in self.outcomes for name, value in outcome.items()}
+        if "x-be-fallback" in merged and "x-be-id" in merged:
+            merged["x-be-fallback"] = "partial"  # some chats of a batch found room for the token, others did not
+        return merged
 
 
 current: ContextVar[RequestContext | None] = ContextVar("be_serve_request", default=None)
@@ -122,8 +131,8 @@ class BEMiddleware:
     def _refuse_ignored(self, path: str, body: bytes) -> None:
         """Raise where a body names a token on an endpoint that would silently ignore it."""
         names = list(self._base_models())
-        # The common case costs a few substring searches. Escapes and other encodings may hide a name.
-        if not any(mark in body for mark in (_MARK, b"\\u", b"\0", *(f"{name}:".encode() for name in names))):
+        # The common case costs a few substring searches.
+        if not any(mark in body for mark in (*_MARKS, *(f"{name}:".encode() for name in names))):
             return
         data = _json_object(body)
         if data is None:
@@ -146,6 +155,8 @@ class BEMiddleware:
 
 
 def _our_fields(body: bytes) -> dict[str, Any]:
+    if not any(mark in body for mark in _MARKS):
+        return {}
     data = _json_object(body) or {}
     return {name: data[name] for name in FIELDS if data.get(name) is not None}
 

@@ -148,7 +148,7 @@ async def remove_token(
     if not 0 < len(be_id) <= 64:
         raise TokenNotFound(f"No token {be_id[:64]!r} is registered.")
     await asyncio.to_thread(service(request).remove, be_id, prompt=prompt)
-    return {"id": be_id, "deleted": True}
+    return {"id": be_id, "deleted": True, **({"prompt_forgotten": True} if prompt else {})}
 
 
 def is_post_route(app: Any, path: str) -> bool:

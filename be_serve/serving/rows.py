@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Container, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,25 +42,27 @@ class _Resident:
 
 
 class Lease:
-    """The right of one request to `rows`."""
+    """The right of one request to `rows`, those of its tokens in order."""
 
-    def __init__(self, pool: RowPool, resident: _Resident) -> None:
-        self._pool, self._resident = pool, resident
-        self.rows = resident.rows
+    def __init__(self, pool: RowPool, residents: Sequence[_Resident]) -> None:
+        self._pool, self._residents = pool, residents
+        self.rows = [row for resident in residents for row in resident.rows]
         self._held = True
-        resident.users += 1
+        for resident in residents:
+            resident.users += 1
 
     def renew(self) -> Lease:
         """A second right to the same rows, with a life of its own. The first must still be held."""
         if not self._held:
             raise RuntimeError("A lease that was released cannot be renewed.")
-        return Lease(self._pool, self._resident)
+        return Lease(self._pool, self._residents)
 
     def release(self) -> None:
         """Let the rows be rewritten once no other lease is on them. May be called more than once."""
         if self._held:
             self._held = False
-            self._pool.leave(self._resident)
+            for resident in self._residents:
+                self._pool.leave(resident)
 
 
 class RowPool:
@@ -95,24 +97,26 @@ class RowPool:
         """Number of tokens that lie in rows."""
         return len(self._residents)
 
-    async def lease(self, digest: str, vectors: Any, *, wait: bool = True) -> Lease:
-        """The rows of a token's vectors [k, hidden_size], written if they are not resident.
+    async def lease(self, parts: Sequence[tuple[str, Any]], *, wait: bool = True) -> Lease:
+        """The rows of tokens, each a digest and its vectors [k, hidden_size]; written where they are not resident.
 
-        Raises TooManyVectors where k exceeds the rows of this process, RowsBusy where
-        none became free within `patience` seconds, at once without `wait`.
+        All or none: nothing is held while waiting. Raises TooManyVectors where the
+        vectors exceed the rows of this process, RowsBusy where too few became free
+        within `patience` seconds, at once without `wait`.
         """
-        k = len(vectors)
+        wanted = dict(parts)
+        k = sum(map(len, wanted.values()))
         if k > self.capacity:
             raise TooManyVectors(
                 f"The token has {k} vectors; this server process has {self.capacity} rows for tokens. "
                 "Operators: --be-rows.",
                 param="be_id",
             )
-        found = self._residents.get(digest)
-        if found is None:
-            found = await self._in_turn(digest, vectors, k, self._patience if wait else 0.0)
-        self._residents.move_to_end(digest)
-        return Lease(self, found)
+        if any(digest not in self._residents for digest in wanted):
+            await self._in_turn(wanted, self._patience if wait else 0.0)
+        for digest in wanted:
+            self._residents.move_to_end(digest)
+        return Lease(self, [self._residents[digest] for digest, _ in parts])
 
     def leave(self, resident: _Resident) -> None:
         """For leases: one user less."""
@@ -120,40 +124,43 @@ class RowPool:
         if not resident.users:
             self._freed.set()
 
-    async def _in_turn(self, digest: str, vectors: Any, k: int, patience: float) -> _Resident:
-        """The token's rows, once it is this request's turn and there is room. Only the waiting has a limit."""
+    async def _in_turn(self, wanted: dict[str, Any], patience: float) -> None:
+        """Make the tokens resident, once it is this request's turn and there is room. Only the waiting has a limit."""
         busy = RowsBusy(
             f"All {self.capacity} rows of this server process are used by requests in flight; please try again later. "
             "Operators: --be-rows."
         )
         try:
             async with asyncio.timeout(patience) as limit, self._writing:
-                while digest not in self._residents and not self._make_room(k):
+                while not self._make_room(sum(map(len, self._missing(wanted).values())), keep=wanted):
                     if not patience:
                         raise busy
                     self._freed.clear()
                     await self._freed.wait()
                 limit.reschedule(None)
-                return self._residents.get(digest) or await self._admit(digest, vectors, k)
+                for digest, vectors in self._missing(wanted).items():
+                    await self._admit(digest, vectors)
         except TimeoutError:
             raise busy from None
 
-    async def _admit(self, digest: str, vectors: Any, k: int) -> _Resident:
-        rows = [self._free.pop() for _ in range(k)]
+    def _missing(self, wanted: dict[str, Any]) -> dict[str, Any]:
+        return {digest: vectors for digest, vectors in wanted.items() if digest not in self._residents}
+
+    async def _admit(self, digest: str, vectors: Any) -> None:
+        rows = [self._free.pop() for _ in range(len(vectors))]
         try:
             await self._write(rows, vectors)
         except BaseException:
             # The write may still land. Writes reach the workers in order, so the rows' next owner comes after it.
             self._free += rows
             raise
-        found = self._residents[digest] = _Resident(rows)
+        self._residents[digest] = _Resident(rows)
         self.writes += 1
         self._observe(len(self._residents))
-        return found
 
-    def _make_room(self, k: int) -> bool:
-        """Whether k rows are free, after giving up tokens that no request uses, the longest unused first."""
-        idle = [digest for digest, found in self._residents.items() if not found.users]
+    def _make_room(self, k: int, keep: Container[str] = ()) -> bool:
+        """Whether k rows are free, after giving up tokens that nobody uses, the longest unused first; not `keep`."""
+        idle = [digest for digest, found in self._residents.items() if not found.users and digest not in keep]
         if len(self._free) + sum(len(self._residents[digest].rows) for digest in idle) < k:
             return False
         for digest in idle:

@@ -21,7 +21,8 @@ from be_serve.core.errors import BEError
 from be_serve.core.ids import alias_of, split_alias
 from be_serve.registry import Record
 from be_serve.serving import vllm_engine
-from be_serve.serving.hook import ChatHook, FullPrompt, Rendering
+from be_serve.serving.fallback import PlainChat
+from be_serve.serving.hook import ChatHook, Rendering
 from be_serve.serving.middleware import current, error_body
 from be_serve.serving.requests import EMBEDS_MARKER
 
@@ -96,20 +97,22 @@ def install_chat_hook(state: Any, hook: ChatHook) -> None:
         rendering = await hook.begin(given["request"], given["messages"], given.get("tool_dicts"))
         if rendering is None:
             return await original_chat(*args, **kwargs)
-        if isinstance(rendering, FullPrompt):
-            given["messages"] = rendering.messages
+        defaults = given["default_template_kwargs"]
+
+        def take(chat: Rendering | PlainChat) -> None:
+            given["messages"] = chat.messages
+            # The token's pinned template variables; the request's own still win over them.
+            given["default_template_kwargs"] = {**(defaults or {}), **chat.template_kwargs}
+
+        take(rendering)
+        if isinstance(rendering, PlainChat):
             return await original_chat(*call.args, **call.kwargs)
-        template_kwargs = given["default_template_kwargs"]
-        given["messages"] = rendering.messages
-        # The token's pinned template variables; the request's own still win over them.
-        given["default_template_kwargs"] = {**(given["default_template_kwargs"] or {}), **rendering.template_kwargs}
         reset = _rendering.set(rendering)
         try:
             conversation, engine_inputs = await original_chat(*call.args, **call.kwargs)
             return conversation, [hook.finish(rendering, engine_input) for engine_input in engine_inputs]
         except BEError as exc:
-            given["messages"] = await hook.give_up(rendering, exc)  # or raises
-            given["default_template_kwargs"] = template_kwargs
+            take(await hook.give_up(rendering, exc))  # or raises
         finally:
             _rendering.reset(reset)
         return await original_chat(*call.args, **call.kwargs)

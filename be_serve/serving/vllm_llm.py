@@ -17,7 +17,7 @@ from be_serve.core.slots import SlotRenderer, new_marker
 from be_serve.models import resolve_model
 from be_serve.registry import Record
 from be_serve.serving import vllm_engine
-from be_serve.serving.hook import ChatHook
+from be_serve.serving.hook import ChatHook, check_ids
 from be_serve.serving.inject_prompt_embeds import mixed
 from be_serve.serving.requests import BEFields, refuse_raw_embeddings
 from be_serve.serving.resolve import Resolution, Resolver
@@ -38,8 +38,9 @@ class LLM(vllm.LLM):  # type: ignore[misc]
     """
 
     def __init__(self, model: str, *, tokens: Mapping[str, str | Path], **options: Any) -> None:
-        if options.get("chat_template") is not None:
-            raise InputError("Tokens are made for the model's own chat template; give no chat_template.")
+        for name in ("chat_template", "tokenizer", "tokenizer_revision"):
+            if options.get(name) is not None:
+                raise InputError(f"Tokens are made for the model's own tokenizer and chat template; give no {name}.")
         found = resolve_model(model, revision=options.get("revision"))
         self._tokens = _Files(tokens)
         fingerprint = fingerprint_folder(found.path)
@@ -87,6 +88,9 @@ class LLM(vllm.LLM):  # type: ignore[misc]
             raise UnsupportedRequest(f"{', '.join(sorted(others))} cannot be used with a token.")
         prompts = [self._prompt(fields, chat, rendering) for chat in chats]
         params = self.get_default_sampling_params() if sampling_params is None else sampling_params
+        for one in params if isinstance(params, Sequence) else [params]:
+            if one.prompt_logprobs is not None:
+                raise UnsupportedRequest("`prompt_logprobs` cannot be answered for a token: it has no text.")
         if rendering.get("tools") or (rendering.get("chat_template_kwargs") or {}).get("enable_thinking"):
             self._adjust_params_for_parsing(self._params_to_seq(params, len(prompts)))  # as vLLM's own chat does
         made: list[Any] = self.generate(prompts, params, **options)
@@ -100,6 +104,7 @@ class LLM(vllm.LLM):  # type: ignore[misc]
         tokens, marker = resolution.tokens, new_marker()
         text = self._text(resolution, marker, rendering)
         slot = self._slots.cut(text, marker, placement=tokens.placement)
+        check_ids(slot, self.model_config.get_vocab_size())
         vectors = join([self._vectors[record.id] for record in tokens.records])
         embeds, is_token = mixed(slot, vectors)
         return {"prompt_embeds": embeds, "prompt_token_ids": slot.ids(tokens.k), "prompt_is_token_ids": is_token}
@@ -108,11 +113,15 @@ class LLM(vllm.LLM):  # type: ignore[misc]
         """The chat as vLLM's own renderer prints it, with the marker in it."""
         tokens = resolution.tokens
         marked = self._slots.mark(resolution.messages, marker, placement=tokens.placement, append=resolution.append)
+        given = rendering.get("chat_template_kwargs") or {}
+        if "chat_template" in given:
+            raise UnsupportedRequest("A token is made for the model's chat template; send no `chat_template` with it.")
+        # As vLLM merges them: options given by name win.
         kwargs = {
+            **tokens.template_kwargs,
+            **given,
             "add_generation_prompt": rendering.get("add_generation_prompt", True),
             "tools": rendering.get("tools"),
-            **tokens.template_kwargs,
-            **(rendering.get("chat_template_kwargs") or {}),
             "tokenize": False,
         }
         _, prompt = self.renderer.render_messages(

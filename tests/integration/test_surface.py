@@ -204,6 +204,24 @@ def test_what_be_fallback_does_not_change(server, stored, status, body):
     assert chat(server, **{"messages": USER, **body}).status_code == status
 
 
+@pytest.mark.parametrize("be_id", ["gone", "lossy"])
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/tokenize", {"messages": USER, "return_token_strs": True}),
+        ("/v1/chat/completions", {"messages": USER, "return_prompt_text": True}),
+        ("/v1/chat/completions", {"messages": USER, "return_token_ids": True}),
+        ("/v1/chat/completions", {"messages": USER, "prompt_logprobs": 1}),
+        ("/v1/chat/completions", {"messages": [{"role": "system", "content": ""}], "echo": True}),
+        ("/v1/responses", {"input": USER, "enable_response_messages": True}),
+    ],
+)
+def test_a_stored_prompt_is_never_read_back(server, stored, be_id, path, body):
+    answer = post(server, path, model=MODEL, be_id=be_id, be_fallback="full", **body)
+    assert answer.status_code in (400, 404, 422), answer.text
+    assert PROMPT.split(".")[0] not in answer.text
+
+
 def test_only_the_tokens_own_prompt_is_stored(server, stored):
     def put(name, content, headers=KEY):
         return httpx.put(f"{server.url}/v1/be/tokens/{name}/prompt", content=content, headers=headers).status_code

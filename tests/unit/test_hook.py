@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
 
-from be_serve.core.errors import BEError, NotAuthenticated, UnsupportedRequest
+from be_serve.core.errors import BEError, NotAuthenticated, TokenNotFound, UnsupportedRequest
 from be_serve.core.slots import Slot, SlotRenderer
 from be_serve.registry import Registry, TokenIndex
 from be_serve.serving.budget import ByteBudget, OverBudget
+from be_serve.serving.fallback import Unfit
 from be_serve.serving.hook import ChatHook
 from be_serve.serving.inject_prompt_embeds import PromptEmbeds
 from be_serve.serving.inject_resident_rows import ResidentRows, salt
 from be_serve.serving.metrics import metrics
 from be_serve.serving.middleware import RequestContext, current
 from be_serve.serving.resolve import Resolver
-from be_serve.serving.rows import RowPool
+from be_serve.serving.rows import RowPool, TooManyVectors
 from be_serve.serving.vectors import prepare
 from tests.conftest import make_tokenizer
 from tests.factories import PROMPT, make_token
@@ -27,15 +29,16 @@ USER = [{"role": "user", "content": "Hi"}]
 FULL = [{"role": "system", "content": PROMPT}, *USER]
 
 
-def make_hook(tmp_path, *, keys=(), capacity=10_000, placement="system", injection=None):
+def make_hook(tmp_path, *, keys=(), capacity=10_000, placement="system", injection=None, template="chatml", **manifest):
+    tmp_path.mkdir(exist_ok=True)
     registry = Registry(f"sqlite:///{tmp_path / 'r.db'}")
-    registry.put(make_token("harbor", placement=placement).to_bytes(), match=True)
+    registry.put(make_token("harbor", placement=placement, **manifest).to_bytes(), match=True)
     index = TokenIndex(registry, prepare=lambda t: torch.from_numpy(t.vectors), check=lambda t: None)
     index.refresh()
     hook = ChatHook(
         resolver=Resolver(index, lambda: ["tiny"]),
         index=index,
-        slots=SlotRenderer(make_tokenizer("chatml")),
+        slots=SlotRenderer(make_tokenizer(template)),
         injection=injection or PromptEmbeds(ByteBudget(capacity)),
         keys=list(keys),
         vocab_size=10_000,
@@ -100,7 +103,7 @@ async def test_giving_up_a_match_leaves_no_trace(tmp_path, context):
     hook, _, _ = make_hook(tmp_path)
     matched = await hook.begin(request(), FULL, None)
     assert context.headers["x-be-match"] == "exact"
-    assert await hook.give_up(matched, UnsupportedRequest("x")) == FULL
+    assert (await hook.give_up(matched, UnsupportedRequest("x"))).messages == FULL
     assert context.headers == {}
     named = await hook.begin(request(be_id="harbor"), USER, None)
     with pytest.raises(UnsupportedRequest):
@@ -189,7 +192,7 @@ async def test_prompt_embeds_puts_the_vectors_in_the_slot():
     token = make_token(k=2, hidden_size=8)
     slot = Slot([5, 6], [7])
     injection = PromptEmbeds(ByteBudget(1000))
-    held = await injection.hold(None, prepare(token, torch.bfloat16))
+    held = await injection.hold([("d", prepare(token, torch.bfloat16))])
     made = injection.inject(
         {"type": "token", "prompt_token_ids": slot.ids(2), "cache_salt": "s", "prompt": "p"}, slot, held
     )
@@ -225,3 +228,113 @@ async def test_resident_rows_put_ids_in_the_slot(tmp_path, context):
     assert not pool._make_room(3)  # the engine may still embed the request again
     lease.release()
     assert pool._make_room(3)
+
+
+class TestFallback:
+    """`be_fallback: full`."""
+
+    FIELDS: ClassVar = {"be_id": "harbor", "be_fallback": "full"}
+
+    async def test_the_stored_prompt_answers_for_a_removed_token(self, tmp_path, context):
+        hook, index, registry = make_hook(tmp_path)
+        registry.store_prompt("harbor", PROMPT + "\n")
+        registry.remove("harbor")
+        index.refresh()
+        answered = await hook.begin(request(**self.FIELDS), USER, None)
+        assert answered.messages == FULL
+        assert context.headers == {"x-be-fallback": "full"}
+        registry.close()
+        (tmp_path / "r.db").rename(tmp_path / "moved.db")
+        assert (await hook.begin(request(**self.FIELDS), USER, None)).messages == FULL  # read once
+
+    @pytest.mark.parametrize(
+        "option",
+        [
+            {"return_token_ids": True},
+            {"return_prompt_text": True},
+            {"enable_response_messages": True},
+            {"return_token_offsets": True},
+            {"prompt_logprobs": 0},
+            {"echo": True},
+            {"kv_transfer_params": {"do_remote_decode": True}},
+            {"truncate_prompt_tokens": 3},
+        ],
+    )
+    @pytest.mark.parametrize("removed", [True, False])
+    async def test_no_option_shows_a_stored_prompt(self, tmp_path, context, option, removed):
+        hook, index, registry = make_hook(tmp_path, capacity=10, quality={"verdict": {"status": "failed"}})
+        registry.store_prompt("harbor", PROMPT)
+        if removed:
+            registry.remove("harbor")
+        index.refresh()
+        asked = request(**self.FIELDS)
+        for name, value in option.items():
+            setattr(asked, name, value)
+        with pytest.raises(UnsupportedRequest):
+            await hook.begin(asked, USER, None)
+
+    async def test_tokenize_shows_no_stored_prompt(self, tmp_path, context):
+        hook, index, registry = make_hook(tmp_path)
+        registry.store_prompt("harbor", PROMPT)
+        registry.remove("harbor")
+        index.refresh()
+        context.path = "/tokenize"
+        with pytest.raises(TokenNotFound):
+            await hook.begin(request(**self.FIELDS), USER, None)
+
+    @pytest.mark.parametrize("quality", [{"verdict": "lossy"}, {"verdict": {"status": "failed"}}])
+    async def test_a_token_that_is_marked_gives_way(self, tmp_path, context, quality):
+        hook, index, registry = make_hook(tmp_path, quality=quality)
+        assert (await hook.begin(request(be_id="harbor"), USER, None)).tokens.name == "harbor"
+        with pytest.raises(Unfit):
+            await hook.begin(request(**self.FIELDS), USER, None)
+        registry.store_prompt("harbor", PROMPT)
+        index.refresh()
+        assert (await hook.begin(request(**self.FIELDS), USER, None)).messages == FULL
+
+    async def test_no_room_is_seen_when_the_vectors_are_placed(self, tmp_path, context):
+        hook, index, registry = make_hook(tmp_path, capacity=10)
+        registry.store_prompt("harbor", PROMPT)
+        index.refresh()
+        rendering = await hook.begin(request(**self.FIELDS), USER, None)
+        ids = hook.cut(rendering, f"a{rendering.marker}b")
+        with pytest.raises(OverBudget) as caught:
+            hook.finish(rendering, {"type": "token", "prompt_token_ids": ids})
+        assert (await hook.give_up(rendering, caught.value)).messages == FULL
+        assert context.headers == {"x-be-fallback": "full"}
+        await hook.begin(request(be_id="harbor"), USER, None)
+        assert context.headers["x-be-fallback"] == "partial"  # another chat of a batch
+
+    async def test_too_few_rows_is_no_room_and_nobody_waits(self, tmp_path, context):
+        async def write(rows, vectors):
+            pass
+
+        hook, index, registry = make_hook(tmp_path, injection=ResidentRows(RowPool(range(1), write), first=50_000))
+        with pytest.raises(TooManyVectors):
+            await hook.begin(request(**self.FIELDS), USER, None)
+        registry.store_prompt("harbor", PROMPT)
+        index.refresh()
+        assert (await hook.begin(request(**self.FIELDS), USER, None)).messages == FULL
+        pool = RowPool(range(2), write, patience=60)
+        hook, index, registry = make_hook(tmp_path / "b", injection=ResidentRows(pool, first=50_000))
+        registry.store_prompt("harbor", PROMPT)
+        index.refresh()
+        await pool.lease([("other", [0, 1])])
+        assert (await hook.begin(request(**self.FIELDS), USER, None)).messages == FULL
+
+    async def test_templates_without_a_system_role(self, tmp_path, context):
+        hook, index, registry = make_hook(tmp_path, template="gemma2")
+        registry.store_prompt("harbor", PROMPT)
+        registry.remove("harbor")
+        index.refresh()
+        (message,) = (await hook.begin(request(**self.FIELDS), USER, None)).messages
+        assert message == {"role": "user", "content": f"{PROMPT}\n\nHi"}
+
+    async def test_only_the_tokens_own_prompt_counts(self, tmp_path, context):
+        """A text that an older server left under the id, or one of the registry's beside --be-token."""
+        hook, index, registry = make_hook(tmp_path)
+        registry.store_prompt("harbor", PROMPT)
+        index.add_static("harbor", make_token("harbor", prompt="Another.", quality={"verdict": "lossy"}).to_bytes())
+        index.refresh()
+        with pytest.raises(Unfit):
+            await hook.begin(request(**self.FIELDS), USER, None)

@@ -268,3 +268,31 @@ def test_a_database_from_before_prompts_were_kept(tmp_path):
     assert found.read_prompt("harbor") is None
     found.store_prompt("harbor", PROMPT)
     assert found.read_prompt("harbor") == PROMPT
+
+
+def test_replicas_learn_of_prompts_of_removed_tokens(registry):
+    index = index_of(registry)
+    registry.put(make_token().to_bytes())
+    registry.store_prompt("harbor", PROMPT)
+    registry.remove("harbor")
+    index.refresh()
+    assert index.prompt("harbor") == PROMPT
+    registry.remove("harbor", prompt=True)
+    index.refresh()
+    assert index.prompt("harbor") is None
+    assert index.prompt("nobody") is None
+
+
+def test_a_stored_text_of_another_prompt_does_not_count(registry, url):
+    """An older server replaces a token and knows nothing of stored prompts."""
+    registry.put(make_token().to_bytes())
+    registry.store_prompt("harbor", PROMPT)
+    registry.put(make_token(prompt="Another.").to_bytes(), replace=True)
+    with sqlite3.connect(url.removeprefix("sqlite:///")) as database:
+        database.execute("INSERT INTO be_prompt VALUES ('harbor', 'aa', 'You are a pirate.')")
+        database.execute("UPDATE be_meta SET revision = revision + 1")
+        database.execute("UPDATE be_token SET revision = (SELECT revision FROM be_meta)")
+    index = index_of(registry)
+    index.refresh()
+    assert index.prompt("harbor") is None
+    assert not index.get("harbor").stored_prompt

@@ -38,7 +38,7 @@ def make_app(tmp_path, *, admin_key="secret", vllm_key=False, max_upload=100_000
     @app.post("/v1/chat/completions")
     async def echo(request: Request):
         context = current.get()
-        context.headers["x-be-id"] = "seen"
+        context.outcomes.append({"x-be-id": "seen"})
         return {"body": await request.json(), "supported": context.supported}
 
     return app

@@ -42,8 +42,8 @@ def vectors(name, k):
 
 async def test_a_token_is_written_once_and_found_again():
     pool, table = make_pool()
-    first = await pool.lease("a", vectors("a", 2))
-    second = await pool.lease("a", vectors("a", 2))
+    first = await pool.lease([("a", vectors("a", 2))])
+    second = await pool.lease([("a", vectors("a", 2))])
     assert first.rows == second.rows
     assert [table.rows[row] for row in first.rows] == ["a0", "a1"]
     assert pool.writes == 1
@@ -52,9 +52,9 @@ async def test_a_token_is_written_once_and_found_again():
 async def test_the_longest_unused_token_makes_room():
     pool, table = make_pool()
     for name in ("a", "b"):
-        (await pool.lease(name, vectors(name, 2))).release()
-    (await pool.lease("a", vectors("a", 2))).release()
-    lease = await pool.lease("c", vectors("c", 1))
+        (await pool.lease([(name, vectors(name, 2))])).release()
+    (await pool.lease([("a", vectors("a", 2))])).release()
+    lease = await pool.lease([("c", vectors("c", 1))])
     assert pool.resident == 2
     assert {"a0", "a1", "c0"} <= set(table.rows)
     assert table.rows[lease.rows[0]] == "c0"
@@ -62,11 +62,11 @@ async def test_the_longest_unused_token_makes_room():
 
 async def test_rows_in_use_are_never_written_over():
     pool, table = make_pool(patience=5)
-    used = await pool.lease("a", vectors("a", 3))
+    used = await pool.lease([("a", vectors("a", 3))])
     again = used.renew()
     used.release()
     used.release()
-    waiting = asyncio.create_task(pool.lease("b", vectors("b", 2)))
+    waiting = asyncio.create_task(pool.lease([("b", vectors("b", 2))]))
     await asyncio.sleep(0.01)
     assert not waiting.done()
     assert [table.rows[row] for row in again.rows] == ["a0", "a1", "a2"]
@@ -79,19 +79,19 @@ async def test_rows_in_use_are_never_written_over():
 
 async def test_a_server_whose_rows_are_all_in_use_says_so():
     pool, _ = make_pool(patience=0.01)
-    await pool.lease("a", vectors("a", 4))
+    await pool.lease([("a", vectors("a", 4))])
     with pytest.raises(RowsBusy, match="All 4 rows") as caught:
-        await pool.lease("b", vectors("b", 1))
+        await pool.lease([("b", vectors("b", 1))])
     assert caught.value.http_status == 503
 
 
 async def test_the_wait_counts_from_the_request_on_and_some_do_not_wait():
     pool, _ = make_pool(patience=0.05)
-    await pool.lease("a", vectors("a", 4))
+    await pool.lease([("a", vectors("a", 4))])
     started = asyncio.get_running_loop().time()
-    waiting = [asyncio.create_task(pool.lease(name, vectors(name, 1))) for name in "bcdefgh"]
+    waiting = [asyncio.create_task(pool.lease([(name, vectors(name, 1))])) for name in "bcdefgh"]
     with pytest.raises(RowsBusy):
-        await pool.lease("z", vectors("z", 1), wait=False)
+        await pool.lease([("z", vectors("z", 1))], wait=False)
     assert asyncio.get_running_loop().time() - started < 0.04
     found = await asyncio.gather(*waiting, return_exceptions=True)
     assert all(isinstance(one, RowsBusy) for one in found)
@@ -101,28 +101,54 @@ async def test_the_wait_counts_from_the_request_on_and_some_do_not_wait():
 async def test_a_token_with_more_vectors_than_rows_names_both():
     pool, _ = make_pool()
     with pytest.raises(TooManyVectors, match=r"5 vectors.* 4 rows") as caught:
-        await pool.lease("a", vectors("a", 5))
+        await pool.lease([("a", vectors("a", 5))])
     assert caught.value.http_status == 422
+
+
+async def test_tokens_of_one_slot_lie_in_their_own_rows_and_are_shared():
+    pool, table = make_pool()
+    alone = await pool.lease([("b", vectors("b", 1))])
+    both = await pool.lease([("a", vectors("a", 2)), ("b", vectors("b", 1)), ("a", vectors("a", 2))])
+    assert [table.rows[row] for row in both.rows] == ["a0", "a1", "b0", "a0", "a1"]
+    assert alone.rows[0] in both.rows
+    assert (pool.resident, pool.writes) == (2, 2)
+    alone.release()
+    both.release()
+    assert pool._make_room(4)
+    with pytest.raises(TooManyVectors, match=r"5 vectors.* 4 rows"):
+        await pool.lease([("a", vectors("a", 3)), ("c", vectors("c", 2))])
+
+
+async def test_tokens_of_one_slot_are_leased_all_or_none():
+    pool, table = make_pool(patience=5)
+    used = await pool.lease([("a", vectors("a", 3))])
+    await pool.lease([("b", vectors("b", 1))])
+    waiting = asyncio.create_task(pool.lease([("b", vectors("b", 1)), ("c", vectors("c", 2))]))
+    await asyncio.sleep(0.01)
+    assert not waiting.done()
+    used.release()
+    lease = await waiting
+    assert [table.rows[row] for row in lease.rows] == ["b0", "c0", "c1"]
 
 
 async def test_a_failed_write_leaves_no_resident_and_loses_no_rows():
     pool, table = make_pool()
     table.fault = OSError("the engine is gone")
     with pytest.raises(OSError, match="gone"):
-        await pool.lease("a", vectors("a", 4))
+        await pool.lease([("a", vectors("a", 4))])
     table.fault = None
-    lease = await pool.lease("a", vectors("a", 4))
+    lease = await pool.lease([("a", vectors("a", 4))])
     assert [table.rows[row] for row in lease.rows] == vectors("a", 4)
 
 
 async def test_a_client_that_goes_away_while_its_token_is_written_leaves_the_rows_to_others():
     pool, table = make_pool()
-    task = asyncio.create_task(pool.lease("a", vectors("a", 4)))
+    task = asyncio.create_task(pool.lease([("a", vectors("a", 4))]))
     await asyncio.sleep(0)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    lease = await pool.lease("b", vectors("b", 4))
+    lease = await pool.lease([("b", vectors("b", 4))])
     assert [table.rows[row] for row in lease.rows] == vectors("b", 4)
 
 
@@ -132,7 +158,7 @@ def test_under_any_load_a_lease_reads_its_own_vectors(requests, size):
 
     async def client(pool, table, name, k, pauses):
         token = f"{name}/{k}"
-        lease = await pool.lease(token, vectors(token, k))
+        lease = await pool.lease([(token, vectors(token, k))])
         for _ in range(pauses + 1):
             assert [table.rows[row] for row in lease.rows] == vectors(token, k)
             await asyncio.sleep(0)
@@ -172,7 +198,7 @@ class Outputs:
 async def test_rows_are_held_from_the_call_to_the_end_of_the_engines_work(read, fault):
     """Read to the end, given up in the middle, or never begun: the rows come back once, behind vLLM's own abort."""
     pool, _ = make_pool()
-    http = await pool.lease("a", vectors("a", 4))
+    http = await pool.lease([("a", vectors("a", 4))])
     outputs = Outputs(fault)
     held = _leased(http, outputs)
     http.release()
