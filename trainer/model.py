@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 # Above this length the eager attention's T x T scores cost more memory than they save time.
 _EAGER_LENGTH = 640
+_SENTENCE = "The harbour lies behind the hill, and every boat that comes in at night is met by a man with a lamp."
 
 
 @dataclass
@@ -167,7 +168,7 @@ class FrozenModel:
     def shares_prefix(self) -> bool:
         """Whether attention to a shared prefix works for this architecture; tried once."""
         if self._shares_prefix is None:
-            self._shares_prefix = shared_prefix.works(self.causal_lm, self.embed(torch.arange(3, 11)))
+            self._shares_prefix = shared_prefix.works(self.causal_lm, self._sample())
             if not self._shares_prefix:
                 logger.warning("%s: the prompt's keys and values are copied for each batch (slower).", self.name)
         return self._shares_prefix
@@ -175,10 +176,14 @@ class FrozenModel:
     def packs_rows(self) -> bool:
         """Whether rows may stand in one sequence without padding; tried once."""
         if self._packs_rows is None:
-            self._packs_rows = packed.works(self.causal_lm, self.embed(torch.arange(3, 14) % self.vocab_size))
+            self._packs_rows = packed.works(self.causal_lm, self._sample())
             if not self._packs_rows:
                 logger.warning("%s: rows of a batch are padded, not packed (slower).", self.name)
         return self._packs_rows
+
+    def _sample(self) -> Tensor:
+        """Embeddings [T, H] of a sentence, to try things on: on ids that make no text rounding grows."""
+        return self.embed(self.tokenizer.encode(_SENTENCE, add_special_tokens=False))
 
     def _check_parts(self) -> None:
         """Refuse an architecture whose parts do not compose to the whole."""

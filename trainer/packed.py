@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trainer.shared_prefix import attention_by, supports
+from trainer.shared_prefix import alike, attention_by, supports
 
 # On the CPU the backward pass of plain products takes half the time of the fused attention's;
 # above this width their W x W scores cost more memory than they save time.
@@ -112,8 +112,7 @@ def works(causal_lm: Any, rows_TH: Tensor) -> bool:
         except (NotImplementedError, AttributeError, ValueError, TypeError):
             # This is the question that the function answers: such a model gets padded rows.
             return False
-    scale = float(alone.float().abs().max())
-    return bool(torch.allclose(together.float(), alone.float(), atol=0.05 * scale))
+    return alike(together, alone)
 
 
 @contextmanager

@@ -45,8 +45,17 @@ def works(causal_lm: Any, rows_TH: Tensor) -> bool:
         except (NotImplementedError, AttributeError, ValueError, TypeError):
             # This is the question that the function answers: such a model gets a copy of the prefix for each row.
             return False
-    scale = float(whole.float().abs().max())
-    return bool(torch.allclose(shared.float(), whole.expand(2, -1, -1).float(), atol=0.05 * scale))
+    return alike(shared, whole.expand(2, -1, -1))
+
+
+def alike(found: Tensor, expected: Tensor) -> bool:
+    """Whether two results of the same computation in another order agree, as a whole.
+
+    In bfloat16 rounding alone moved single states by a tenth of the largest, and the whole by
+    a sixth, where the ids made no text. A row that reads another's tokens moves it by two thirds.
+    """
+    difference = (found.float() - expected.float()).norm() / expected.float().norm()
+    return bool(difference < 0.3)
 
 
 def supports(causal_lm: Any) -> bool:

@@ -175,3 +175,9 @@ def test_vllm_offline_answers_as_the_frozen_model_does(model, model_dir, example
     broken = OfflineDecoder(str(model_dir / "nowhere"), model)
     with pytest.raises(InputError, match="its log is above"):
         broken([[1, 2]], 1, 0.0, 0)
+
+
+def test_the_default_model_takes_the_fast_ways(model):
+    """Rounding in bfloat16 must not pass for a fault: that once made every step of training slower."""
+    assert model.packs_rows()
+    assert model.shares_prefix()
