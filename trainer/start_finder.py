@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,16 +14,16 @@ from trainer.generate import Progress
 from trainer.loop import Optimisation
 from trainer.model import FrozenModel
 from trainer.provenance import digest_of
-from trainer.race import RACE_STEPS, race
+from trainer.race import FINALISTS, HEAT_STEPS, race
 from trainer.stages import Stage
 from trainer.starts import (
     Search,
     Start,
-    distinct,
     file_start,
     found_start,
     mean_start,
     random_start,
+    spread_runs,
     text_start,
     written_texts,
 )
@@ -55,7 +56,10 @@ class StartFinder:
         self.say = say
 
     def candidates(self, examples: Sequence[Example], progress: Progress) -> list[Start]:
-        """The one start that `init` names, or the search's best on the first `search_queries` examples."""
+        """The one start that `init` names, or the search's best on the first `search_queries` examples.
+
+        For more than one vector, runs of the prompt stand beside it, for `best` to choose from.
+        """
         config, model = self.config, self.model
         if config.init == "random":
             return [random_start(model, config.tokens, config.seed)]
@@ -66,13 +70,18 @@ class StartFinder:
         if config.init.startswith("text:"):
             return [text_start(model, config.tokens, config.init.removeprefix("text:"))]
         found = self._scored(examples[: config.search_queries], progress)
-        return [found_start(model, ids, kl) for ids, kl in distinct(found, config.starts)]
+        best = found_start(model, *found[0])
+        if config.tokens == 1 or config.starts == 1:
+            return [best]
+        # What the search ranks by, the loss before training, says little of the loss after it.
+        runs = spread_runs(self.prompt_ids, config.tokens, config.starts - 1)
+        return [best, *(found_start(model, ids) for ids in runs if ids != found[0][0])]
 
     def best(self, starts: Sequence[Start], stage: Stage, settings: Optimisation, *, quiet: bool) -> Start:
         """The start that trains best in its first steps of `stage`. Raises Stopped after a signal."""
         if len(starts) == 1:
             return starts[0]
-        self.say(f"{len(starts)} starts race for {RACE_STEPS} steps.")
+        self.say(f"{len(starts)} starts race for {HEAT_STEPS} steps, the best {FINALISTS} for as many again.")
         losses = race(
             self.model,
             starts,
@@ -84,7 +93,8 @@ class StartFinder:
             quiet=quiet,
         )
         for start, loss in sorted(zip(starts, losses, strict=True), key=lambda entry: entry[1]):
-            self.say(f"  {start.text!r}: KL {start.kl:.3f} before, {loss:.3f} in the race")
+            if math.isfinite(loss):
+                self.say(f"  {start.text!r}: {loss:.3f}")
         return starts[losses.index(min(losses))]
 
     def _scored(self, examples: Sequence[Example], progress: Progress) -> list[tuple[list[int], float]]:

@@ -82,8 +82,8 @@ def written_texts(model: FrozenModel, prompt: str, count: int = 8, seed: int = 0
     return [model.tokenizer.encode(text, add_special_tokens=False) for text in sorted(texts) if text]
 
 
-def found_start(model: FrozenModel, ids: Sequence[int], kl: float) -> Start:
-    """The embeddings of tokens that a search found."""
+def found_start(model: FrozenModel, ids: Sequence[int], kl: float | None = None) -> Start:
+    """The embeddings of tokens that a search found, or that a race tries."""
     return Start(model.embed(ids).float(), model.tokenizer.decode(ids), kl)
 
 
@@ -107,13 +107,11 @@ def _parts(rows_PH: Tensor, k: int) -> list[Tensor]:
     return list(rows_PH.tensor_split(k))
 
 
-def distinct(candidates: Sequence[tuple[list[int], float]], count: int) -> list[tuple[list[int], float]]:
-    """The first `count` candidates of which none shares more than half its tokens with an earlier one."""
-    kept: list[tuple[list[int], float]] = []
-    for ids, kl in candidates:
-        if len(kept) < count and all(len(set(ids) & set(other)) <= len(set(ids)) / 2 for other, _ in kept):
-            kept.append((ids, kl))
-    return kept
+def spread_runs(prompt_ids: Sequence[int], k: int, count: int) -> list[list[int]]:
+    """Up to `count` runs of k tokens, from the prompt's first to its last, as far apart as they can be."""
+    last = len(prompt_ids) - k
+    places = sorted({round(i * last / max(count - 1, 1)) for i in range(count)})
+    return [list(prompt_ids[place : place + k]) for place in places]
 
 
 class Search:
