@@ -68,7 +68,12 @@ class BEClient:
         response = self._call("POST", "/v1/be/tokens", params=params, content=data)
         manifest: dict[str, Any] = response.json()
         if prompt is not None:
-            manifest = self._call("PUT", f"/v1/be/tokens/{manifest['id']}/prompt", content=prompt.encode()).json()
+            try:
+                manifest = self._call("PUT", f"/v1/be/tokens/{manifest['id']}/prompt", content=prompt.encode()).json()
+            except ServerRefused as exc:
+                raise ServerRefused(
+                    exc.http_status, f"token {manifest['id']} is registered, its prompt is NOT stored: {exc.message}"
+                ) from exc
         return manifest, response.status_code == 201
 
     def list(self) -> list[dict[str, Any]]:
@@ -81,12 +86,13 @@ class BEClient:
         manifest: dict[str, Any] = self._call("GET", f"/v1/be/tokens/{validate_be_id(be_id, param='ID')}").json()
         return manifest
 
-    def remove(self, be_id: str, *, prompt: bool = False) -> None:
-        """Remove a token with all its versions, and its stored prompt where `prompt`."""
+    def remove(self, be_id: str, *, prompt: bool = False) -> bool:
+        """Remove a token with all its versions, and its stored prompt where `prompt`. Returns whether one is kept."""
         params = {"prompt": str(prompt).lower()}
         answer = self._call("DELETE", f"/v1/be/tokens/{validate_be_id(be_id, param='ID')}", params=params).json()
         if prompt and not answer.get("prompt_forgotten"):
             raise ServerRefused(501, f"It removed {be_id} and knows nothing of stored prompts; upgrade it.")
+        return bool(answer.get("prompt_kept"))
 
     def __enter__(self) -> BEClient:
         return self

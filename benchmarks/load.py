@@ -59,7 +59,9 @@ class LoadOptions:
     question_tokens: int = 58
     max_tokens: int = 16
     registered: int = 100
-    """Tokens that are registered beside the one that is asked for."""
+    """Tokens that are registered, under ids of their own and with the same vectors."""
+    active: int = 8
+    """How many of them are asked for, in turns."""
     seed: int = 0
 
     @property
@@ -95,6 +97,8 @@ class LoadRun:
     bursts: list[dict[str, Burst]] = field(default_factory=list)
     """A round each: arm -> burst."""
     interrupted: bool = False
+    servers: dict[str, list[str]] = field(default_factory=dict)
+    """The command of each server."""
     injection: dict[str, float] | None = None
     """The server's own histogram of the time a token costs a request: bucket's upper end in s -> share within it."""
 
@@ -116,6 +120,7 @@ class LoadRun:
             "options": shown,
             "hardware": hardware(),
             "versions": versions(),
+            "servers": self.servers,
             "interrupted": self.interrupted,
             "rounds": len(whole),
             "failed_chats": sum(not sample.ok for sample in samples),
@@ -158,6 +163,7 @@ async def measure_load(options: LoadOptions, say: Callable[[str], None]) -> Load
     async with AsyncExitStack() as stack:
         say("Starting two servers ...")
         fleet = await _Fleet.start(options, stack)
+        run.servers = {name: redact(server.command) for name, server in fleet.servers.items()}
         say(f"Registering {options.registered} tokens ...")
         await fleet.register(options.registered)
         say(f"Warming up ({options.warmup} rounds) ...")
@@ -233,10 +239,10 @@ class _Fleet:
         return cls(options, servers, clients, questions, floor, chat, model, token, key)
 
     async def register(self, count: int) -> None:
-        """The token and `count` - 1 further ones under other ids on every server that takes tokens."""
+        """The token under `count` ids on every server that takes tokens."""
         names = ["plugin"] if self.options.other == "stock" else ["plugin", "other"]
         for name in names:
-            for i in range(max(count, 1)):
+            for i in range(max(count, self.options.active)):
                 manifest = self.token.manifest.model_copy(update={"id": f"bench-load-{i}"})
                 data = Token(manifest, self.token.vectors).to_bytes()
                 await self.clients[name][0].call("POST", "/v1/be/tokens", content=data, headers={"X-BE-Key": self.key})
@@ -271,7 +277,7 @@ class _Fleet:
             body["chat_template_kwargs"] = self.chat.template_kwargs
         if arm.startswith("be"):
             body["messages"] = [{"role": "user", "content": question}]
-            body["be_id"] = "bench-load-0"
+            body["be_id"] = f"bench-load-{self.number % self.options.active}"
         return body
 
     async def injection(self) -> dict[str, float] | None:

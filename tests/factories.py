@@ -22,6 +22,7 @@ def make_token(
     seed: int = 0,
     prompt: str = PROMPT,
     fingerprint: Fingerprint = FINGERPRINT,
+    text: str | None = None,
     **manifest,
 ) -> Token:
     vectors = np.random.default_rng(seed).normal(size=(k, hidden_size)).astype(np.float32)
@@ -32,7 +33,7 @@ def make_token(
             hidden_size=hidden_size,
             k=k,
             template_digest=fingerprint.chat_template,
-            prompt=PromptRef(sha256=prompt_sha256(prompt), tokens=9),
+            prompt=PromptRef(sha256=prompt_sha256(prompt), tokens=9, text=text),
             **{"created": datetime(2026, 1, 1, tzinfo=UTC), **manifest},
         ),
         vectors,

@@ -26,13 +26,16 @@ def command(as_json: bool, url: str, api_key: str, vllm_api_key: str | None) -> 
     if not tokens:
         click.echo("No tokens. Upload one with: be-serve register FILE")
         return
-    click.echo(f"{'id':<32} {'ver':>3} {'k':>5} {'prompt':>7} {'rho':>6} {'verdict':<11} {'match':<5}  model")
+    click.echo(
+        f"{'id':<32} {'ver':>3} {'k':>5} {'tokens':>7} {'rho':>6} {'verdict':<11} {'match':<5} {'prompt':<6}  model"
+    )
     for token in tokens:
         rho = token["quality"].get("rho")
         shown = f"{rho:.3f}" if isinstance(rho, float) else "-"
         click.echo(
             f"{token['id']:<32} {token['version']:>3} {token['k']:>5} {token['prompt']['tokens']:>7} {shown:>6} "
-            f"{_verdict(token):<11} {'yes' if token['match'] else 'no':<5}  {token['base_model']['name']}"
+            f"{_verdict(token):<11} {'yes' if token['match'] else 'no':<5} "
+            f"{'yes' if token.get('fallback') else 'no':<6}  {token['base_model']['name']}"
         )
 
 

@@ -54,5 +54,5 @@ def command(
         f"{manifest['prompt']['tokens']} tokens, digest {manifest['digest'][:16]}. "
         f'Send {{"be_id": "{manifest["id"]}"}} with a chat request. '
         f"Exact match is {'on' if manifest['match'] else 'off'}, "
-        f"the prompt's text is {'' if manifest['fallback'] else 'not '}stored."
+        f"its full prompt {'can' if manifest.get('fallback') else 'cannot'} stand in for it (be_fallback)."
     )

@@ -142,6 +142,13 @@ class TokenIndex(Generic[V]):
             raise TokenNotFound(f"No token {be_id!r} is registered on this server.", param="be_id")
         return record
 
+    def has_prompt(self, be_id: str) -> bool:
+        """Whether `prompt` has a text for an id, as far as this process knows."""
+        found = self._static[be_id][0] if be_id in self._static else self._records.get(be_id)
+        if found is None:
+            return be_id in self._prompts
+        return found.manifest.prompt.text is not None or (found.source == "registry" and found.stored_prompt)
+
     def prompt(self, be_id: str) -> str | None:
         """The text of an id's prompt, of a removed token too, where its file or the registry holds it.
 

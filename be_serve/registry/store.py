@@ -41,8 +41,8 @@ class Record:
     """Whether the registry holds the prompt's text, for requests with `be_fallback`."""
 
     def public(self) -> dict[str, Any]:
-        """The record as the HTTP API shows it: the manifest and its digest, never a vector."""
-        manifest = self.manifest.model_dump(mode="json")
+        """The record as the HTTP API shows it: the manifest and its digest, never a vector or the prompt's text."""
+        manifest = self.manifest.model_dump(mode="json", exclude={"prompt": {"text"}})
         manifest["id"] = self.id
         return {
             "object": "be.token",

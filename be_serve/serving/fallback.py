@@ -17,6 +17,8 @@ from be_serve.serving.requests import BEFields
 from be_serve.serving.resolve import Message, Resolver
 from be_serve.serving.rows import TooManyVectors
 
+_FIELD = "be_fallback"
+_MOST_TOLD = 1000
 logger = logging.getLogger("vllm.be_serve.hook")
 
 # Options by which an answer would show the prompt's ids or text. Stored prompts are never read back.
@@ -30,9 +32,8 @@ _REVEALING = (
 
 
 class Unfit(BEError):
-    """The token could answer; its own verdict says that it does not keep its prompt's behaviour."""
+    """The token could answer; its own verdict says that it does not keep its prompt's behaviour. Never sent."""
 
-    http_status = 422
     code = "be_unfit"
 
 
@@ -44,17 +45,13 @@ class PlainChat:
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
-def refuse_unfit(tokens: Composition) -> None:
-    """Raise Unfit for a token that is marked as anything but deployable. One without a verdict is not."""
-    for record in tokens.records:
-        verdict = record.manifest.quality.get("verdict")
-        status = verdict.get("status") if isinstance(verdict, dict) else verdict
-        if status not in (None, "deployable"):
-            raise Unfit(
-                f"Token {record.id!r} is marked {status!r}, and its prompt's text is not stored. Leave `be_fallback` "
-                "out to use it all the same. Operators: be-serve register --with-prompt.",
-                param="be_fallback",
-            )
+def refuse_revealing(context: RequestContext, request: Any) -> None:
+    """Raise UnsupportedRequest for a request whose answer would show a stored prompt, should it fall back."""
+    if context.path == "/tokenize":
+        raise UnsupportedRequest("`be_fallback` could show a stored prompt at /tokenize; leave it out.", param=_FIELD)
+    for option in _REVEALING:
+        if getattr(request, option, None):
+            raise UnsupportedRequest(f"`{option}` could show a stored prompt beside `be_fallback`.", param=option)
 
 
 class Fallback:
@@ -64,24 +61,16 @@ class Fallback:
         self._resolver = resolver
         self._index = index
         self._slots = slots
+        self._told: set[tuple[str, str]] = set()
 
-    async def chat(
-        self, context: RequestContext, request: Any, fields: BEFields, chat: list[Message], reason: BEError
-    ) -> PlainChat:
+    async def chat(self, model: str | None, fields: BEFields, chat: list[Message], reason: BEError) -> PlainChat:
         """The chat with the full prompts in it. `reason` is why the tokens cannot answer.
 
-        Raises `reason` where it is the request's own fault or a text is not stored, and
-        UnsupportedRequest where the answer would show the prompt.
+        Raises `reason` where it is the request's own fault or a text is not stored.
         """
-        own_fault = isinstance(reason, RequestError) and not isinstance(reason, TooManyVectors)
-        if own_fault or context.path == "/tokenize":  # which would list the prompt's ids
+        if isinstance(reason, RequestError) and not isinstance(reason, TooManyVectors):
             raise reason
-        for option in _REVEALING:
-            if getattr(request, option, None):
-                raise UnsupportedRequest(
-                    f"`{option}` would show a stored prompt; leave it out, or leave `be_fallback` out.", param=option
-                )
-        be_ids, _ = self._resolver.named(fields, getattr(request, "model", None))
+        be_ids, _ = self._resolver.named(fields, model)
         try:
             found = await asyncio.to_thread(lambda: [self._index.prompt(be_id) for be_id in be_ids])
         except RegistryError:
@@ -89,9 +78,28 @@ class Fallback:
         texts = [text for text in found if text is not None]
         if len(texts) < len(found):
             raise reason
-        logger.debug("Serving the full prompt, as the request allows: %s", reason)
+        self._tell(",".join(be_ids), reason)
         full = self._slots.with_system_role(self._resolver.full(fields, be_ids, texts, chat))
         return PlainChat(full, self._template_kwargs(be_ids[0]))
+
+    def refuse_unfit(self, tokens: Composition) -> None:
+        """Raise Unfit for a token that is marked as anything but deployable, where its prompt's text is at hand.
+
+        One without a verdict is not marked.
+        """
+        if not all(self._index.has_prompt(record.id) for record in tokens.records):
+            return
+        for record in tokens.records:
+            verdict = record.manifest.quality.get("verdict")
+            status = verdict.get("status") if isinstance(verdict, dict) else verdict
+            if status not in (None, "deployable"):
+                raise Unfit(f"Token {record.id!r} is marked {status!r}.")
+
+    def _tell(self, name: str, reason: BEError) -> None:
+        """Once for each token and kind of reason: every such request pays for its full prompt."""
+        if (name, reason.code) not in self._told and len(self._told) < _MOST_TOLD:
+            self._told.add((name, reason.code))
+            logger.warning("Requests with be_fallback get the full prompt in place of %s: %s", name, reason)
 
     def _template_kwargs(self, be_id: str) -> Mapping[str, Any]:
         """The variables with which the full prompt was rendered in training; unknown for a removed token."""

@@ -15,7 +15,7 @@ from be_serve.core.errors import BEError, NotAuthenticated, RequestError, Unsupp
 from be_serve.core.slots import Slot, SlotRenderer, new_marker
 from be_serve.registry import TokenIndex
 from be_serve.serving.composition import Composition
-from be_serve.serving.fallback import Fallback, PlainChat, refuse_unfit
+from be_serve.serving.fallback import Fallback, PlainChat, refuse_revealing
 from be_serve.serving.injection import Held, Injection
 from be_serve.serving.metrics import Metrics
 from be_serve.serving.middleware import COUNTING, RequestContext, current
@@ -95,6 +95,8 @@ class ChatHook:
             if fields.be_ids:
                 raise NotAuthenticated(f"{context.path} with a token needs the server's API key.")
             return None
+        if fields.fallback:
+            refuse_revealing(context, request)
         keep_lists(messages)
         chat = [dict(m) for m in messages]
         outcome: dict[str, str] = {}
@@ -130,7 +132,7 @@ class ChatHook:
         try:
             self._refuse_options(request)
             if fields.fallback:
-                refuse_unfit(resolution.tokens)
+                self._fallback.refuse_unfit(resolution.tokens)
             # Who has a full prompt to fall back on waits for nothing.
             held = await self._hold(context, resolution, wait=resolution.how != "match" and not fields.fallback)
             return self._mark(resolution, held, started)
@@ -150,7 +152,7 @@ class ChatHook:
         exc: BEError,
     ) -> PlainChat:
         """The stored prompt's chat in place of a token's, which cannot be had for the reason `exc`."""
-        found = await self._fallback.chat(context, request, fields, chat, exc)
+        found = await self._fallback.chat(getattr(request, "model", None), fields, chat, exc)
         outcome.clear()
         outcome["x-be-fallback"] = "full"
         self._metrics.requests.labels(path=context.path, how="fallback").inc()

@@ -15,7 +15,7 @@ class Metrics:
     def __init__(self) -> None:
         self.requests = Counter(
             "be_serve_requests",
-            "Chat requests by how their token was named: be_id, alias, match, or plain for none.",
+            "Chats by how their token was named: be_id, alias, match; plain: by none; fallback: by be_fallback.",
             ["path", "how"],
         )
         self.injection = Histogram(

@@ -147,8 +147,9 @@ async def remove_token(
     """
     if not 0 < len(be_id) <= 64:
         raise TokenNotFound(f"No token {be_id[:64]!r} is registered.")
-    await asyncio.to_thread(service(request).remove, be_id, prompt=prompt)
-    return {"id": be_id, "deleted": True, **({"prompt_forgotten": True} if prompt else {})}
+    kept = await asyncio.to_thread(service(request).remove, be_id, prompt=prompt)
+    told = {"prompt_forgotten": True} if prompt else {"prompt_kept": True} if kept else {}
+    return {"id": be_id, "deleted": True, **told}
 
 
 def is_post_route(app: Any, path: str) -> bool:

@@ -91,6 +91,8 @@ class RowPool:
         self._residents: OrderedDict[str, _Resident] = OrderedDict()  # the longest unused first
         self._writing = asyncio.Lock()  # first come, first served
         self._freed = asyncio.Event()
+        self._full = False
+        """Whether the request whose turn it is waits for room; those behind it wait, too."""
 
     @property
     def resident(self) -> int:
@@ -113,7 +115,7 @@ class RowPool:
                 param="be_id",
             )
         if any(digest not in self._residents for digest in wanted):
-            await self._in_turn(wanted, self._patience if wait else 0.0)
+            await self._in_turn(wanted, wait=wait)
         for digest in wanted:
             self._residents.move_to_end(digest)
         return Lease(self, [self._residents[digest] for digest, _ in parts])
@@ -124,19 +126,28 @@ class RowPool:
         if not resident.users:
             self._freed.set()
 
-    async def _in_turn(self, wanted: dict[str, Any], patience: float) -> None:
-        """Make the tokens resident, once it is this request's turn and there is room. Only the waiting has a limit."""
+    async def _in_turn(self, wanted: dict[str, Any], *, wait: bool) -> None:
+        """Make the tokens resident, once it is this request's turn and there is room. Only the waiting has a limit.
+
+        Without `wait` it may wait for others' writes, which take milliseconds, and not for room.
+        """
         busy = RowsBusy(
             f"All {self.capacity} rows of this server process are used by requests in flight; please try again later. "
             "Operators: --be-rows."
         )
         try:
-            async with asyncio.timeout(patience) as limit, self._writing:
+            if not wait and self._full:
+                raise busy
+            async with asyncio.timeout(self._patience) as limit, self._writing:
                 while not self._make_room(sum(map(len, self._missing(wanted).values())), keep=wanted):
-                    if not patience:
+                    if not wait:
                         raise busy
                     self._freed.clear()
-                    await self._freed.wait()
+                    self._full = True
+                    try:
+                        await self._freed.wait()
+                    finally:
+                        self._full = False
                 limit.reschedule(None)
                 for digest, vectors in self._missing(wanted).items():
                     await self._admit(digest, vectors)

@@ -93,8 +93,12 @@ class Service:
         self.index.refresh()
         return self.index.get(be_id)
 
-    def remove(self, be_id: str, *, prompt: bool = False) -> None:
-        """Remove a token, and its stored prompt where `prompt`. Blocks; raises TokenNotFound, TokenConflict."""
+    def remove(self, be_id: str, *, prompt: bool = False) -> bool:
+        """Remove a token, and its stored prompt where `prompt`; returns whether one is kept.
+
+        Blocks; raises TokenNotFound, TokenConflict.
+        """
         self.index.refuse_static(be_id)
         self.registry.remove(be_id, prompt=prompt)
         self.index.refresh()
+        return self.index.has_prompt(be_id)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from be_serve.serving.inject_prompt_embeds import mixed
 from be_serve.serving.requests import BEFields, refuse_raw_embeddings
 from be_serve.serving.resolve import Resolution, Resolver
 from be_serve.serving.vectors import join, prepare
+from be_serve.serving.vllm_compat import check_version
 
 Chat = list[dict[str, Any]]
 
@@ -32,12 +34,15 @@ class LLM(vllm.LLM):  # type: ignore[misc]
         llm = LLM("builtin:smollm2-135m-instruct", tokens={"captain": "captain.safetensors"})
         outputs = llm.chat([{"role": "user", "content": "Who are you?"}], be_id="captain")
 
-    `tokens` maps ids to token files; every other argument is vLLM's own. Vectors travel as
-    prompt embeds. Raises InputError, InvalidArtifact or WrongModel for a token that cannot
-    be used with the model, before the engine starts.
+    `tokens` maps ids to token files; every other argument is vLLM's own, but for a tokenizer or
+    chat template, which are the model's. Vectors travel as prompt embeds. On a CPU the engine
+    runs in this process, where vLLM's sampler is mended, unless VLLM_ENABLE_V1_MULTIPROCESSING=1.
+    Raises InputError, InvalidArtifact or WrongModel for a token that cannot be used with the
+    model, before the engine starts.
     """
 
     def __init__(self, model: str, *, tokens: Mapping[str, str | Path], **options: Any) -> None:
+        check_version()
         for name in ("chat_template", "tokenizer", "tokenizer_revision"):
             if options.get(name) is not None:
                 raise InputError(f"Tokens are made for the model's own tokenizer and chat template; give no {name}.")
@@ -48,6 +53,7 @@ class LLM(vllm.LLM):  # type: ignore[misc]
             # The fingerprint covers the embedding, and with it the hidden size.
             token.check_model(fingerprint, token.manifest.hidden_size, served=found.name)
         if vllm_engine.on_cpu():
+            os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
             vllm_engine.patch_cpu_seed()
         super().__init__(model=str(found.path), **{**options, "enable_prompt_embeds": True})
         dtype = self.model_config.dtype

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +15,8 @@ from tests.integration.servers import MODEL
 
 pytestmark = [pytest.mark.server, pytest.mark.model]
 
+ROOT = Path(__file__).resolve().parents[2]
+ENV = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
 SCRIPT = """
 import json, sys
 from vllm import SamplingParams
@@ -69,9 +72,8 @@ def files(tmp_path_factory, identity_token, make_real_token):
 
 
 def run(folder, *arguments: str) -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(folder / "script.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=300, check=False)
+    return subprocess.run(command, capture_output=True, text=True, env=ENV, timeout=300, check=False)
 
 
 def test_chat_takes_be_id(files):
@@ -99,3 +101,21 @@ def test_a_token_of_another_model_stops_it_before_the_engine_starts(files, tmp_p
     assert done.returncode != 0
     assert "WrongModel" in done.stderr
     assert "Initializing a V1 LLM engine" not in done.stderr + done.stdout
+
+
+def test_the_readmes_script_runs_as_it_stands(tmp_path):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (script,) = (block for block in readme.split("```python\n")[1:] if "be_serve.llm" in block)
+    (tmp_path / "script.py").write_text(script.partition("```")[0])
+    env = {**ENV, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "script.py")],
+        capture_output=True,
+        text=True,
+        env=env,
+        timeout=300,
+        check=False,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.strip()

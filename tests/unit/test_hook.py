@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from be_serve.core.errors import BEError, NotAuthenticated, TokenNotFound, UnsupportedRequest
+from be_serve.core.errors import BEError, NotAuthenticated, UnsupportedRequest
 from be_serve.core.slots import Slot, SlotRenderer
 from be_serve.registry import Registry, TokenIndex
 from be_serve.serving.budget import ByteBudget, OverBudget
-from be_serve.serving.fallback import Unfit
 from be_serve.serving.hook import ChatHook
 from be_serve.serving.inject_prompt_embeds import PromptEmbeds
 from be_serve.serving.inject_resident_rows import ResidentRows, salt
@@ -262,6 +261,7 @@ class TestFallback:
     )
     @pytest.mark.parametrize("removed", [True, False])
     async def test_no_option_shows_a_stored_prompt(self, tmp_path, context, option, removed):
+        """Not even while the token itself could answer: a request must not pass until the day it falls back."""
         hook, index, registry = make_hook(tmp_path, capacity=10, quality={"verdict": {"status": "failed"}})
         registry.store_prompt("harbor", PROMPT)
         if removed:
@@ -279,15 +279,15 @@ class TestFallback:
         registry.remove("harbor")
         index.refresh()
         context.path = "/tokenize"
-        with pytest.raises(TokenNotFound):
+        with pytest.raises(UnsupportedRequest):
             await hook.begin(request(**self.FIELDS), USER, None)
 
     @pytest.mark.parametrize("quality", [{"verdict": "lossy"}, {"verdict": {"status": "failed"}}])
     async def test_a_token_that_is_marked_gives_way(self, tmp_path, context, quality):
         hook, index, registry = make_hook(tmp_path, quality=quality)
         assert (await hook.begin(request(be_id="harbor"), USER, None)).tokens.name == "harbor"
-        with pytest.raises(Unfit):
-            await hook.begin(request(**self.FIELDS), USER, None)
+        # Without a text there is nothing better than the token.
+        assert (await hook.begin(request(**self.FIELDS), USER, None)).tokens.name == "harbor"
         registry.store_prompt("harbor", PROMPT)
         index.refresh()
         assert (await hook.begin(request(**self.FIELDS), USER, None)).messages == FULL
@@ -336,5 +336,6 @@ class TestFallback:
         registry.store_prompt("harbor", PROMPT)
         index.add_static("harbor", make_token("harbor", prompt="Another.", quality={"verdict": "lossy"}).to_bytes())
         index.refresh()
-        with pytest.raises(Unfit):
-            await hook.begin(request(**self.FIELDS), USER, None)
+        assert (await hook.begin(request(**self.FIELDS), USER, None)).tokens.name == "harbor"
+        index.add_static("harbor", make_token("harbor", quality={"verdict": "lossy"}, text=PROMPT).to_bytes())
+        assert (await hook.begin(request(**self.FIELDS), USER, None)).messages == FULL  # it stands in the file

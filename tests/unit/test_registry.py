@@ -296,3 +296,15 @@ def test_a_stored_text_of_another_prompt_does_not_count(registry, url):
     index.refresh()
     assert index.prompt("harbor") is None
     assert not index.get("harbor").stored_prompt
+
+
+def test_the_public_record_shows_no_prompt(registry):
+    """Neither one that was stored nor one that stands in the token's file."""
+    record = registry.put(make_token(text=PROMPT).to_bytes()).record
+    assert record.manifest.prompt.text == PROMPT
+    assert PROMPT not in str(record.public())
+    assert record.public()["fallback"] is True
+    index = index_of(registry)
+    index.refresh()
+    assert index.has_prompt("harbor")
+    assert not index.has_prompt("nobody")

@@ -98,6 +98,15 @@ async def test_the_wait_counts_from_the_request_on_and_some_do_not_wait():
     assert asyncio.get_running_loop().time() - started < 0.2
 
 
+async def test_a_burst_on_free_rows_is_served_whole_though_nobody_may_wait_for_room():
+    pool, table = make_pool()
+    leases = await asyncio.gather(*(pool.lease([("a", vectors("a", 2))], wait=False) for _ in range(8)))
+    assert pool.writes == 1
+    others = await asyncio.gather(*(pool.lease([(name, vectors(name, 1))], wait=False) for name in "bc"))
+    for lease, name, k in [(leases[7], "a", 2), (others[0], "b", 1), (others[1], "c", 1)]:
+        assert [table.rows[row] for row in lease.rows] == vectors(name, k)
+
+
 async def test_a_token_with_more_vectors_than_rows_names_both():
     pool, _ = make_pool()
     with pytest.raises(TooManyVectors, match=r"5 vectors.* 4 rows") as caught:
