@@ -92,8 +92,6 @@ class TrainConfig(BaseModel):
     # Start and optimiser.
     init: str = "search"
     """`search` (real tokens of the prompt by KL), `text:<words>`, `file:<tokens>`, `mean`, or `random` (the paper)."""
-    starts: int = Field(default=8, ge=1, le=32)
-    """For k > 1, how many starts are trained for a few steps before the best goes on; 1: the search's best alone."""
     search_queries: int = Field(default=8, ge=1)
     """Training queries on which the search compares candidates."""
     steps: int = Field(default=240, ge=0)

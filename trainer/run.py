@@ -33,7 +33,7 @@ from trainer.report_html import write_report
 from trainer.served import served_answers
 from trainer.soft_token import SoftToken, soft_token
 from trainer.stages import Distil, Joint, Reconstruct, Stage
-from trainer.start_finder import StartFinder
+from trainer.start_finder import find_start
 from trainer.starts import Start
 from trainer.synthesis import synthesise
 from trainer.teacher import Decoder, Example, Teacher
@@ -266,12 +266,10 @@ class Run:
         return soft_token(start.vectors_KH.to(self.model.device), self.config.rank, self.config.seed)
 
     def _find_start(self, examples: list[Example]) -> Start:
-        finder = StartFinder(
-            self.config, self.model, self.prompt, self.prompt_ids, cache=self.cache, folder=self.folder, say=self.say
-        )
         with self._bar("search", None) as progress:
-            starts = finder.candidates(examples, progress)
-        return finder.best(starts, self._distil(examples), self._optimisation(), quiet=self.quiet)
+            return find_start(
+                self.config, self.model, self.prompt, self.prompt_ids, examples, cache=self.cache, progress=progress
+            )
 
     def _distil(self, examples: list[Example]) -> Distil:
         config = self.config

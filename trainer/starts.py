@@ -82,8 +82,8 @@ def written_texts(model: FrozenModel, prompt: str, count: int = 8, seed: int = 0
     return [model.tokenizer.encode(text, add_special_tokens=False) for text in sorted(texts) if text]
 
 
-def found_start(model: FrozenModel, ids: Sequence[int], kl: float | None = None) -> Start:
-    """The embeddings of tokens that a search found, or that a race tries."""
+def found_start(model: FrozenModel, ids: Sequence[int], kl: float) -> Start:
+    """The embeddings of tokens that a search found."""
     return Start(model.embed(ids).float(), model.tokenizer.decode(ids), kl)
 
 
@@ -105,13 +105,6 @@ def _parts(rows_PH: Tensor, k: int) -> list[Tensor]:
     if len(rows_PH) < k:
         raise InputError(f"The prompt has {len(rows_PH)} tokens, fewer than --tokens {k}.")
     return list(rows_PH.tensor_split(k))
-
-
-def spread_runs(prompt_ids: Sequence[int], k: int, count: int) -> list[list[int]]:
-    """Up to `count` runs of k tokens, from the prompt's first to its last, as far apart as they can be."""
-    last = len(prompt_ids) - k
-    places = sorted({round(i * last / max(count - 1, 1)) for i in range(count)})
-    return [list(prompt_ids[place : place + k]) for place in places]
 
 
 class Search:
@@ -136,12 +129,6 @@ class Search:
 
     def run(self, prompt_ids: Sequence[int], k: int, texts: Sequence[Sequence[int]] = ()) -> tuple[list[int], float]:
         """The best k tokens found, and their KL; of `texts` (ids) the first k tokens compete."""
-        return self.ranked(prompt_ids, k, texts)[0]
-
-    def ranked(
-        self, prompt_ids: Sequence[int], k: int, texts: Sequence[Sequence[int]] = ()
-    ) -> list[tuple[list[int], float]]:
-        """The candidates that were scored on every query, best first: what `run` takes, and its rivals."""
         pool = self._words(prompt_ids)
         ranked = self._best([[token] for token in pool], _FINALISTS)
         chosen, kl = ranked[0]
@@ -150,12 +137,12 @@ class Search:
         tried = max(_POOL // k, 8)  # a search for 16 tokens may not take four times as long as one for 4
         for _ in range(1, k):
             chosen, kl = self._best([[*chosen, token] for token in tokens[:tried]], tried // 4)[0]
-        found = [(chosen, kl)] if k > 1 else ranked
+        found = [(chosen, kl)]
         if k > 1:
             rivals = self._windows(prompt_ids, k, set(tokens[:_FINALISTS]))
             rivals += [list(text[:k]) for text in texts if len(text) >= k]
             found += self._best(rivals, _FINALISTS // 3)
-        return sorted(found, key=lambda candidate: candidate[1])
+        return min(found, key=lambda candidate: candidate[1])
 
     def _words(self, prompt_ids: Sequence[int]) -> list[int]:
         """Distinct tokens with a letter or digit, in order of appearance."""

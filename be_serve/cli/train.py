@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 @click.option("--placement", type=click.Choice(["system", "block", "prefix"]), help="[default: system]")
 @click.option("--recipe", type=click.Choice(["default", "paper"]), help="Set of defaults to start from.")
 @click.option("--init", help="search, text:<words>, file:<tokens>, mean or random. [default: search]")
-@click.option("--starts", type=click.IntRange(1, 32), help="Starts that race for 16 steps where k > 1. [default: 8]")
 @click.option("--steps", type=click.IntRange(0), help="Steps of distillation. [default: 240]")
 @click.option("--batch-size", type=click.IntRange(1), help="Queries a step. [default: 2]")
 @click.option("--lr", type=float, help="Peak learning rate.")

@@ -13,12 +13,14 @@ from be_serve.core.slots import SlotRenderer
 from tests.conftest import make_tokenizer
 from trainer import packed
 from trainer.clauses import sentences
+from trainer.config import make_config
 from trainer.generate import Prefix, common_prefix
 from trainer.identity import identity_token
 from trainer.model import FrozenModel
 from trainer.queries import Query
 from trainer.soft_token import Row, SoftToken, scored_states, splice
 from trainer.stages import BatchPlan, Distil, Reconstruct, part_losses, student_row
+from trainer.start_finder import find_start
 from trainer.starts import Search, found_start, mean_start, random_start, text_start, written_texts
 from trainer.synthesis import _head, _user_turn
 from trainer.teacher import Teacher
@@ -345,3 +347,21 @@ def test_a_model_that_takes_the_slower_path_says_so_once(tiny_model_dir, monkeyp
         "tiny: rows of a batch are padded, not packed (slower).",
         "tiny: the prompt's keys and values are copied for each batch (slower).",
     ]
+
+
+def test_a_search_is_kept_for_runs_that_differ_elsewhere(model, examples, tmp_path, monkeypatch):
+    config = make_config({"prompt_file": "p", "model": "m", "id": "a", "output": "o", "tokens": 2})
+    ids = model.slots.prompt_ids(PROMPT)
+
+    def find(**changes):
+        return find_start(
+            config.model_copy(update=changes), model, PROMPT, ids, examples, cache=tmp_path, progress=lambda count: None
+        )
+
+    first = find()
+    monkeypatch.setattr(Search, "run", lambda *args: pytest.fail("searched again"))
+    again = find(lr=1.0)
+    assert (again.text, again.kl) == (first.text, first.kl)
+    assert torch.equal(again.vectors_KH, first.vectors_KH)
+    with pytest.raises(pytest.fail.Exception):
+        find(tokens=3)
