@@ -130,7 +130,8 @@ class ChatHook:
         if resolution is None:
             return None
         try:
-            self._refuse_options(request)
+            if resolution.how == "match":
+                self._refuse_options(request)
             if fields.fallback:
                 self._fallback.refuse_unfit(resolution.tokens)
             # Who has a full prompt to fall back on waits for nothing.
