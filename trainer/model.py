@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,6 @@ from be_serve.core.fingerprint import Fingerprint, fingerprint_folder
 from be_serve.core.slots import SlotRenderer, pinned_template_kwargs
 from trainer import packed, shared_prefix
 
-logger = logging.getLogger(__name__)
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 # Above this length the eager attention's T x T scores cost more memory than they save time.
 _EAGER_LENGTH = 640
@@ -169,17 +167,21 @@ class FrozenModel:
         """Whether attention to a shared prefix works for this architecture; tried once."""
         if self._shares_prefix is None:
             self._shares_prefix = shared_prefix.works(self.causal_lm, self._sample())
-            if not self._shares_prefix:
-                logger.warning("%s: the prompt's keys and values are copied for each batch (slower).", self.name)
         return self._shares_prefix
 
     def packs_rows(self) -> bool:
         """Whether rows may stand in one sequence without padding; tried once."""
         if self._packs_rows is None:
             self._packs_rows = packed.works(self.causal_lm, self._sample())
-            if not self._packs_rows:
-                logger.warning("%s: rows of a batch are padded, not packed (slower).", self.name)
         return self._packs_rows
+
+    def slow_ways(self) -> list[str]:
+        """What this model is trained without, of the ways that were tried: same results, in more time."""
+        ways = {
+            "the prompt's keys and values are copied for each batch": self._shares_prefix,
+            "rows of a batch are padded, not packed": self._packs_rows,
+        }
+        return [said for said, works in ways.items() if works is False]
 
     def _sample(self) -> Tensor:
         """Embeddings [T, H] of a sentence, to try things on: on ids that make no text rounding grows."""

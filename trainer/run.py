@@ -185,6 +185,8 @@ class Run:
         made = self._token(vectors_KH, evaluation, self._begin)
         made.save(self.config.output)
         self._report(made.manifest, evaluation)
+        for way in self.model.slow_ways():
+            self.say(f"Slower than on most models: {way} ({self.model.name}).")
         return RunResult(made, self.folder, evaluation, self._begin, self.seconds)
 
     def _queries(self) -> tuple[list[Query], list[Query]]:

@@ -336,17 +336,15 @@ def test_a_model_without_a_chat_template_is_refused(model, tmp_path):
         FrozenModel.load(tmp_path / "absent", name="absent")
 
 
-def test_a_model_that_takes_the_slower_path_says_so_once(tiny_model_dir, monkeypatch, caplog):
+def test_a_model_that_takes_the_slower_path_says_so(tiny_model_dir, monkeypatch):
     model = FrozenModel.load(tiny_model_dir, name="tiny", device="cpu", dtype="float32")
+    assert model.slow_ways() == []  # nothing was tried yet
     for module in ("packed", "shared_prefix"):
         monkeypatch.setattr(f"trainer.{module}.works", lambda *args: False)
-    for _ in range(2):
-        assert not model.packs_rows()
-        assert not model.shares_prefix()
-    assert [record.message for record in caplog.records] == [
-        "tiny: rows of a batch are padded, not packed (slower).",
-        "tiny: the prompt's keys and values are copied for each batch (slower).",
-    ]
+    assert not model.packs_rows()
+    assert model.slow_ways() == ["rows of a batch are padded, not packed"]
+    assert not model.shares_prefix()
+    assert len(model.slow_ways()) == 2
 
 
 def test_a_search_is_kept_for_runs_that_differ_elsewhere(model, examples, tmp_path, monkeypatch):
