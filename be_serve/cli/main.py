@@ -21,6 +21,7 @@ _VERBS = {
     "fit": ("be_serve.cli.fit", "Estimate whether a prompt fits into a few vectors."),
     "inspect": ("be_serve.cli.inspect", "Show and check a token file."),
     "serve": ("be_serve.cli.serve", "Serve a model on vLLM with the be_id plugin."),
+    "run-batch": ("be_serve.cli.run_batch", "Answer a file of requests without a server."),
     "register": ("be_serve.cli.register", "Upload a token to a running server."),
     "list": ("be_serve.cli.list", "List a server's tokens."),
     "show": ("be_serve.cli.show", "Show one token of a server."),
