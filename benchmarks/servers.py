@@ -104,6 +104,12 @@ class Server:
         return "\n".join([f"Last lines of {self.log}:", *(f"  {line}" for line in lines)])
 
     @property
+    def pid(self) -> int:
+        """Number of the process, and of the group of all processes of the server."""
+        assert self._process is not None
+        return self._process.pid
+
+    @property
     def alive(self) -> bool:
         return self._process is not None and self._process.poll() is None
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from datetime import datetime
 from pathlib import Path
@@ -10,7 +9,9 @@ from typing import TYPE_CHECKING
 
 import click
 
+from be_serve.cli._bench import server_flags
 from be_serve.cli.bench_load import command as load_command
+from be_serve.cli.bench_soak import command as soak_command
 from be_serve.cli.bench_train import command as train_command
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ def command() -> None:
 
 
 command.add_command(load_command, "load")
+command.add_command(soak_command, "soak")
 command.add_command(train_command, "train")
 
 
@@ -36,10 +38,6 @@ def _parse_cases(_: click.Context, __: click.Parameter, value: str) -> tuple[tup
     if len(set(cases)) < len(cases):
         raise click.BadParameter("a case is given twice.")
     return tuple(cases)
-
-
-def _split(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(word for value in values for word in shlex.split(value))
 
 
 @command.command("ttft")
@@ -78,22 +76,7 @@ def _split(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> tu
 @click.option("--max-tokens", default=2, show_default=True, type=click.IntRange(min=1), help="Length of an answer.")
 @click.option("--seed", default=0, show_default=True, help="Seed of texts, order and bootstrap.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for results and logs [runs/bench-ttft-DATE].")
-@click.option(
-    "--server-arg",
-    "server_args",
-    multiple=True,
-    callback=_split,
-    metavar="'--FLAG VALUE'",
-    help="vLLM flag for both servers started here; repeatable, overrides ours.",
-)
-@click.option(
-    "--plugin-arg",
-    "plugin_args",
-    multiple=True,
-    callback=_split,
-    metavar="'--FLAG VALUE'",
-    help="Flag for the plugin server alone, such as --be-injection; repeatable.",
-)
+@server_flags
 @click.option(
     "--kv-gib",
     default=1,

@@ -10,6 +10,8 @@ from typing import Any
 
 import click
 
+from be_serve.cli._bench import server_flags
+
 
 @click.command("load")
 @click.option("--model", default="builtin:smollm2-135m-instruct", show_default=True, help="Model name or folder.")
@@ -28,6 +30,7 @@ import click
 @click.option("--registered", type=click.IntRange(1), default=100, show_default=True, help="Tokens on the server.")
 @click.option("--seed", default=0, show_default=True, help="Seed of texts, order and bootstrap.")
 @click.option("--kv-gib", type=click.IntRange(1), default=1, show_default=True, help="KV cache of a server on a CPU.")
+@server_flags
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for results and logs [runs/bench-load-DATE].")
 def command(
     model: str,
@@ -40,6 +43,8 @@ def command(
     registered: int,
     seed: int,
     kv_gib: int,
+    server_args: tuple[str, ...],
+    plugin_args: tuple[str, ...],
     out: Path | None,
 ) -> None:
     """Bursts of concurrent chats at two servers in turns: what does the plugin cost plain traffic?
@@ -56,7 +61,7 @@ def command(
         model=model,
         folder=found.path,
         out=(out or Path("runs") / f"bench-load-{datetime.now():%Y%m%d-%H%M%S}").resolve(),
-        servers=ServerOptions(model, kv_gib=kv_gib),
+        servers=ServerOptions(model, server_args, plugin_args, kv_gib=kv_gib),
         other=beside,
         k=k,
         rounds=rounds,
