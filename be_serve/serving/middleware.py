@@ -97,7 +97,7 @@ class BEMiddleware:
         if scope["type"] != "http" or scope["method"] != "POST":
             await self._app(scope, receive, send)
             return
-        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        path = _route_path(scope)
         context = RequestContext(path, authorization=_header(scope, b"authorization"))
         # Only bodies that a route would read whole anyway are read here.
         if not context.supported and not path.startswith("/v1/be/") and _is_json(scope) and self._is_route(path):
@@ -195,6 +195,13 @@ async def _read_ahead(receive: Receive) -> tuple[bytes, Receive]:
         return queue.pop() if queue else await receive()
 
     return body, replay
+
+
+def _route_path(scope: Scope) -> str:
+    """The path by which the router finds a route: without --root-path, where a proxy left it on."""
+    path: str = scope["path"]
+    rest = path.removeprefix(scope.get("root_path", ""))
+    return rest if rest.startswith("/") else path  # /v1x does not lie below /v1
 
 
 async def _respond(send: Send, exc: BEError) -> None:

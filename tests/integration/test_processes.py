@@ -30,8 +30,9 @@ def registry_path(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def twins(registry_path, identity_token, odd_token):
-    """Two API server processes before one float32 engine, on one registry."""
-    command = be_serve("--dtype=float32", "--api-server-count=2", f"--be-registry=sqlite:///{registry_path}")
+    """Two API server processes before one float32 engine, on one registry, behind a path of its own."""
+    flags = ("--dtype=float32", "--api-server-count=2", "--root-path=/llm")
+    command = be_serve(*flags, f"--be-registry=sqlite:///{registry_path}")
     with Server(command, registry_path.with_name("twins.log"), {"BE_ADMIN_KEY": ADMIN_KEY}) as running:
         for token in (identity_token, odd_token):
             assert register(running, token).status_code in (200, 201)
@@ -70,6 +71,19 @@ def test_both_processes_see_a_change_within_a_second(twins, make_real_token, odd
     with ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(lambda i: chat(twins, USER, be_id="odd", max_tokens=4).json(), range(16)))
     assert len({answer["choices"][0]["message"]["content"] for answer in answers}) == 1
+
+
+@pytest.mark.parametrize("prefix", ["", "/llm"])
+def test_tokens_work_below_a_root_path(twins, prefix):
+    """A proxy may strip the prefix or leave it on."""
+    body = {"model": MODEL, "messages": USER, "max_tokens": 2, "be_id": "odd"}
+    answer = httpx.post(f"{twins.url}{prefix}/v1/chat/completions", json=body, timeout=60)
+    assert answer.status_code == 200, answer.text
+    assert answer.headers["x-be-id"] == "odd"
+    listed = httpx.get(f"{twins.url}{prefix}/v1/be/tokens/odd", headers=KEY)
+    assert listed.json()["id"] == "odd"
+    refused = httpx.post(f"{twins.url}{prefix}/v1/completions", json={"model": MODEL, "prompt": "x", "be_id": "odd"})
+    assert refused.status_code == 400
 
 
 def test_two_processes_cannot_both_register_an_id(twins, make_real_token, odd_token):

@@ -139,6 +139,19 @@ def test_endpoints_that_would_ignore_a_token_refuse_it(http):
         assert answer.json() == {"body": body, "supported": False}
 
 
+@pytest.mark.parametrize(("root", "prefixes"), [("/llm", ("", "/llm")), ("/v", ("", "/v")), ("/v1", ("/v1",))])
+def test_a_root_path_hides_no_route(tmp_path, root, prefixes):
+    """As the router does it: the path may come with the prefix or without, and /v1 does not lie below /v."""
+    app = make_app(tmp_path)
+    app.root_path = root
+    http = TestClient(app)
+    for prefix in prefixes:
+        refused = http.post(f"{prefix}/v1/completions", json={"model": "tiny", "be_id": "harbor"})
+        assert refused.status_code == 400, prefix
+        served = http.post(f"{prefix}/v1/chat/completions", json={"model": "tiny", "be_id": "harbor"})
+        assert served.json()["supported"], prefix
+
+
 def test_headers_come_out_of_the_handler(http):
     answer = http.post("/v1/chat/completions", json={"be_id": "x"})
     assert answer.json()["supported"] is True
