@@ -1,38 +1,45 @@
-"""OpenAI batch files: every row a request, every answer a row, whatever answers them.
+"""OpenAI batch files: every row a request, every answer a row.
 
-The rows go through an httpx client, so the same code feeds a server behind a URL and an
-app in this process. Answers are kept as they come: the same call continues after a stop.
+Answers are kept in a journal beside the output as they come, so the same call continues
+after a stop, whatever stopped it. What is wrong with a row (400, 404, 413, 422) is its
+answer; what is wrong with the server (busy, gone, a proxy's word) is waited for.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
+import random
+import socket
+import stat
+import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import httpx
 
-from be_serve.core.artifact import write_atomically
 from be_serve.core.errors import BEError, InputError
 
 URLS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
 """Where a row may go: the routes that answer with text."""
 
-_BUSY = (429, 503)
-_TRIES = 12
-_LONGEST_WAIT = 30.0  # seconds
-_NO_TIMEOUT = httpx.Timeout(None, connect=10.0)  # an answer may take as long as it takes
+_ROWS_FAULT = (400, 404, 413, 422)
+_BUSY = (408, 429, 502, 503, 504)
+_TRIES = 3  # of a row on which the server itself fails
+_LONGEST_WAIT = 10.0  # seconds between two tries
+_PATIENCE = 600.0  # seconds without any answer after which a batch is given up
 
 
 class BatchStopped(BEError):
-    """What answered the rows is gone; the answers so far are kept."""
+    """What answers the rows is gone, or answers something else; the answers so far are kept."""
 
     code = "be_batch_stopped"
 
@@ -43,7 +50,8 @@ class BatchRow:
 
     custom_id: str
     url: str
-    body: dict[str, Any]
+    content: bytes
+    """The body, as JSON."""
 
 
 def read_rows(path: str | Path) -> list[BatchRow]:
@@ -51,22 +59,21 @@ def read_rows(path: str | Path) -> list[BatchRow]:
 
     A row: {"custom_id": "1", "method": "POST", "url": "/v1/chat/completions", "body": {...}}
     """
-    path = Path(path)
+    rows: dict[str, BatchRow] = {}
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        with Path(path).open(encoding="utf-8-sig", newline="\n") as lines:
+            for number, line in enumerate(lines, start=1):
+                if not line.strip():
+                    continue
+                try:
+                    row = _row(json.loads(line))
+                except (ValueError, RecursionError) as exc:
+                    raise InputError(f"{path}, line {number}: {exc}") from exc
+                if row.custom_id in rows:
+                    raise InputError(f"{path}, line {number}: the custom_id {row.custom_id!r} was used before.")
+                rows[row.custom_id] = row
     except (OSError, UnicodeDecodeError) as exc:
         raise InputError(f"Cannot read the batch file {path}: {exc}.") from exc
-    rows: dict[str, BatchRow] = {}
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = _row(json.loads(line))
-        except (ValueError, RecursionError) as exc:
-            raise InputError(f"{path}, line {number}: {exc}") from exc
-        if row.custom_id in rows:
-            raise InputError(f"{path}, line {number}: the custom_id {row.custom_id!r} was used before.")
-        rows[row.custom_id] = row
     if not rows:
         raise InputError(f"{path} holds no requests.")
     return list(rows.values())
@@ -86,63 +93,142 @@ def _row(found: object) -> BatchRow:
         raise ValueError("`body` must be a JSON object.")
     if body.get("stream") or body.get("background"):
         raise ValueError("a batch waits for whole answers: leave out `stream` and `background`.")
-    return BatchRow(custom_id, str(url), body)
+    return BatchRow(custom_id, str(url), json.dumps(body).encode())
 
 
-@dataclass
+def check_output(output: str | Path, source: str | Path) -> Path:
+    """The output's path. Raises InputError where writing it would lose a file, or cannot be done."""
+    path = Path(output)
+    with contextlib.suppress(OSError):
+        if path.samefile(source):
+            raise InputError(f"{path} is the input: name another output.")
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise InputError(f"{path} is no plain file: name another output.")
+    if not os.access(path.absolute().parent, os.W_OK):
+        raise InputError(f"Cannot write into {path.absolute().parent}.")
+    return path
+
+
 class Journal:
-    """The answers so far, in a file beside the output, one line each as they come."""
+    """The answers so far, one a line, in OUTPUT.part; only places and counts are held in memory.
 
-    path: Path
-    answers: dict[str, dict[str, Any]] = field(default_factory=dict)
+    with Journal(output, rows, {"model": ...}) as journal:
+        journal.add(answer)
+        journal.write()
 
-    @classmethod
-    def open(cls, output: Path, rows: Sequence[BatchRow], target: str) -> Journal:
-        """Take up the journal of `output`, or begin one. Raises InputError where it is another batch's."""
-        named = json.dumps([target, [[row.custom_id, row.url, row.body] for row in rows]])
-        head = {"batch": hashlib.sha256(named.encode()).hexdigest()}
-        journal = cls(output.with_name(f"{output.name}.part"))
+    `made_by` is what the answers depend on besides the rows. Raises InputError where the
+    file holds answers to other rows or made by something else, where another process has it
+    open, and where `output` exists without a journal. `fresh` sets both aside as *.old.
+    """
+
+    def __init__(self, output: Path, rows: Sequence[BatchRow], made_by: dict[str, str], *, fresh: bool = False) -> None:
+        self.output = output
+        self.path = output.with_name(f"{output.name}.part")
+        self.refused = 0
+        self.digests: dict[str, set[str]] = {}
+        """File digests of the tokens that answered, by id: more than one where a token was replaced meanwhile."""
+        self._rows = rows
+        self._made_by = made_by
+        self._fresh = fresh
+        self._places: dict[str, int] = {}
+
+    def __enter__(self) -> Journal:
+        if self._fresh:
+            for path in (self.output, self.path):
+                with contextlib.suppress(FileNotFoundError):
+                    path.replace(path.with_name(f"{path.name}.old"))
+        elif self.output.exists() and not self.path.exists():
+            raise InputError(f"{self.output} exists: name another output, or give --fresh to set it aside.")
         try:
-            kept = journal.path.read_text(encoding="utf-8").split("\n")
-        except FileNotFoundError:
-            journal._append(head)
-            return journal
-        except (OSError, UnicodeDecodeError) as exc:
-            raise InputError(f"Cannot read {journal.path}: {exc}.") from exc
-        whole = kept[:-1]  # a line that a stop cut off has no end
-        if not whole or _object(whole[0]) != head:
-            raise InputError(
-                f"{journal.path} holds answers to another file, or by another model: finish that batch, "
-                "or give --fresh to forget them."
-            )
-        for line in whole[1:]:
-            answer = _object(line)
-            if answer:
-                journal.answers[answer["custom_id"]] = answer
-        if kept[-1]:
-            write_atomically(journal.path, "".join(f"{line}\n" for line in whole).encode())
-        return journal
+            self._file: IO[bytes] = self.path.open("a+b")
+        except OSError as exc:
+            raise InputError(f"Cannot write {self.path}: {exc}.") from exc
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._take_up()
+        except BlockingIOError as exc:
+            self._file.close()
+            raise InputError(f"Another run is writing {self.path}.") from exc
+        except BaseException:
+            self._file.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if not self._places and not self._file.closed:
+            self.path.unlink(missing_ok=True)  # nothing is lost, and a corrected command is not refused
+        self._file.close()
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __contains__(self, custom_id: str) -> bool:
+        return custom_id in self._places
 
     def add(self, answer: dict[str, Any]) -> None:
         """Keep an answer."""
-        self.answers[answer["custom_id"]] = answer
-        self._append(answer)
+        place = self._file.seek(0, os.SEEK_END)
+        self._file.write(json.dumps(answer).encode() + b"\n")
+        self._file.flush()
+        self._note(answer, place)
 
-    def close(self, output: Path, rows: Sequence[BatchRow], failed: dict[str, dict[str, Any]]) -> None:
-        """Write all answers in the rows' order to `output`, and drop the journal."""
-        every = {**failed, **self.answers}
-        write_atomically(output, "".join(f"{json.dumps(every[row.custom_id])}\n" for row in rows).encode())
-        self.path.unlink()
-
-    def _append(self, line: dict[str, Any]) -> None:
+    def write(self, failed: dict[str, dict[str, Any]]) -> None:
+        """Write all answers in the rows' order to the output. The journal goes, unless rows failed."""
+        made = self.output.with_name(f".{self.output.name}.{uuid.uuid4().hex[:8]}")
         try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(f"{json.dumps(line)}\n")
+            with made.open("wb") as file:
+                for row in self._rows:
+                    if row.custom_id in self._places:
+                        self._file.seek(self._places[row.custom_id])
+                        file.write(self._file.readline())
+                    else:
+                        file.write(json.dumps(failed[row.custom_id]).encode() + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+            made.replace(self.output)
         except OSError as exc:
-            raise InputError(f"Cannot write {self.path}: {exc}.") from exc
+            made.unlink(missing_ok=True)
+            raise InputError(f"Cannot write {self.output}: {exc}. The answers are kept in {self.path}.") from exc
+        if not failed:
+            self.path.unlink()
+            self._file.close()
+
+    def _take_up(self) -> None:
+        digest = hashlib.sha256()
+        for row in self._rows:
+            digest.update(json.dumps([row.custom_id, row.url]).encode() + row.content)
+        head = {"rows": digest.hexdigest(), **self._made_by}
+        self._file.seek(0)
+        found = _object(self._file.readline()) or {}
+        if found != head:
+            if self._file.read(1):
+                differs = [name for name in sorted({*head, *found}) if head.get(name) != found.get(name)]
+                raise InputError(
+                    f"{self.path} holds the answers of a run with other {', '.join(differs)}. Finish that one, name "
+                    "another output, or give --fresh to set its answers aside."
+                )
+            self._file.truncate(0)
+            self._file.write(json.dumps(head).encode() + b"\n")
+        while True:
+            place = self._file.tell()
+            line = self._file.readline()
+            if not line.endswith(b"\n"):
+                self._file.truncate(place)  # a line that a stop cut off
+                return
+            if answer := _object(line):
+                self._note(answer, place)
+
+    def _note(self, answer: dict[str, Any], place: int) -> None:
+        self._places[answer["custom_id"]] = place
+        self.refused += answer["error"] is not None
+        said = answer["response"].get("headers", {})
+        ids, digests = said.get("x-be-id", ""), said.get("x-be-digest", "")
+        for be_id, digest in zip(ids.split(","), digests.split(","), strict=False):
+            if be_id and digest:
+                self.digests.setdefault(be_id.strip(), set()).add(digest.strip())
 
 
-def _object(line: str) -> dict[str, Any] | None:
+def _object(line: bytes) -> dict[str, Any] | None:
     try:
         found = json.loads(line)
     except ValueError:
@@ -152,24 +238,53 @@ def _object(line: str) -> dict[str, Any] | None:
 
 @asynccontextmanager
 async def connect(
-    url: str, *, asgi: Any = None, key: str | None = None, concurrency: int = 64
+    url: str,
+    *,
+    key: str | None = None,
+    concurrency: int = 64,
+    timeout: float | None = None,
+    transport: httpx.AsyncBaseTransport | None = None,
 ) -> AsyncIterator[httpx.AsyncClient]:
-    """A client for the server at `url`, or for an app in this process."""
-    transport = httpx.ASGITransport(app=asgi, raise_app_exceptions=False) if asgi is not None else None
-    limits = httpx.Limits(max_connections=concurrency)
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    """A client for the server at `url`; `timeout` in seconds bounds each answer. Raises InputError for a bad URL."""
     try:
-        made = httpx.AsyncClient(
-            base_url=url.rstrip("/").removesuffix("/v1"),
-            transport=transport,
-            headers=headers,
-            limits=limits,
-            timeout=_NO_TIMEOUT,
-        )
+        parsed = httpx.URL(url)
     except httpx.InvalidURL as exc:
-        raise InputError(f"--url {url!r} is no URL: {exc}.") from exc
-    async with made as client:
+        raise InputError("--url is no URL.") from exc
+    if parsed.userinfo:
+        raise InputError("--url holds a name or password: give the server's key by VLLM_API_KEY.")
+    if parsed.scheme not in ("http", "https") or not parsed.host:
+        raise InputError("--url must begin with http:// or https://.")
+    headers = {}
+    if key and (key := key.strip()):
+        if not key.isascii() or not key.isprintable():
+            raise InputError("The server's key holds characters that no HTTP header can carry.")
+        headers["Authorization"] = f"Bearer {key}"
+    limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
+    # A server that lost its power answers no more; without this a worker would wait for it for ever.
+    alive = [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)]
+    async with httpx.AsyncClient(
+        base_url=str(parsed).rstrip("/").removesuffix("/v1"),
+        headers=headers,
+        timeout=httpx.Timeout(timeout, connect=10.0),
+        transport=transport or httpx.AsyncHTTPTransport(limits=limits, socket_options=alive),
+        trust_env=False,  # prompts and keys go to the server, and not by a proxy of the environment
+    ) as client:
         yield client
+
+
+@dataclass
+class _Clock:
+    """When anything was last answered, by any row."""
+
+    patience: float
+    at: float = field(default_factory=time.monotonic)
+
+    def tick(self) -> None:
+        self.at = time.monotonic()
+
+    @property
+    def out(self) -> bool:
+        return time.monotonic() - self.at > self.patience
 
 
 async def run_rows(
@@ -180,80 +295,94 @@ async def run_rows(
     concurrency: int = 64,
     alive: Callable[[], bool] = lambda: True,
     done: Callable[[], object] = lambda: None,
+    patience: float = _PATIENCE,
 ) -> dict[str, dict[str, Any]]:
     """Ask for every row that the journal does not hold, `concurrency` at a time.
 
-    Answers of the server, refusals too, are kept in the journal. Returns the rows that the server
-    failed on (500 and above, or still busy after all tries): they are not kept, so a further run asks them
-    again. Raises BatchStopped where nothing answers any more.
+    A busy server is asked again for as long as any row is answered now and then. Returns the
+    rows on which the server failed three times (500): a further run asks them again. Raises
+    BatchStopped where nothing was answered for `patience` seconds, where `alive` says no,
+    and where an answer shows that it is the wrong server or key.
     """
-    waiting = iter([row for row in rows if row.custom_id not in journal.answers])
+    waiting = iter([row for row in rows if row.custom_id not in journal])
     failed: dict[str, dict[str, Any]] = {}
+    clock = _Clock(patience)
 
     async def work() -> None:
         for row in waiting:
-            answer = await _ask(client, row)
-            status = answer["response"]["status_code"]
-            if not alive():
-                raise BatchStopped(_stopped("The engine died; its log above says why.", journal))
-            if status >= httpx.codes.INTERNAL_SERVER_ERROR or status in _BUSY:
+            answer = await _ask(client, row, clock, alive)
+            if answer["response"]["status_code"] >= httpx.codes.INTERNAL_SERVER_ERROR:
                 failed[row.custom_id] = answer
             else:
                 journal.add(answer)
+                clock.tick()
             done()
 
+    workers = [asyncio.create_task(work()) for _ in range(concurrency)]
     try:
-        async with asyncio.TaskGroup() as group:
-            for _ in range(concurrency):
-                group.create_task(work())
-    except ExceptionGroup as raised:
-        first = raised.exceptions[0]
-        if isinstance(first, httpx.TransportError):
-            raise BatchStopped(_stopped(f"The server does not answer: {first!r}.", journal)) from first
-        raise first from None
+        await asyncio.gather(*workers)
+    except BatchStopped as exc:
+        kept = f"{len(journal)} answers are kept in {journal.path}" if len(journal) else "There were no answers yet"
+        raise BatchStopped(f"{exc} {kept}: the same command, without --fresh, goes on from there.") from exc
+    finally:
+        for worker in workers:
+            worker.cancel()
+        await asyncio.gather(*workers, return_exceptions=True)
     return failed
 
 
-def _stopped(why: str, journal: Journal) -> str:
-    return f"{why} {len(journal.answers)} answers are kept in {journal.path}: the same command goes on from there."
-
-
-async def _ask(client: httpx.AsyncClient, row: BatchRow) -> dict[str, Any]:
-    """One row's answer, as a row of the output. A busy server is asked again, and again."""
-    content = json.dumps(row.body).encode()
-    wait = 0.5
-    for tries_left in reversed(range(_TRIES)):
-        answer = await client.post(row.url, content=content, headers={"Content-Type": "application/json"})
-        if answer.status_code not in _BUSY or not tries_left:
-            break
-        named = answer.headers.get("retry-after", "")
-        await asyncio.sleep(min(float(named) if named.isdigit() else wait, _LONGEST_WAIT))
+async def _ask(client: httpx.AsyncClient, row: BatchRow, clock: _Clock, alive: Callable[[], bool]) -> dict[str, Any]:
+    """One row's answer, as a row of the output."""
+    wait, broken = 0.5, 0
+    while True:
+        named = ""
+        try:
+            answer = await client.post(row.url, content=row.content, headers={"Content-Type": "application/json"})
+        except httpx.TransportError as exc:
+            why = f"The server does not answer: {type(exc).__name__} {exc}".rstrip() + "."
+        else:
+            status, body = answer.status_code, _object(answer.content)
+            broken += status == httpx.codes.INTERNAL_SERVER_ERROR
+            if (answer.is_success and body is not None) or _is_rows_fault(answer) or broken == _TRIES:
+                return _as_row(row, answer, body)
+            why = f"The server answered {status}: {_message(answer)}"
+            if status not in (*_BUSY, httpx.codes.INTERNAL_SERVER_ERROR):
+                where = answer.headers.get("location")
+                raise BatchStopped(f"{why}{f' (it points to {where})' if where else ''} Is it the right URL and key?")
+            named = answer.headers.get("retry-after", "")
+        if not alive():
+            raise BatchStopped("The server ended; its log above says why.")
+        if clock.out:
+            raise BatchStopped(f"Nothing was answered for {clock.patience:.0f} s. {why}")
+        pause = min(float(named) if named.isdigit() else wait, _LONGEST_WAIT)
+        await asyncio.sleep(pause * random.uniform(0.5, 1.5))  # noqa: S311
         wait *= 2
-    try:
-        body = answer.json()
-    except ValueError:
-        body = {"error": {"message": answer.text, "code": answer.status_code}}
-    named_id = body.get("id") if isinstance(body, dict) else None
-    fault = None
-    if answer.is_error:
-        fault = body.get("error", body) if isinstance(body, dict) else body
+
+
+def _is_rows_fault(answer: httpx.Response) -> bool:
+    """Whether a refusal is about the row, and not a route that this server does not have."""
+    if answer.status_code == httpx.codes.NOT_FOUND and _message(answer) in ("Not Found", ""):
+        return False
+    return answer.status_code in _ROWS_FAULT and _object(answer.content) is not None
+
+
+def _message(answer: httpx.Response) -> str:
+    body = _object(answer.content) or {}
+    error = body.get("error", body.get("detail", ""))
+    if isinstance(error, dict):
+        error = error.get("message") or error.get("detail") or ""
+    return str(error)[:500]
+
+
+def _as_row(row: BatchRow, answer: httpx.Response, body: dict[str, Any] | None) -> dict[str, Any]:
+    if body is None:
+        body = {"error": {"message": answer.text[:2000], "code": answer.status_code}}
     response = {
         "status_code": answer.status_code,
-        "request_id": answer.headers.get("x-request-id") or named_id or f"be-{uuid.uuid4().hex}",
+        "request_id": answer.headers.get("x-request-id") or body.get("id") or f"be-{uuid.uuid4().hex}",
         "body": body,
     }
     if said := {name: value for name, value in answer.headers.items() if name.startswith("x-be-")}:
         response["headers"] = said  # such as that the full prompt stood in for a token
+    fault = body.get("error", body) if answer.is_error else None
     return {"id": f"batch_req_{uuid.uuid4().hex}", "custom_id": row.custom_id, "response": response, "error": fault}
-
-
-def check_output(output: str | Path, *, fresh: bool) -> Path:
-    """The output's path. Raises InputError where a file would be lost or cannot be written."""
-    path = Path(output)
-    if fresh:
-        path.with_name(f"{path.name}.part").unlink(missing_ok=True)
-    elif path.exists():
-        raise InputError(f"{path} exists: name another output, or give --fresh to write it anew.")
-    if not os.access(path.absolute().parent, os.W_OK):
-        raise InputError(f"Cannot write into {path.absolute().parent}.")
-    return path

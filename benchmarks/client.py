@@ -13,16 +13,9 @@ from typing import Any
 
 import httpx
 
-from be_serve.core.errors import BEError
+from be_serve.child_server import ServerError
 
 _TIMEOUT = httpx.Timeout(600.0, connect=10.0)
-
-
-class ServerError(BEError):
-    """A server could not be started, reached, or refused a request of the benchmark."""
-
-    http_status = 503
-    code = "be_bench_server"
 
 
 @dataclass

@@ -27,12 +27,13 @@ from time import perf_counter
 from typing import Any
 from uuid import uuid4
 
+from be_serve.child_server import Server, ServerError
 from be_serve.core.artifact import Token
 from be_serve.core.errors import InputError
-from benchmarks.client import Sample, ServerClient, ServerError
+from benchmarks.client import Sample, ServerClient
 from benchmarks.machine import hardware, redact, versions
 from benchmarks.prompts import Chat, fit_questions, fit_text, handbook
-from benchmarks.servers import Server, ServerOptions, plugin_server, stock_server
+from benchmarks.servers import ServerOptions, plugin_server, stock_server
 from benchmarks.stats import describe, paired_ratio
 from benchmarks.tokens import make_token
 
@@ -112,7 +113,7 @@ class LoadRun:
                 whole.append(found)
         samples = [sample for one in self.bursts for burst in one.values() for sample in burst.samples]
         errors = sorted({sample.error for sample in samples if not sample.ok})
-        shown = {**asdict(options), "folder": None, "out": None}
+        shown = {**asdict(options), "folder": None, "out": None, "servers": None}  # commands stand below, redacted
         return {
             "benchmark": "load",
             "date": self.started.isoformat(timespec="seconds"),

@@ -10,8 +10,9 @@ import random
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
+from be_serve.child_server import ServerError
 from be_serve.core.errors import InputError
-from benchmarks.client import ServerClient, ServerError
+from benchmarks.client import ServerClient
 
 Count = Callable[[str], Awaitable[int]]
 Messages = list[dict[str, str]]

@@ -17,11 +17,11 @@ from dataclasses import dataclass, field
 from time import perf_counter
 from uuid import uuid4
 
+from be_serve.child_server import Server, ServerError
 from benchmarks.analysis import Run
 from benchmarks.arms import CLOSE, Arm, Case, ServerName, request_body
-from benchmarks.client import Sample, ServerClient, ServerError
+from benchmarks.client import Sample, ServerClient
 from benchmarks.prompts import Chat
-from benchmarks.servers import Server
 
 GIVE_UP_AFTER = 5
 """Failures of one server in a row that end the run."""
@@ -92,7 +92,7 @@ class Rounds:
     def _check(self, case: Case, arm: Arm, sample: Sample, *, note: bool) -> None:
         if not sample.ok:
             server = self.own.get(arm.server)
-            tail = f"\n{server.tail()}" if server and not server.alive else ""
+            tail = server.tail() if server and not server.alive else ""
             raise ServerError(
                 f"Arm {arm.name} of case {case.name} failed on the {arm.server} server: {sample.error}{tail}"
             )
@@ -145,7 +145,7 @@ class Rounds:
 
     def _why_stopped(self, name: ServerName, sample: Sample) -> str:
         server = self.own.get(name)
-        tail = f"\n{server.tail()}" if server else ""
+        tail = server.tail() if server else ""
         return f"The {name} server failed {GIVE_UP_AFTER} times in a row, last: {sample.error}{tail}"
 
 

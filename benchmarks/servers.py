@@ -1,29 +1,15 @@
-"""Servers that the benchmark starts itself: one with the plugin, one stock vLLM.
-
-Each runs in a process group of its own and is always stopped, after an error and
-after Ctrl-C too.
-"""
+"""Servers that the benchmark starts itself: one with the plugin, one stock vLLM."""
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import os
-import shlex
-import signal
-import socket
-import subprocess
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.client import ServerClient, ServerError
+from be_serve.child_server import Server, free_port
 from benchmarks.machine import gpus
-
-_STOP_SECONDS = 20.0
-_TAIL_LINES = 25
 
 
 @dataclass(frozen=True)
@@ -39,114 +25,6 @@ class ServerOptions:
     """KV cache of each server on a CPU, in GiB."""
     start_timeout: float = 600.0
     """Seconds until a server must answer `/health`."""
-
-
-class Server:
-    """A server process: started on entry, its whole process group ended on exit.
-
-    async with Server("stock", command, log=path, env=env, port=port, timeout=600) as server:
-        server.url
-    """
-
-    def __init__(
-        self, name: str, command: Sequence[str], *, log: Path, env: dict[str, str], port: int, timeout: float
-    ) -> None:
-        self.name = name
-        self.command = list(command)
-        self.log = log
-        self.url = f"http://127.0.0.1:{port}"
-        self.start_seconds = 0.0
-        self.env = env
-        self._timeout = timeout
-        self._process: subprocess.Popen[bytes] | None = None
-        self._frozen = False
-
-    async def __aenter__(self) -> Server:
-        begin = time.monotonic()
-        self.log.parent.mkdir(parents=True, exist_ok=True)
-        with self.log.open("wb") as sink:
-            sink.write(f"$ {shlex.join(self.command)}\n".encode())
-            sink.flush()
-            # A group of its own: the terminal's Ctrl-C reaches the benchmark alone, which then stops the servers.
-            self._process = subprocess.Popen(  # noqa: S603
-                self.command, stdin=subprocess.DEVNULL, stdout=sink, stderr=sink, env=self.env, start_new_session=True
-            )
-        try:
-            await self._wait_until_healthy(begin)
-        except BaseException:
-            self.stop()
-            raise
-        self.start_seconds = time.monotonic() - begin
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        self.stop()
-
-    async def _wait_until_healthy(self, begin: float) -> None:
-        assert self._process is not None
-        async with ServerClient(self.url) as client:
-            while not await client.healthy():
-                if (status := self._process.poll()) is not None:
-                    raise ServerError(f"The {self.name} server ended with status {status}.\n{self.tail()}")
-                if time.monotonic() - begin > self._timeout:
-                    raise ServerError(
-                        f"The {self.name} server did not answer within {self._timeout:.0f} s "
-                        f"(--start-timeout).\n{self.tail()}"
-                    )
-                await asyncio.sleep(0.5)
-
-    def tail(self) -> str:
-        """The last lines of the server's log, with its path."""
-        try:
-            lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-_TAIL_LINES:]
-        except OSError:
-            lines = []
-        return "\n".join([f"Last lines of {self.log}:", *(f"  {line}" for line in lines)])
-
-    @property
-    def pid(self) -> int:
-        """Number of the process, and of the group of all processes of the server."""
-        assert self._process is not None
-        return self._process.pid
-
-    @property
-    def alive(self) -> bool:
-        return self._process is not None and self._process.poll() is None
-
-    def freeze(self) -> None:
-        """Stop the group's clock (SIGSTOP) while another server is being timed.
-
-        A vLLM worker spins for one second after its last step before it goes idle.
-        On two cores that was seen to turn 145 ms of the other server into 1,049 ms.
-        """
-        if not self._frozen and self._signal(signal.SIGSTOP):
-            self._frozen = True
-
-    def thaw(self) -> None:
-        """Let a frozen server run on."""
-        if self._frozen and self._signal(signal.SIGCONT):
-            self._frozen = False
-
-    def stop(self) -> None:
-        """End the group: SIGTERM, and SIGKILL for whatever is left of it."""
-        if self._process is None:
-            return
-        self.thaw()
-        self._signal(signal.SIGTERM)
-        try:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(timeout=_STOP_SECONDS)
-        finally:  # also after a second Ctrl-C
-            self._signal(signal.SIGKILL)  # engine processes that outlived the API server, too
-            self._process.wait()
-
-    def _signal(self, number: signal.Signals) -> bool:
-        assert self._process is not None
-        try:
-            os.killpg(self._process.pid, number)
-        except ProcessLookupError:
-            return False
-        return True
 
 
 def stock_server(options: ServerOptions, out: Path, max_model_len: int) -> Server:
@@ -203,10 +81,3 @@ def engine_settings(env: Mapping[str, str]) -> dict[str, str]:
     """The variables of an environment that steer vLLM and its threads, without keys."""
     chosen = {k: v for k, v in env.items() if k.startswith(("VLLM_", "OMP_", "CUDA_VISIBLE"))}
     return {k: v for k, v in sorted(chosen.items()) if "KEY" not in k and "TOKEN" not in k}
-
-
-def free_port() -> int:
-    """A TCP port that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

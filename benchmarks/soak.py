@@ -6,9 +6,9 @@ a time before the load begins. Then many clients at once do what clients do, for
 
     token     a chat with a token; its answer is compared
     plain     a chat with the plain text; compared
-    long      either, with a message of several blocks and a long answer, to fill the KV cache
-    abort     either, given up after the first event
-    churn     register a token under a new id, ask it, remove it, ask again (404)
+    long      a token and a message of several blocks, to fill the KV cache; the whole long answer is compared
+    abort     a token's stream, given up after its first event
+    churn     register a token under a new id, ask it (compared), remove it, ask again (404)
     attack    reach for another's row, vector or KV blocks (`ATTACKS`)
 
 The server is given fewer rows than the tokens need and a small KV cache, so that rows
@@ -20,7 +20,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
-import os
 import random
 import secrets
 import statistics
@@ -36,21 +35,35 @@ from typing import Any
 
 import httpx
 
+from be_serve.child_server import ServerError
 from be_serve.core.artifact import Token
 from be_serve.core.errors import InputError
-from benchmarks.client import ServerClient, ServerError, server_message
-from benchmarks.machine import hardware, redact, versions
+from benchmarks.client import ServerClient, server_message
+from benchmarks.machine import gpus, hardware, redact, versions
 from benchmarks.prompts import Chat, question_text
 from benchmarks.servers import ServerOptions, plugin_server, stock_server
 from benchmarks.tokens import make_token
 
 COMPARED = 8
-"""Tokens of an answer that are compared."""
+"""Tokens of a short answer; all are compared."""
+LONG, LONG_TOKENS, LONG_WORDS = 8, 96, 270
+"""Long answers with a reference, their tokens, and the words of their messages: they grow into a block of their own."""
 TIE = 0.35
 """Nats between the two likeliest tokens below which another order of sums may turn them round (bfloat16)."""
 MAX_MODEL_LEN = 1024
+_GAP = 1024  # ids between the padded vocabulary and the first row (docs/operations.md)
+_PADDING = 64  # of vLLM's vocabulary
 ACTIONS = {"token": 50, "plain": 12, "long": 12, "abort": 12, "churn": 6, "attack": 8}
-ATTACKS = ("raw_ids", "allowed_ids", "detokenize", "prompt_logprobs", "vector", "blocks")
+ATTACKS = {
+    "raw_ids": "rows' ids as a prompt",
+    "allowed_ids": "a row's id as the only one to sample",
+    "logit_bias": "a row's id preferred by 100",
+    "detokenize": "a row's id as text",
+    "prompt_logprobs": "what the model thinks of the rows",
+    "vector": "the vectors, by the admin API with and without its key",
+    "blocks": "another token's KV blocks, with the same message and the same cache_salt",
+}
+_REFUSED = {"raw_ids": 400, "allowed_ids": 400, "logit_bias": 400, "prompt_logprobs": 400}
 _ADJECTIVES = ("grumpy", "cheerful", "sleepy", "royal", "ancient", "nervous", "proud", "tiny")
 _NOUNS = ("pirate", "lawyer", "cat", "wizard", "robot", "farmer", "poet", "sailor")
 
@@ -69,47 +82,55 @@ class SoakOptions:
     tokens: int = 24
     questions: int = 4
     rows: int = 48
-    blocks: int = 40
-    """KV blocks of the engine."""
+    kv_tokens: int = 2560
+    """Tokens that the engine's KV cache holds."""
     seed: int = 0
 
 
 @dataclass(frozen=True)
 class Answer:
-    """The first tokens of a greedy answer, and how clear each choice was."""
+    """The tokens of a greedy answer, and how clear each choice was."""
 
     tokens: tuple[str, ...]
+    seconds: tuple[str, ...]
+    """The second likeliest token at each place."""
     gaps: tuple[float, ...]
-    """Nats between the two likeliest tokens at each place."""
+    """Nats between the two."""
 
 
 @dataclass
 class Count:
     """What became of the requests."""
 
-    right: int = 0
-    tie: int = 0
-    """Departs from the right answer where the two likeliest tokens were within `TIE`."""
+    right: Counter[str] = field(default_factory=Counter)
+    """By action, as are ties: those of `plain` have nothing to do with tokens."""
+    ties: Counter[str] = field(default_factory=Counter)
+    """Answers that took the second likeliest token where it was within `TIE`; what follows cannot be compared."""
     wrong: list[dict[str, Any]] = field(default_factory=list)
     asked: Counter[str] = field(default_factory=Counter)
     failures: Counter[str] = field(default_factory=Counter)
-    """Errors that are not the client's."""
+    """Errors that are not the client's, and answers that tell nothing."""
     attempts: Counter[str] = field(default_factory=Counter)
     succeeded: Counter[str] = field(default_factory=Counter)
-    refused: Counter[str] = field(default_factory=Counter)
-    """How attempts were answered."""
+    void: Counter[str] = field(default_factory=Counter)
+    """Attempts on blocks that had left the cache by then: they count as not made."""
 
-    def judge(self, reference: Answer, got: Answer, what: dict[str, Any]) -> None:
+    def judge(self, action: str, reference: Answer, got: Answer, what: dict[str, Any]) -> None:
         """Compare an answer with the right one, token by token."""
-        for n, (ours, theirs) in enumerate(itertools.zip_longest(got.tokens, reference.tokens)):
-            if ours != theirs:
-                gap = reference.gaps[n] if n < len(reference.gaps) else 0.0
-                if gap < TIE:
-                    self.tie += 1
-                else:
-                    self.wrong.append({**what, "got": got.tokens, "right": reference.tokens, "gap": gap})
-                return
-        self.right += 1
+        for n, right in enumerate(reference.tokens):
+            ours = got.tokens[n] if n < len(got.tokens) else None
+            if ours == right:
+                continue
+            gap = reference.gaps[n]
+            if ours == reference.seconds[n] and gap < TIE:
+                self.ties[action] += 1
+            else:
+                self.wrong.append({**what, "at": n, "got": got.tokens, "right": reference.tokens, "gap": gap})
+            return
+        if len(got.tokens) == len(reference.tokens):
+            self.right[action] += 1
+        else:
+            self.wrong.append({**what, "at": len(reference.tokens), "got": got.tokens, "right": reference.tokens})
 
 
 @dataclass
@@ -122,7 +143,7 @@ class SoakRun:
     distinct: float = 0.0
     """Share of pairs of tokens whose right answers differ, each question by itself: how far a mix-up would show."""
     memory: list[tuple[float, float]] = field(default_factory=list)
-    """Minute, and MiB resident in all of the server's processes."""
+    """Minute, and MiB of all of the server's processes, shared pages counted once (PSS)."""
     seconds: float = 0.0
     interrupted: bool = False
     command: list[str] = field(default_factory=list)
@@ -136,10 +157,18 @@ class SoakRun:
         sizes = [size for _, size in self.memory]
         return statistics.median(sizes[-n:]) / statistics.median(sizes[n : 2 * n])
 
+    def slope(self) -> float | None:
+        """MiB a minute over the last two thirds, by least squares; None for too few samples."""
+        late = self.memory[len(self.memory) // 3 :]
+        if len(late) < 10:
+            return None
+        minutes, sizes = zip(*late, strict=True)
+        return statistics.linear_regression(minutes, sizes).slope
+
     @property
     def clean(self) -> bool:
         """Whether every answer was right and nothing failed or was reached."""
-        return not (self.count.wrong or self.count.failures or self.count.succeeded)
+        return bool(self.count.right) and not (self.count.wrong or self.count.failures or self.count.succeeded.total())
 
     def result(self) -> dict[str, Any]:
         """All figures as plain data."""
@@ -148,21 +177,28 @@ class SoakRun:
             "benchmark": "soak",
             "date": self.started.isoformat(timespec="seconds"),
             "command": redact(sys.argv),
-            "options": {**asdict(self.options), "folder": None, "out": None},
+            "options": {**asdict(self.options), "folder": None, "out": None, "servers": None},
             "hardware": hardware(),
             "versions": versions(),
             "server": self.command,
             "interrupted": self.interrupted,
             "seconds": self.seconds,
-            "answers": {"right": count.right, "tie": count.tie, "wrong": len(count.wrong)},
+            "answers": {
+                "wrong": len(count.wrong),
+                **{name: {"right": count.right[name], "ties": count.ties[name]} for name in sorted(count.right)},
+            },
             "wrong": count.wrong[:20],
             "distinct": self.distinct,
             "requests": dict(count.asked),
             "failures": dict(count.failures),
-            "attempts": {kind: {"made": count.attempts[kind], "succeeded": count.succeeded[kind]} for kind in ATTACKS},
-            "attempts_answered": dict(count.refused),
+            "attempts": {
+                kind: {"what": what, "made": count.attempts[kind], "succeeded": count.succeeded[kind]}
+                for kind, what in ATTACKS.items()
+            },
+            "attempts_void": dict(count.void),
             "memory_mib": self.memory,
             "memory_growth": self.growth(),
+            "memory_slope_mib_a_minute": self.slope(),
             "metrics": self.metrics,
         }
 
@@ -182,10 +218,11 @@ async def soak(options: SoakOptions, say: Callable[[str], None]) -> SoakRun:
         **{
             **vars(options.servers),
             "plugin_args": (
-                *options.servers.plugin_args,
+                "--be-injection=resident-rows",  # without rows there is nothing to attack
                 f"--be-rows={options.rows}",
-                f"--num-gpu-blocks-override={options.blocks}",
+                f"--num-gpu-blocks-override={-(-options.kv_tokens // (16 if gpus() else 128))}",
                 f"--max-num-seqs={options.clients}",
+                *options.servers.plugin_args,
             ),
         }
     )
@@ -235,7 +272,15 @@ async def _references(options: SoakOptions) -> tuple[dict[str, Token], dict[tupl
             for q in range(options.questions):
                 body = _body(model, token) | {"messages": chat.messages(text, _question(q, options))}
                 references[be_id, q] = _answer(await client.call("POST", "/v1/chat/completions", json=body))
+        for n, (be_id, token) in enumerate(itertools.islice(tokens.items(), LONG)):
+            messages = chat.messages(str(token.manifest.prompt.text), _long_message(options.seed + n))
+            body = _body(model, token) | {"messages": messages, "max_tokens": LONG_TOKENS}
+            references[be_id, -1] = _answer(await client.call("POST", "/v1/chat/completions", json=body))
     return tokens, references
+
+
+def _long_message(seed: int) -> str:
+    return " ".join(question_text(seed, "long").split()[:LONG_WORDS])
 
 
 def _question(number: int, options: SoakOptions) -> str:
@@ -258,17 +303,20 @@ def _body(model: str, token: Token) -> dict[str, Any]:
 
 
 def _answer(body: dict[str, Any]) -> Answer:
-    places = body["choices"][0]["logprobs"]["content"][:COMPARED]
-    top = [[one["logprob"] for one in place["top_logprobs"]] for place in places]
-    return Answer(
-        tuple(place["token"] for place in places),
-        tuple(max(pair) - min(pair) if len(pair) > 1 else 0.0 for pair in top),
-    )
+    places = body["choices"][0]["logprobs"]["content"]
+    runners, gaps = [], []
+    for place in places:
+        others = [one for one in place["top_logprobs"] if one["token"] != place["token"]]
+        runners.append(others[0]["token"])
+        gaps.append(place["logprob"] - others[0]["logprob"])
+    return Answer(tuple(place["token"] for place in places), tuple(runners), tuple(gaps))
 
 
 def _distinct(references: dict[tuple[str, int], Answer]) -> float:
     by_question: dict[int, list[Answer]] = {}
     for (_, q), answer in references.items():
+        if q < 0:
+            continue  # each long message is asked of one token
         by_question.setdefault(q, []).append(answer)
     pairs = [a.tokens != b.tokens for answers in by_question.values() for a, b in itertools.combinations(answers, 2)]
     return sum(pairs) / len(pairs) if pairs else 0.0
@@ -307,7 +355,7 @@ class _Clients:
             self.count.asked[name] += 1
             try:
                 await do[name](rng)
-            except (httpx.HTTPError, ServerError, LookupError, ValueError) as exc:
+            except Exception as exc:  # whatever it is, it is no right answer, and the others go on
                 self.count.failures[f"{name}: {type(exc).__name__}: {exc}"[:200]] += 1
                 if isinstance(exc, httpx.ConnectError):
                     return  # the server is gone; the count says so
@@ -321,24 +369,27 @@ class _Clients:
         await self._ask("plain", *self._pick(rng), use_token=False)
 
     async def long(self, rng: random.Random) -> None:
-        """A message of several blocks, and a long answer: only that it comes is checked."""
-        be_id, q = self._pick(rng)
-        body = self._chat(be_id, q, use_token=rng.random() < 0.7)
-        body["messages"][-1]["content"] = self._long_message(rng)
-        body["max_tokens"] = 150
-        self._expect("long", await self._post("/v1/chat/completions", body), 200)
+        """A message of several blocks, and a long answer that others push out of the cache."""
+        n = rng.randrange(min(LONG, len(self.tokens)))
+        be_id = list(self.tokens)[n]
+        body = self._chat(be_id, 0, use_token=True) | {"max_tokens": LONG_TOKENS}
+        body["messages"][-1]["content"] = _long_message(self.options.seed + n)
+        await self._compare("long", be_id, -1, body)
 
     async def abort(self, rng: random.Random) -> None:
         """A stream that is given up after its first event."""
         be_id, q = self._pick(rng)
-        body = self._chat(be_id, q, use_token=rng.random() < 0.7) | {"stream": True, "max_tokens": 200}
+        body = self._chat(be_id, q, use_token=True) | {"stream": True, "max_tokens": 200}
         async with self.http.stream("POST", "/v1/chat/completions", json=body) as answer:
-            if answer.status_code != 200:
+            if answer.status_code != httpx.codes.OK:
                 await answer.aread()
                 self._expect("abort", answer, 200)
                 return
-            async for _ in answer.aiter_raw():
+            async for line in answer.aiter_lines():
+                if "choices" not in json.loads(line.removeprefix("data:")):
+                    self.count.failures[f"abort: the stream began with {line}"[:200]] += 1
                 return
+        self.count.failures["abort: an empty stream"] += 1
 
     async def churn(self, rng: random.Random) -> None:
         """A token that comes, answers and goes."""
@@ -354,61 +405,76 @@ class _Clients:
 
     async def attack(self, rng: random.Random) -> None:
         """One attempt at what must not be had."""
-        kind = rng.choice(ATTACKS)
+        kind = rng.choice(list(ATTACKS))
+        if kind == "blocks":
+            await self._attack_blocks(rng)
+            return
         self.count.attempts[kind] += 1
         be_id, q = self._pick(rng)
-        row = self.vocabulary + rng.randrange(self.options.rows)
-        if kind == "blocks":
-            return await self._attack_blocks(rng)
+        first = -(-self.vocabulary // _PADDING) * _PADDING + _GAP
+        row = first + rng.randrange(self.options.rows)
         if kind == "vector":
-            shown = await self.http.get(f"/v1/be/tokens/{be_id}", headers={"X-BE-Key": self.key})
-            flat = [round(float(x), 4) for x in self.tokens[be_id].vectors[0][:4]]
-            reached = any(f"{x:.4f}" in shown.text for x in flat if x)
-            return self._attempted(kind, shown, reached=reached)
-        if kind == "detokenize":
+            await self._attack_vector(be_id)
+        elif kind == "detokenize":
             answer = await self._post("/detokenize", {"model": self.model, "tokens": [row]})
-            return self._attempted(kind, answer, reached=answer.is_success and bool(answer.json().get("prompt")))
-        if kind == "prompt_logprobs":
-            body = self._chat(be_id, q, use_token=True) | {"prompt_logprobs": 1}
-            answer = await self._post("/v1/chat/completions", body)
-        elif kind == "allowed_ids":
-            body = self._chat(be_id, q, use_token=rng.random() < 0.5) | {"allowed_token_ids": [row]}
-            answer = await self._post("/v1/chat/completions", body)
+            if answer.is_success and answer.json().get("prompt"):
+                self.count.succeeded[kind] += 1
+        elif kind == "raw_ids":
+            raw = {"model": self.model, "prompt": [row] * 4, "max_tokens": 1}
+            self._must_be_refused(kind, await self._post("/v1/completions", raw))
         else:
-            body = {"model": self.model, "prompt": [row] * 4, "max_tokens": 1}
-            answer = await self._post("/v1/completions", body)
-        self._attempted(kind, answer, reached=answer.is_success)
+            options: dict[str, dict[str, Any]] = {
+                "prompt_logprobs": {"prompt_logprobs": 1},
+                "allowed_ids": {"allowed_token_ids": [row]},
+                "logit_bias": {"logit_bias": {str(row): 100}},
+            }
+            use_token = kind == "prompt_logprobs" or rng.random() < 0.5
+            body = self._chat(be_id, q, use_token=use_token) | options[kind]
+            self._must_be_refused(kind, await self._post("/v1/chat/completions", body))
+
+    def _must_be_refused(self, kind: str, answer: httpx.Response) -> None:
+        if answer.is_success:
+            self.count.succeeded[kind] += 1
+        else:
+            self._expect(kind, answer, _REFUSED[kind])
+
+    async def _attack_vector(self, be_id: str) -> None:
+        path = f"/v1/be/tokens/{be_id}"
+        shut = await self.http.get(path)
+        shown = await self.http.get(path, headers={"X-BE-Key": self.key})
+        # An answer with fewer bytes than the vectors have numbers holds them in no encoding.
+        if shut.is_success or len(shown.content) >= self.tokens[be_id].vectors.size:
+            self.count.succeeded["vector"] += 1
+        else:
+            self._expect("vector, without the key", shut, 401)
+            self._expect("vector, with the key", shown, 200)
 
     async def _attack_blocks(self, rng: random.Random) -> None:
-        """The same long message with two tokens of one owner: the second must find no blocks of the first."""
-        first, second = rng.sample(list(self.tokens), 2)
-        message = self._long_message(rng)
-        answers = []
-        for be_id in (first, second):
+        """One message with token A, with token B, with A again: only A may find its blocks, and must, to count."""
+        a, b = rng.sample(list(self.tokens), 2)
+        message, cached = _long_message(rng.getrandbits(32)), []
+        for be_id in (a, b, a):
             body = self._chat(be_id, 0, use_token=True) | {"max_tokens": 1, "cache_salt": "shared"}
             body["messages"][-1]["content"] = message
-            answers.append(await self._post("/v1/chat/completions", body))
-        reached = False
-        if answers[1].is_success:
-            details = answers[1].json()["usage"].get("prompt_tokens_details") or {}
-            reached = bool(details.get("cached_tokens"))
-        self._attempted("blocks", answers[1], reached=reached)
-
-    def _attempted(self, kind: str, answer: httpx.Response, *, reached: bool) -> None:
-        self.count.refused[f"{kind}: {answer.status_code}"] += 1
-        if reached:
-            self.count.succeeded[kind] += 1
-        if answer.status_code >= 500:
-            self._expect(kind, answer, 200)
+            answer = await self._post("/v1/chat/completions", body)
+            if not self._expect("blocks", answer, 200):
+                return
+            cached.append((answer.json()["usage"].get("prompt_tokens_details") or {}).get("cached_tokens") or 0)
+        self.count.succeeded["blocks"] += bool(cached[1])
+        made = self.count.attempts if cached[1] or cached[2] else self.count.void
+        made["blocks"] += 1
 
     async def _ask(self, name: str, be_id: str, q: int, *, use_token: bool, named: str | None = None) -> None:
         body = self._chat(be_id, q, use_token=use_token)
         if named:
             body["be_id"] = named
+        await self._compare(name, be_id, q, body)
+
+    async def _compare(self, name: str, be_id: str, q: int, body: dict[str, Any]) -> None:
         answer = await self._post("/v1/chat/completions", body)
         if self._expect(name, answer, 200):
             what = {"action": name, "token": be_id, "question": q}
-            self.count.judge(self.references[be_id, q], _answer(answer.json()), what)
+            self.count.judge(name, self.references[be_id, q], _answer(answer.json()), what)
 
     def _chat(self, be_id: str, q: int, *, use_token: bool) -> dict[str, Any]:
         token = self.tokens[be_id]
@@ -420,9 +486,6 @@ class _Clients:
 
     def _pick(self, rng: random.Random) -> tuple[str, int]:
         return rng.choice(list(self.tokens)), rng.randrange(self.options.questions)
-
-    def _long_message(self, rng: random.Random) -> str:
-        return " ".join(question_text(rng.getrandbits(32), "long").split()[: rng.randrange(200, 420)])
 
     async def _post(self, path: str, body: dict[str, Any]) -> httpx.Response:
         return await self.http.post(path, json=body)
@@ -454,7 +517,9 @@ async def _load(run: SoakRun, clients: _Clients, pid: Callable[[], int]) -> None
                 bar.update(min(round(passed), bar.total) - bar.n)
                 if len(run.memory) <= passed / 5:
                     run.memory.append((passed / 60, resident(pid()) / 2**20))
-                bar.set_postfix(right=run.count.right, wrong=len(run.count.wrong), failed=run.count.failures.total())
+                bar.set_postfix(
+                    right=run.count.right.total(), wrong=len(run.count.wrong), failed=run.count.failures.total()
+                )
         await asyncio.gather(*crowd)
     except asyncio.CancelledError:
         run.interrupted = True
@@ -468,16 +533,17 @@ async def _load(run: SoakRun, clients: _Clients, pid: Callable[[], int]) -> None
 
 
 def resident(group: int) -> int:
-    """Bytes resident in all processes of a process group (Linux)."""
-    page, total = os.sysconf("SC_PAGE_SIZE"), 0
+    """Bytes of all processes of a process group (Linux), a page that n of them share as 1/n of it in each (PSS)."""
+    total = 0
     for folder in Path("/proc").iterdir():
         if not folder.name.isdigit():
             continue
         try:
             fields = (folder / "stat").read_text().rpartition(")")[2].split()
             if int(fields[2]) == group:  # field 5 of proc(5), the process group
-                total += int((folder / "statm").read_text().split()[1]) * page
-        except OSError:
+                lines = (folder / "smaps_rollup").read_text().splitlines()
+                total += next(1024 * int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+        except (OSError, StopIteration):
             continue  # it has just ended
     return total
 
@@ -496,22 +562,28 @@ async def _metrics(http: httpx.AsyncClient) -> dict[str, float]:
 
 def summary(result: dict[str, Any]) -> Sequence[str]:
     """The figures as lines for people."""
-    answers, memory = result["answers"], result["memory_mib"]
-    made = sum(kind["made"] for kind in result["attempts"].values())
-    succeeded = sum(kind["succeeded"] for kind in result["attempts"].values())
+    memory, answers = result["memory_mib"], dict(result["answers"])
+    wrong = answers.pop("wrong")
+    attempts = result["attempts"]
     lines = [
         f"{sum(result['requests'].values())} actions in {result['seconds'] / 60:.1f} min: "
         + ", ".join(f"{count} {name}" for name, count in sorted(result["requests"].items())),
-        f"answers compared: {answers['right']} right, {answers['tie']} ties, {answers['wrong']} wrong "
+        f"answers compared: {sum(one['right'] for one in answers.values())} right, "
+        f"{sum(one['ties'] for one in answers.values())} ties, {wrong} wrong "
         f"(two tokens' right answers differ in {100 * result['distinct']:.0f} % of pairs)",
-        f"attempts: {made} made, {succeeded} succeeded; "
-        + ", ".join(f"{kind} {count['made']}/{count['succeeded']}" for kind, count in result["attempts"].items()),
+        "right and ties: " + ", ".join(f"{name} {one['right']} and {one['ties']}" for name, one in answers.items()),
+        f"attempts: {sum(kind['made'] for kind in attempts.values())} made, "
+        f"{sum(kind['succeeded'] for kind in attempts.values())} succeeded; "
+        + ", ".join(f"{kind} {count['made']}/{count['succeeded']}" for kind, count in attempts.items()),
         f"errors that are not the client's: {sum(result['failures'].values())}",
-        *(f"  {count} x {error}" for error, count in sorted(result["failures"].items())[:10]),
+        *(f"  {count} x {error}" for error, count in Counter(result["failures"]).most_common(10)),
     ]
     if memory:
         lines.append(f"memory: {memory[0][1]:.0f} MiB at first, {memory[-1][1]:.0f} at last")
-    if result["memory_growth"] is not None:
-        lines.append(f"memory of the last tenth over the second tenth: {result['memory_growth']:.3f}")
+    if result["memory_slope_mib_a_minute"] is not None:
+        lines.append(
+            f"the last tenth over the second tenth: {result['memory_growth']:.3f}; "
+            f"over the last two thirds {result['memory_slope_mib_a_minute']:+.2f} MiB a minute"
+        )
     lines += [f"{name}: {value:.0f}" for name, value in sorted(result["metrics"].items())]
     return lines

@@ -20,17 +20,18 @@ from typing import Any
 from urllib.parse import urlsplit
 from uuid import uuid4
 
+from be_serve.child_server import Server, ServerError
 from be_serve.core.artifact import Token
 from be_serve.core.errors import InputError
 from be_serve.core.fingerprint import chat_template_text
 from be_serve.core.slots import pinned_template_kwargs
 from benchmarks.analysis import Run
 from benchmarks.arms import Case, ServerName, arms_for
-from benchmarks.client import ServerClient, ServerError
+from benchmarks.client import ServerClient
 from benchmarks.machine import hardware, redact, versions
 from benchmarks.prompts import Chat, fit_questions, fit_text, handbook
 from benchmarks.rounds import Rounds
-from benchmarks.servers import Server, ServerOptions, engine_settings, plugin_server, stock_server
+from benchmarks.servers import ServerOptions, engine_settings, plugin_server, stock_server
 from benchmarks.tokens import BENCH_ID, make_token
 
 SPIN_SECONDS = 1.2

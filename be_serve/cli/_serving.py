@@ -1,10 +1,10 @@
-"""What `serve` and `run-batch` share: the plugin's options, and an environment in which vLLM loads it."""
+"""What `serve` and `run-batch` share: the plugin's options, beside those that are handed on to vLLM."""
 
 from __future__ import annotations
 
 import functools
-import os
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,12 +12,22 @@ import click
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-PASS_ON = {
-    "ignore_unknown_options": True,
-    "allow_extra_args": True,
-    "help_option_names": ["-h", "--help"],
-}
-"""Context settings of a verb that hands the options it does not know to vLLM."""
+_ASIDE = "--be-aside"
+_SINGLE_DASH_WORD = re.compile(r"-[A-Za-z][^-]")
+
+
+class PassOnCommand(click.Command):
+    """A verb that hands the options it does not know to vLLM, as `ctx.args`."""
+
+    def __init__(self, name: str, **kwargs: Any) -> None:
+        settings = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": ["-h", "--help"]}
+        super().__init__(name, **{"context_settings": settings, **kwargs})
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Keep vLLM's words behind a single dash whole: click would read `-tp` as `-t -p`, and `-dph` as help."""
+        rest = super().parse_args(ctx, [f"{_ASIDE}{a}" if _SINGLE_DASH_WORD.match(a) else a for a in args])
+        ctx.args = [a.removeprefix(_ASIDE) for a in ctx.args]
+        return rest
 
 
 def takes_plugin_options(function: F) -> F:
@@ -79,56 +89,8 @@ def takes_plugin_options(function: F) -> F:
     return command  # type: ignore[no-any-return]
 
 
-def prepare(model: str, arguments: Sequence[str], plugin: dict[str, Any], *, off: bool = False) -> list[str]:
-    """Set this process up for vLLM with the plugin; returns vLLM's arguments, the model first.
-
-    Must be called before vLLM is imported: the environment decides what vLLM loads,
-    in all of its processes. Raises InputError for options that do not fit together.
-    """
-    from be_serve.core.errors import InputError
-    from be_serve.models import resolve_model
-    from be_serve.serving.launch import choose_injection, vllm_arguments
-    from be_serve.serving.settings import Settings
-
-    if model.startswith("-"):
-        raise InputError(f"Name the model before its options; {model} stands where it is expected.")
-    arguments, served = list(arguments), model
-    if model.startswith("builtin:"):
-        served = str(resolve_model(model).path)
-        if not any(a.split("=")[0] in ("--served-model-name", "--served_model_name") for a in arguments):
-            arguments += ["--served-model-name", model]
-    # Every API server process reads these; they are how settings reach a plugin.
-    os.environ.update(_variables(plugin))
-    settings = Settings.from_env()
-
-    plugins = [name for name in os.environ.get("VLLM_PLUGINS", "").split(",") if name]
-    if not plugins:
-        from be_serve.serving.vllm_compat import installed_plugins
-
-        plugins = installed_plugins()
-    plugins = [name for name in plugins if name != "be_serve"] + ([] if off else ["be_serve"])
-    os.environ["VLLM_PLUGINS"] = ",".join(plugins)
-
-    from be_serve.serving import vllm_compat
-
-    vllm_compat.check_version()
-    if vllm_compat.is_cpu_build():
-        vllm_compat.spare_a_core(os.environ)
-    if not off:
-        # vLLM only logs a plugin that fails to load; import it here, where failing is loud.
-        import be_serve.serving.plugin  # noqa: F401
-
-        injection = settings.injection
-        if injection == "auto":
-            injection, reason = choose_injection(served, arguments)
-            click.echo(f"be-serve: injection {injection} ({reason}).", err=True)
-        os.environ["BE_INJECTION"] = injection
-        arguments = vllm_arguments(injection, settings.rows, arguments)
-    return [served, *arguments]
-
-
-def _variables(plugin: dict[str, Any]) -> dict[str, str]:
-    """Settings as variables. Raises InputError for a key file that cannot be read."""
+def variables(plugin: dict[str, Any]) -> dict[str, str]:
+    """The plugin's options as environment variables. Raises InputError for a key file that cannot be read."""
     from be_serve.core.errors import InputError
 
     given = dict(plugin)

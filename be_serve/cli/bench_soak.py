@@ -18,7 +18,9 @@ from be_serve.cli._bench import server_flags
 @click.option("--clients", type=click.IntRange(1), default=16, show_default=True, help="Clients at one time.")
 @click.option("--tokens", type=click.IntRange(2, 64), default=24, show_default=True, help="Tokens on the server.")
 @click.option("--rows", type=click.IntRange(8), default=48, show_default=True, help="Rows, fewer than the tokens need.")
-@click.option("--blocks", type=click.IntRange(8), default=40, show_default=True, help="KV blocks of the engine.")
+@click.option(
+    "--kv-tokens", type=click.IntRange(1024), default=2560, show_default=True, help="Tokens that the KV cache holds."
+)
 @click.option("--seed", default=0, show_default=True, help="Seed of texts and actions.")
 @click.option("--kv-gib", type=click.IntRange(1), default=1, show_default=True, help="KV cache of a server on a CPU.")
 @server_flags
@@ -29,7 +31,7 @@ def command(
     clients: int,
     tokens: int,
     rows: int,
-    blocks: int,
+    kv_tokens: int,
     seed: int,
     kv_gib: int,
     server_args: tuple[str, ...],
@@ -38,7 +40,7 @@ def command(
 ) -> None:
     """Abuse a server for a while: too few rows, a full KV cache, tokens that come and go, attacks.
 
-    Every answer is compared with stock vLLM's to the token's text. Writes soak.json. Exit
+    Answers are compared with stock vLLM's to the tokens' texts. Writes soak.json. Exit
     status 1 where an answer was wrong, an attack succeeded, or a request failed by our fault.
     """
     from be_serve.core.artifact import write_atomically
@@ -55,7 +57,7 @@ def command(
         clients=clients,
         tokens=tokens,
         rows=rows,
-        blocks=blocks,
+        kv_tokens=kv_tokens,
         seed=seed,
     )
     run = asyncio.run(soak(options, lambda line: click.echo(line, err=True)))

@@ -26,7 +26,7 @@ _VERBS = {
     "list": ("be_serve.cli.list", "List a server's tokens."),
     "show": ("be_serve.cli.show", "Show one token of a server."),
     "remove": ("be_serve.cli.remove", "Remove a token from a server."),
-    "bench": ("be_serve.cli.bench", "Measure time to first token, or a training step."),
+    "bench": ("be_serve.cli.bench", "Measure a server, under load too, or a training step."),
     "model": ("be_serve.cli.model", "Prepare a model and print its folder and fingerprint."),
 }
 
@@ -53,9 +53,9 @@ def cli() -> None:
 
 
 def main() -> None:
-    """Console entry point. Exit status 2 for user errors, 130 after Ctrl-C."""
+    """Console entry point. Exit status 2 for user errors, 130 after Ctrl-C, else the command's own."""
     try:
-        cli(standalone_mode=False)
+        status = cli(standalone_mode=False)  # what a command gave click.exceptions.Exit
     except BEError as exc:
         click.secho(f"be-serve: {exc}", fg="red", err=True)
         sys.exit(2)
@@ -76,6 +76,8 @@ def main() -> None:
             err=True,
         )
         sys.exit(2)
+    if isinstance(status, int):
+        sys.exit(status)
 
 
 if __name__ == "__main__":

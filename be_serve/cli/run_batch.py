@@ -3,23 +3,41 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import json
+import os
+import secrets
+import sys
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import click
 
-from be_serve.cli._serving import PASS_ON, prepare, takes_plugin_options
+from be_serve.cli._serving import PassOnCommand, takes_plugin_options, variables
+
+_STOPPED = 3
+_NO_PORT = ("--host", "--port", "--uds", "--api-key", "--root-path", "--ssl-keyfile", "--ssl-certfile", "--headless")
 
 
-@click.command("run-batch", context_settings=PASS_ON)
+@click.command("run-batch", cls=PassOnCommand)
 @click.argument("model", default="builtin:smollm2-135m-instruct")
 @click.option("-i", "--input-file", required=True, metavar="FILE", help="JSONL of requests, one a line.")
 @click.option("-o", "--output-file", required=True, metavar="FILE", help="JSONL of answers to write, in their order.")
 @click.option("--url", help="Send the file to this running server; no model is loaded.")
-@click.option("--vllm-api-key", envvar="VLLM_API_KEY", help="The server's --api-key, where it has one.")
+@click.option("--vllm-api-key", envvar="VLLM_API_KEY", help="The --api-key of the server at --url, where it has one.")
 @click.option(
     "--concurrency", type=click.IntRange(1), default=256, show_default=True, help="Requests in flight at one time."
 )
-@click.option("--fresh", is_flag=True, help="Forget the answers of an earlier run, and write the output anew.")
+@click.option(
+    "--timeout",
+    type=click.FloatRange(0, min_open=True),
+    default=3600.0,
+    show_default=True,
+    help="Seconds that an answer may take.",
+)
+@click.option("--start-timeout", default=1800.0, show_default=True, help="Seconds until the model must be loaded.")
+@click.option("--fresh", is_flag=True, help="Set an earlier output and its answers aside (.old), and begin anew.")
 @takes_plugin_options
 @click.pass_context
 def command(
@@ -30,42 +48,96 @@ def command(
     url: str | None,
     vllm_api_key: str | None,
     concurrency: int,
+    timeout: float,
+    start_timeout: float,
     fresh: bool,
     plugin: dict[str, Any],
 ) -> None:
-    """Answer the requests of a file without a server, as `vllm run-batch` does, with be_id.
+    """Answer a file of requests for text, as `vllm run-batch` does, with be_id.
 
-    A row: {"custom_id": "1", "method": "POST", "url": "/v1/chat/completions", "body": {...}}.
-    Every option of `vllm serve` may follow. The same command continues an interrupted batch.
+    A row: {"custom_id": "1", "method": "POST", "url": "/v1/chat/completions", "body": {...}};
+    /v1/completions, /v1/responses and /v1/messages may be asked, too. MODEL is served on a port of this
+    machine's own until the file is answered; every option of `vllm serve` may follow. The same
+    command continues an interrupted batch.
+
+    Exit status: 0 all answered, 1 rows were refused or failed (their `error` says why), 2 a
+    faulty command or file, 3 stopped on the way, 130 after Ctrl-C.
     """
     from tqdm import tqdm
 
-    from be_serve.batch import Journal, check_output, connect, read_rows, run_rows
+    from be_serve.batch import BatchStopped, Journal, check_output, connect, read_rows, run_rows
+    from be_serve.child_server import Server, ServerError, free_port
     from be_serve.core.errors import InputError
 
+    def feed_to(where: str, key: str | None, **options: Any) -> Any:
+        async def feed() -> dict[str, Any]:
+            width = min(concurrency, len(rows))
+            with tqdm(total=len(rows), initial=len(journal), desc="batch", unit="row") as bar:
+                async with connect(where, key=key, concurrency=width, timeout=timeout) as client:
+                    return await run_rows(client, rows, journal, concurrency=width, done=bar.update, **options)
+
+        return feed()
+
+    async def here() -> dict[str, Any]:
+        port, key = free_port(), secrets.token_hex(16)
+        line = [sys.executable, "-m", "be_serve.cli.main", "serve", model, *ctx.args]
+        line += ["--host", "127.0.0.1", "--port", str(port)]
+        env = {**os.environ, **variables(plugin), "VLLM_API_KEY": key}
+        async with Server("model's", line, log=None, env=env, port=port, timeout=start_timeout) as server:
+            found: dict[str, Any] = await feed_to(server.url, key, alive=lambda: server.alive)
+            return found
+
+    made_by = {"server": "running"} if url is not None else _made_by(model, ctx.args, plugin)
+    if url is not None:
+        _refuse_beside_url(ctx, url)
+    elif taken := sorted({a.split("=")[0] for a in ctx.args if a.split("=")[0].replace("_", "-") in _NO_PORT}):
+        raise InputError(f"run-batch has a port and a key of its own: leave out {', '.join(taken)}.")
+    elif model.startswith("-"):
+        raise InputError("Name the model first: be-serve run-batch MODEL -i FILE -o FILE [options].")
     rows = read_rows(input_file)
-    output = check_output(output_file, fresh=fresh)
-    journal = Journal.open(output, rows, url or model)
-    width = min(concurrency, len(rows))
+    output = check_output(output_file, input_file)
+    with Journal(output, rows, made_by, fresh=fresh) as journal:
+        failed: dict[str, Any] = {}
+        if len(journal) < len(rows):
+            try:
+                failed = asyncio.run(here() if url is None else feed_to(url, vllm_api_key))
+            except (BatchStopped, ServerError) as exc:
+                click.secho(f"be-serve: {exc}", fg="red", err=True)
+                raise click.exceptions.Exit(_STOPPED) from exc
+        journal.write(failed)
+    answered = len(rows) - journal.refused - len(failed)
+    click.echo(f"{answered} answered, {journal.refused} refused, {len(failed)} failed: {output}")
+    if failed:
+        click.echo("The same command asks the failed rows again.", err=True)
+    for be_id, digests in sorted(journal.digests.items()):
+        if len(digests) > 1:
+            click.echo(f"{be_id} was replaced meanwhile: the answers' x-be-digest headers tell by what.", err=True)
+    if failed or journal.refused:
+        raise click.exceptions.Exit(1)
 
-    async def feed(where: str, asgi: Any = None, key: str | None = None, **options: Any) -> dict[str, Any]:
-        with tqdm(total=len(rows), initial=len(journal.answers), desc="batch", unit="row") as bar:
-            async with connect(where, asgi=asgi, key=key, concurrency=width) as client:
-                return await run_rows(client, rows, journal, concurrency=width, done=bar.update, **options)
 
-    async def here(arguments: list[str]) -> dict[str, Any]:
-        from be_serve.serving.vllm_app import open_app
+def _made_by(model: str, arguments: Sequence[str], plugin: dict[str, Any]) -> dict[str, str]:
+    """What the answers of a model that is loaded here depend on."""
+    tokens = []
+    for entry in plugin["BE_TOKEN"]:
+        path = Path(entry.partition("=")[2])
+        data = path.read_bytes() if path.is_file() else b""  # the server says what is wrong with it
+        tokens.append(f"{entry.partition('=')[0]}={hashlib.sha256(data).hexdigest()[:16]}")
+    return {"model": model, "options": json.dumps(list(arguments)), "tokens": ",".join(tokens)}
 
-        async with open_app(arguments) as app:
-            return await feed("http://batch", app.asgi, app.key, alive=app.alive)
 
-    if url:
-        if ctx.args:
-            raise InputError(f"--url takes a running server as it is: leave out {' '.join(ctx.args)}.")
-        failed = asyncio.run(feed(url, key=vllm_api_key))
-    else:
-        failed = asyncio.run(here(prepare(model, ctx.args, plugin)))
-    refused = sum(answer["error"] is not None for answer in journal.answers.values())
-    journal.close(output, rows, failed)
-    said = f"{len(rows) - refused - len(failed)} answered, {refused} refused, {len(failed)} failed: {output}"
-    click.echo(said if not (refused or failed) else f"{said} (`error` of a row says why)")
+def _refuse_beside_url(ctx: click.Context, url: str) -> None:
+    """Raise InputError for options that only a server started here could honour. Values may be secret: names only."""
+    from be_serve.core.errors import InputError
+
+    if not url:
+        raise InputError("--url is empty.")
+    given = [
+        "MODEL" if name == "model" else f"--{name.replace('_', '-')}"
+        for name in ctx.params
+        if (name == "model" or name.startswith("be_"))
+        and ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
+    ]
+    given += [a.split("=")[0] for a in ctx.args if a.startswith("-")]
+    if given or ctx.args:
+        raise InputError(f"--url takes a running server as it is: leave out {', '.join(given) or 'further words'}.")

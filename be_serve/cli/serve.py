@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import click
 
-from be_serve.cli._serving import PASS_ON, prepare, takes_plugin_options
+from be_serve.cli._serving import PassOnCommand, takes_plugin_options, variables
 
 
-@click.command("serve", context_settings=PASS_ON)
+@click.command("serve", cls=PassOnCommand)
 @click.argument("model", default="builtin:smollm2-135m-instruct")
 @takes_plugin_options
 @click.option("--be-off", is_flag=True, help="Plain vLLM without the plugin, for comparison.")
@@ -19,8 +20,44 @@ def command(ctx: click.Context, model: str, plugin: dict[str, Any], be_off: bool
 
     Every option of `vllm serve` may follow and is passed on unchanged.
     """
-    arguments = prepare(model, ctx.args, plugin, off=be_off)
+    from be_serve.core.errors import InputError
+    from be_serve.models import resolve_model
+    from be_serve.serving.launch import choose_injection, vllm_arguments
+    from be_serve.serving.settings import Settings
 
-    from be_serve.serving.vllm_app import run_server
+    if model.startswith("-"):
+        raise InputError("Name the model first: be-serve serve MODEL [options].")
+    arguments, served = list(ctx.args), model
+    if model.startswith("builtin:"):
+        served = str(resolve_model(model).path)
+        if not any(a.split("=")[0] in ("--served-model-name", "--served_model_name") for a in arguments):
+            arguments += ["--served-model-name", model]
+    # Every API server process reads these; they are how settings reach a plugin.
+    os.environ.update(variables(plugin))
+    settings = Settings.from_env()
 
-    run_server(arguments)
+    # Must be set before vLLM is imported: it decides what vLLM loads, in all of its processes.
+    plugins = [name for name in os.environ.get("VLLM_PLUGINS", "").split(",") if name]
+    if not plugins:
+        from be_serve.serving.vllm_compat import installed_plugins
+
+        plugins = installed_plugins()
+    plugins = [name for name in plugins if name != "be_serve"] + ([] if be_off else ["be_serve"])
+    os.environ["VLLM_PLUGINS"] = ",".join(plugins)
+
+    from be_serve.serving import vllm_compat
+
+    vllm_compat.check_version()
+    if vllm_compat.is_cpu_build():
+        vllm_compat.spare_a_core(os.environ)
+    if not be_off:
+        # vLLM only logs a plugin that fails to load; import it here, where failing is loud.
+        import be_serve.serving.plugin  # noqa: F401
+
+        injection = settings.injection
+        if injection == "auto":
+            injection, reason = choose_injection(served, arguments)
+            click.echo(f"be-serve: injection {injection} ({reason}).", err=True)
+        os.environ["BE_INJECTION"] = injection
+        arguments = vllm_arguments(injection, settings.rows, arguments)
+    vllm_compat.run_server([served, *arguments])

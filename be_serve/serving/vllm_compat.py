@@ -1,8 +1,8 @@
 """Everything that touches vLLM's private parts, for vLLM 0.32 and 0.33.
 
-Beside it only the other `vllm_` modules import vLLM: the app, the workers, the rows, the
-offline LLM. Each expectation is checked when a server starts, so that a vLLM that moved
-something gives one clear error instead of a wrong answer.
+Beside it only `vllm_engine` (the workers) and `vllm_rows` import vLLM. Each expectation is checked when a
+server starts, so that a vLLM that moved something gives one clear error instead
+of a wrong answer.
 """
 
 from __future__ import annotations
@@ -292,6 +292,33 @@ def is_cpu_build() -> bool:
     except importlib.metadata.PackageNotFoundError:
         return False
     return True
+
+
+def run_server(arguments: Sequence[str]) -> None:
+    """`vllm serve` with these arguments, in this process.
+
+    vLLM's own command cannot be used: it looks itself up under the distribution
+    name `vllm`, which the CPU build does not have.
+    """
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+
+    try:
+        from vllm.entrypoints.common.startup import cli_env_setup  # 0.33
+    except ImportError:
+        from vllm.entrypoints.serve.utils.api_utils import cli_env_setup  # 0.32
+    from vllm.logger import configure_logging_from_args
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    cli_env_setup()
+    parser = FlexibleArgumentParser(prog="be-serve", description="vLLM's server with the be_id plugin.")
+    command = ServeSubcommand()
+    command.subparser_init(parser.add_subparsers(required=True, dest="subparser"))
+    args = parser.parse_args(["serve", *arguments])
+    configure_logging_from_args(args)
+    if getattr(args, "grpc", False) or os.environ.get("VLLM_USE_RUST_FRONTEND") == "1":
+        raise IncompatibleVLLM("--grpc and the Rust front end run no Python plugins; tokens need the HTTP server.")
+    command.validate(args)
+    ServeSubcommand.cmd(args)
 
 
 def offline_decoder(model: str, dtype: str, max_model_len: int) -> Callable[..., list[list[int]]]:

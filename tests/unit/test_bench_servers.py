@@ -10,12 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.client import ServerClient, ServerError
+from be_serve.child_server import Server, ServerError, free_port
+from benchmarks.client import ServerClient
 from benchmarks.servers import (
-    Server,
     ServerOptions,
     engine_settings,
-    free_port,
     plugin_server,
     server_env,
     stock_server,

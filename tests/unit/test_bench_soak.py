@@ -5,46 +5,45 @@ from __future__ import annotations
 import json
 import os
 import random
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx
-import numpy as np
 import pytest
 
 from benchmarks.servers import ServerOptions
 from benchmarks.soak import ATTACKS, Answer, Count, SoakOptions, SoakRun, _Clients, _distinct, resident, summary
 from tests.factories import make_token
 
-RIGHT = Answer(("Ahoy", ",", " sailor"), (5.0, 0.1, 4.0))
+RIGHT = Answer(("Ahoy", ",", " sailor"), ("Aye", "!", " cat"), (5.0, 0.1, 4.0))
 
 
 @pytest.mark.parametrize(
     ("tokens", "outcome"),
     [
         (("Ahoy", ",", " sailor"), "right"),
-        (("Ahoy", "!", " sailor"), "tie"),
-        (("Fair", ",", " sailor"), "wrong"),
+        (("Ahoy", "!", " garbage"), "tie"),  # the way parts where the two likeliest were close
+        (("Ahoy", "?", " sailor"), "wrong"),  # a third, unlikely token
+        (("Aye", ",", " sailor"), "wrong"),  # the second likeliest, far behind
         (("Ahoy", ",", " cat"), "wrong"),
+        (("Ahoy",), "wrong"),
+        ((), "wrong"),
+        (("Ahoy", ",", " sailor", "!"), "wrong"),
     ],
 )
-def test_an_answer_that_departs_is_wrong_unless_the_two_likeliest_were_close(tokens, outcome):
+def test_an_answer_that_departs_is_wrong_unless_it_took_a_close_second(tokens, outcome):
     count = Count()
-    count.judge(RIGHT, Answer(tokens, (1.0,) * 3), {"token": "soak-0"})
-    assert {"right": count.right, "tie": count.tie, "wrong": len(count.wrong)}[outcome] == 1
-    assert count.right + count.tie + len(count.wrong) == 1
-
-
-def test_a_cut_answer_is_no_right_answer():
-    count = Count()
-    count.judge(RIGHT, Answer(("Ahoy",), (5.0,)), {})
-    assert not count.right
+    count.judge("token", RIGHT, Answer(tokens, ("x",) * 4, (1.0,) * 4), {})
+    found = {"right": count.right["token"], "tie": count.ties["token"], "wrong": len(count.wrong)}
+    assert found == {name: int(name == outcome) for name in found}
 
 
 def test_how_far_a_mix_up_would_show():
-    other = Answer(("No",), (1.0,))
+    other = Answer(("No",), ("Yes",), (1.0,))
     same = {("a", 0): RIGHT, ("b", 0): RIGHT, ("c", 0): other}
     assert _distinct(same) == pytest.approx(2 / 3)
-    assert _distinct({("a", 0): RIGHT, ("b", 1): other}) == 0.0  # only answers to one question are compared
+    assert _distinct({("a", 0): RIGHT, ("b", 1): other, ("a", -1): other, ("b", -1): RIGHT}) == 0.0
 
 
 def options(**given) -> SoakOptions:
@@ -55,8 +54,10 @@ def options(**given) -> SoakOptions:
 def test_growth_leaves_out_the_start():
     run = SoakRun(options())
     assert run.growth() is None
+    assert run.slope() is None
     run.memory = [(n / 12, 500.0 if n < 10 else 1000.0 + n) for n in range(100)]
     assert run.growth() == pytest.approx(1094.5 / 1014.5)
+    assert run.slope() == pytest.approx(12.0)
 
 
 def test_memory_is_counted_of_the_whole_group():
@@ -65,76 +66,113 @@ def test_memory_is_counted_of_the_whole_group():
 
 
 class Server:
-    """Answers everything with one status and body, and keeps what it was asked."""
+    """Answers with what `answer` makes of a path and a body, and keeps what it was asked."""
 
-    def __init__(self, status: int, body: dict) -> None:
+    def __init__(self, answer: Callable[[str, dict], tuple[int, dict]]) -> None:
         self.asked: list[tuple[str, dict]] = []
-        self.status, self.body = status, body
+        self.answer = answer
 
     def __call__(self, request: httpx.Request) -> httpx.Response:
-        self.asked.append((request.url.path, json.loads(request.content) if request.content else {}))
-        return httpx.Response(self.status, json=self.body)
+        body = json.loads(request.content) if request.content else {}
+        self.asked.append((request.url.path, body))
+        if request.method == "GET" and "X-BE-Key" not in request.headers:
+            body = {"shut": True}
+        status, found = self.answer(request.url.path, body)
+        return httpx.Response(status, json=found)
+
+
+def cached(tokens: int) -> dict:
+    return {"usage": {"prompt_tokens_details": {"cached_tokens": tokens}}}
 
 
 def crowd(server: Server) -> _Clients:
     tokens = {}
     for n in range(2):
         text = f"You are {n}."
-        tokens[f"soak-{n}"] = make_token(f"soak-{n}", seed=n, prompt=text, text=text)
+        tokens[f"soak-{n}"] = make_token(f"soak-{n}", k=8, hidden_size=32, seed=n, prompt=text, text=text)
     http = httpx.AsyncClient(base_url="http://test", transport=httpx.MockTransport(server))
-    references = {(be_id, q): RIGHT for be_id in tokens for q in range(4)}
+    references = {(be_id, q): RIGHT for be_id in tokens for q in range(-1, 4)}
     return _Clients(options(tokens=2), http, "key", tokens, references, Count(), "m", vocabulary=100)
 
 
 async def attack_all(server: Server) -> Count:
     clients = crowd(server)
     rng = random.Random(0)
-    while len(clients.count.attempts) < len(ATTACKS) or clients.count.attempts.total() < 60:
+    for _ in range(200):
         await clients.attack(rng)
     return clients.count
 
 
+class Refusing:
+    """Does as be-serve does: refuses what it must, shows a manifest, and finds each token's own blocks."""
+
+    def __init__(self) -> None:
+        self.seen: set[str] = set()
+
+    def __call__(self, path: str, body: dict) -> tuple[int, dict]:
+        if path.startswith("/v1/be/"):
+            return (401, {}) if body else (200, {"id": "soak-0"})
+        if body.get("cache_salt"):
+            key = body["be_id"] + body["messages"][-1]["content"]
+            found = 128 * (key in self.seen)
+            self.seen.add(key)
+            return 200, cached(found)
+        return 400, {"error": {"message": "no"}}
+
+
 async def test_a_server_that_refuses_is_not_reached():
-    server = Server(400, {"error": {"message": "no"}})
+    server = Server(Refusing())
     count = await attack_all(server)
     assert set(count.attempts) == set(ATTACKS)
     assert not count.succeeded.total()
     assert not count.failures
-    assert all(body["prompt"][0] >= 100 for path, body in server.asked if path == "/v1/completions")
+    assert not count.void
+    count.right["token"] = 1
+    assert SoakRun(options(), count=count).clean
+    ids = {i for path, body in server.asked if path == "/v1/completions" for i in body["prompt"]}
+    ids |= {int(i) for _, body in server.asked for i in body.get("logit_bias", {})}
+    assert ids <= set(range(128 + 1024, 128 + 1024 + 48))  # 100 ids padded to 128, the gap, 48 rows
 
 
 async def test_a_server_that_gives_way_is_seen_to():
-    first = crowd(Server(200, {})).tokens["soak-0"].vectors
-    second = crowd(Server(200, {})).tokens["soak-1"].vectors
-    body = {
-        "prompt": "<row>",
-        "usage": {"prompt_tokens_details": {"cached_tokens": 128}},
-        "vectors": [f"{x:.4f}" for x in np.concatenate([first[0], second[0]])],
-    }
-    count = await attack_all(Server(200, body))
+    numbers = [0.125] * 300
+    count = await attack_all(Server(lambda path, body: (200, {"prompt": "<row>", **cached(128), "v": numbers})))
     assert count.succeeded == count.attempts
+    assert set(count.attempts) == set(ATTACKS)
+
+
+async def test_blocks_that_left_the_cache_prove_nothing():
+    count = await attack_all(Server(lambda path, body: (200, {"prompt": "", **cached(0)})))
+    assert count.void["blocks"] > 10
+    assert not count.attempts["blocks"]
 
 
 async def test_a_server_that_breaks_is_counted():
-    count = await attack_all(Server(500, {"error": {"message": "broke"}}))
-    assert count.failures.total() == count.attempts.total()
+    count = await attack_all(Server(lambda path, body: (500, {"error": {"message": "broke"}})))
+    refusals = sum(count.attempts[kind] for kind in ("raw_ids", "allowed_ids", "logit_bias", "prompt_logprobs"))
+    assert sum(n for error, n in count.failures.items() if error.endswith("HTTP 500: broke")) >= refusals
+    assert any(error.startswith("blocks") for error in count.failures)
 
 
 async def test_an_error_in_place_of_an_answer_is_a_failure():
-    clients = crowd(Server(503, {"error": {"message": "no room"}}))
-    await clients.token(random.Random(0))
-    await clients.long(random.Random(0))
-    await clients.abort(random.Random(0))
-    assert clients.count.failures == {
-        "token: HTTP 503: no room": 1,
-        "long: HTTP 503: no room": 1,
-        "abort: HTTP 503: no room": 1,
-    }
+    clients = crowd(Server(lambda path, body: (503, {"error": {"message": "no room"}})))
+    for name in ("token", "long", "abort"):
+        await getattr(clients, name)(random.Random(0))
+    assert clients.count.failures == {f"{name}: HTTP 503: no room": 1 for name in ("token", "long", "abort")}
+
+
+async def test_an_answer_of_another_form_is_a_failure_and_the_client_goes_on():
+    clients = crowd(Server(lambda path, body: (200, {"choices": [{"logprobs": None}]})))
+    await clients.work(0, time.monotonic() + 0.2)
+    assert clients.count.failures.total() > 5
+    assert any("TypeError" in error for error in clients.count.failures)
 
 
 def test_the_summary_names_what_went_wrong():
     run = SoakRun(options())
-    run.count.judge(RIGHT, RIGHT, {})
+    assert not run.clean  # nothing was compared
+    run.count.judge("token", RIGHT, RIGHT, {})
+    assert run.clean
     run.count.failures["token: HTTP 503: no room"] = 2
     assert not run.clean
     text = "\n".join(summary(run.result()))

@@ -12,10 +12,10 @@ from contextlib import asynccontextmanager
 import pytest
 from click.testing import CliRunner
 
+from be_serve.child_server import ServerError
 from be_serve.cli.bench import command
 from be_serve.core.errors import InputError
 from benchmarks.analysis import analyse
-from benchmarks.client import ServerError
 from benchmarks.machine import hardware, redact, versions
 from benchmarks.plot import draw
 from benchmarks.report import summary, table, write_json

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 
+import httpx
 import pytest
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, RedirectResponse, Response
 from starlette.routing import Route
 
 from be_serve.batch import BatchStopped, Journal, check_output, connect, read_rows, run_rows
+from be_serve.cli.main import cli, main
+from be_serve.cli.serve import command as serve_command
 from be_serve.core.errors import InputError
 
 CHAT = "/v1/chat/completions"
+MODEL = {"model": "m"}
 
 
 def row(custom_id: str, **body) -> str:
-    return json.dumps({"custom_id": custom_id, "method": "POST", "url": CHAT, "body": body})
+    return json.dumps({"custom_id": custom_id, "method": "POST", "url": CHAT, "body": body}, ensure_ascii=False)
 
 
 def write(path, *lines: str):
@@ -32,6 +38,7 @@ class Answers:
         self.asked: list[str] = []
         self.busy = 2
         self.broken = True
+        self.digest = "abc"
 
     async def chat(self, request: Request) -> Response:
         body = await request.json()
@@ -41,21 +48,33 @@ class Answers:
                 return JSONResponse({"error": {"message": "no such token", "code": 404}}, status_code=404)
             case "busy" if self.busy:
                 self.busy -= 1
-                return JSONResponse({"error": {"message": "later"}}, 503, headers={"Retry-After": "0"})
+                return JSONResponse({"error": {"message": "later"}}, 503 - self.busy, headers={"Retry-After": "0"})
             case "break" if self.broken:
                 return PlainTextResponse("it broke", 500)
-        return JSONResponse({"id": "chat-1", "text": body["say"].upper()}, headers={"x-be-digest": "abc", "other": "x"})
+            case "moved":
+                return RedirectResponse("https://elsewhere/", 301)
+            case "login":
+                return PlainTextResponse("<html>login</html>")
+            case "key":
+                return JSONResponse({"error": {"message": "Unauthorized"}}, 401)
+            case "nowhere":
+                return JSONResponse({"error": {"message": "Not Found", "code": 404}}, 404)
+        headers = {"x-be-id": "captain", "x-be-digest": self.digest, "other": "x"}
+        return JSONResponse({"id": "chat-1", "text": body["say"].upper()}, headers=headers)
 
     @property
-    def app(self) -> Starlette:
-        return Starlette(routes=[Route(CHAT, self.chat, methods=["POST"])])
+    def transport(self) -> httpx.ASGITransport:
+        return httpx.ASGITransport(Starlette(routes=[Route(CHAT, self.chat, methods=["POST"])]))
 
 
-async def answer_all(rows, output, asgi, **options):
-    """One call of the command: what failed, and the journal."""
-    journal = Journal.open(output, rows, "model")
-    async with connect("http://batch", asgi=asgi) as client:
-        return await run_rows(client, rows, journal, **options), journal
+async def run(rows, journal, answers: Answers, **options):
+    async with connect("http://batch", transport=answers.transport) as client:
+        return await run_rows(client, rows, journal, **options)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr("be_serve.batch._LONGEST_WAIT", 0.01)
 
 
 def read(path) -> list[dict]:
@@ -64,14 +83,17 @@ def read(path) -> list[dict]:
 
 async def test_answers_stand_in_the_rows_order_with_refusals_named(tmp_path):
     answers, output = Answers(), tmp_path / "out.jsonl"
-    rows = read_rows(write(tmp_path / "in.jsonl", row("b", say="hi"), "", row("a", say="refuse"), row("c", say="busy")))
-    failed, journal = await answer_all(rows, output, answers.app, concurrency=2)
-    assert not failed
-    journal.close(output, rows, failed)
+    lines = (row("b", say="hi\u2028\u0085"), "", row("a", say="refuse"), row("c", say="busy"))
+    rows = read_rows(write(tmp_path / "in.jsonl", *lines))
+    with Journal(output, rows, MODEL) as journal:
+        failed = await run(rows, journal, answers, concurrency=2)
+        assert not failed
+        assert journal.refused == 1
+        journal.write(failed)
     first, refused, waited = read(output)
     assert [line["custom_id"] for line in (first, refused, waited)] == ["b", "a", "c"]
-    assert first["response"]["body"] == {"id": "chat-1", "text": "HI"}
-    assert first["response"]["headers"] == {"x-be-digest": "abc"}
+    assert first["response"]["body"] == {"id": "chat-1", "text": "HI\u2028\u0085"}
+    assert first["response"]["headers"] == {"x-be-id": "captain", "x-be-digest": "abc"}
     assert (first["response"]["status_code"], first["response"]["request_id"], first["error"]) == (200, "chat-1", None)
     assert refused["response"]["status_code"] == 404
     assert refused["error"]["message"] == "no such token"
@@ -82,53 +104,117 @@ async def test_answers_stand_in_the_rows_order_with_refusals_named(tmp_path):
 
 async def test_a_further_run_asks_only_what_has_no_answer(tmp_path):
     answers, output = Answers(), tmp_path / "out.jsonl"
-    rows = read_rows(write(tmp_path / "in.jsonl", *[row(say, say=say) for say in ("hi", "refuse", "break")]))
-    failed, journal = await answer_all(rows, output, answers.app)
-    assert set(failed) == {"break"}
-    assert failed["break"]["error"]["message"] == "it broke"
+    rows = read_rows(write(tmp_path / "in.jsonl", *[row(say, say=say) for say in ("hi", "break", "refuse")]))
+    with Journal(output, rows, MODEL) as journal:
+        failed = await run(rows, journal, answers)
+        assert set(failed) == {"break"}
+        journal.write(failed)
+    assert answers.asked.count("break") == 3
+    assert [line["response"]["status_code"] for line in read(output)] == [200, 500, 404]
+    assert read(output)[1]["error"]["message"] == "it broke"
     with journal.path.open("a") as file:
-        file.write('{"custom_id": "hi", "cut o')  # a stop in the middle of a line
-    answers.broken, answers.asked = False, []
-    failed, journal = await answer_all(rows, output, answers.app)
+        file.write('{"custom_id": "break", "cut o')  # a stop in the middle of a line
+    answers.broken, answers.asked, answers.digest = False, [], "def"
+    with Journal(output, rows, MODEL) as journal:
+        assert (len(journal), journal.refused) == (2, 1)
+        journal.write(await run(rows, journal, answers))
+        assert journal.digests == {"captain": {"abc", "def"}}
     assert answers.asked == ["break"]
-    journal.close(output, rows, failed)
-    assert [line["response"]["status_code"] for line in read(output)] == [200, 404, 200]
+    assert [line["response"]["status_code"] for line in read(output)] == [200, 200, 404]
+    assert not journal.path.exists()
 
 
-async def test_a_dead_engine_stops_the_batch_and_keeps_the_answers(tmp_path):
+async def test_a_dead_server_stops_the_batch_and_keeps_the_answers(tmp_path):
     answers, output = Answers(), tmp_path / "out.jsonl"
-    rows = read_rows(write(tmp_path / "in.jsonl", *[row(f"{n}", say=f"{n}") for n in range(20)]))
-    with pytest.raises(BatchStopped, match=r"3 answers are kept in .*out\.jsonl\.part"):
-        await answer_all(rows, output, answers.app, concurrency=1, alive=lambda: len(answers.asked) < 4)
-    assert len(Journal.open(output, rows, "model").answers) == 3
+    rows = read_rows(write(tmp_path / "in.jsonl", row("1", say="hi"), row("2", say="ho"), row("3", say="break")))
+    with (
+        Journal(output, rows, MODEL) as journal,
+        pytest.raises(BatchStopped, match=r"The server ended.*2 answers are kept in .*out\.jsonl\.part"),
+    ):
+        await run(rows, journal, answers, concurrency=1, alive=lambda: False)
+    with Journal(output, rows, MODEL) as journal:
+        assert len(journal) == 2
 
 
-async def test_a_server_that_is_not_there_stops_the_batch(tmp_path):
+@pytest.mark.parametrize(
+    ("say", "message"),
+    [
+        ("moved", "it points to https://elsewhere/"),
+        ("key", "answered 401: Unauthorized"),
+        ("nowhere", "answered 404: Not Found"),
+        ("login", "answered 200"),
+    ],
+)
+async def test_a_wrong_server_is_no_answer(tmp_path, say, message):
+    rows = read_rows(write(tmp_path / "in.jsonl", row("a", say=say)))
+    with Journal(tmp_path / "out.jsonl", rows, MODEL) as journal, pytest.raises(BatchStopped, match=message):
+        await run(rows, journal, Answers())
+    assert not journal.path.exists()  # nothing was answered: a corrected command begins anew
+
+
+async def test_a_server_that_is_not_there_is_waited_for_and_then_given_up(tmp_path):
     rows = read_rows(write(tmp_path / "in.jsonl", row("a", say="hi")))
-    journal = Journal.open(tmp_path / "out.jsonl", rows, "url")
-    async with connect("http://127.0.0.1:9/v1") as client:
-        with pytest.raises(BatchStopped, match="does not answer"):
-            await run_rows(client, rows, journal)
+    with Journal(tmp_path / "out.jsonl", rows, MODEL) as journal:
+        async with connect("http://127.0.0.1:9/v1") as client:
+            with pytest.raises(BatchStopped, match=r"Nothing was answered for 0 s\. The server does not answer"):
+                await run_rows(client, rows, journal, patience=0.05)
+
+
+async def test_a_key_travels_whole_and_stays_out_of_errors():
+    async with connect("http://h", key=" secret\n") as client:
+        assert client.headers["authorization"] == "Bearer secret"
+    for url, key in (
+        ("http://u:secret@h", None),
+        ("http://h", "sécret"),
+        ("ftp://secret", None),
+        ("http://h:secret", None),
+    ):
+        with pytest.raises(InputError) as caught:
+            async with connect(url, key=key):
+                pass
+        assert "secret" not in str(caught.value)
 
 
 def test_a_journal_of_another_batch_is_not_mixed_in(tmp_path):
     rows = read_rows(write(tmp_path / "in.jsonl", row("a", say="hi")))
     others = read_rows(write(tmp_path / "other.jsonl", row("a", say="ho")))
-    Journal.open(tmp_path / "out.jsonl", rows, "model")
-    for rows_then, model in ((others, "model"), (rows, "another")):
-        with pytest.raises(InputError, match="--fresh"):
-            Journal.open(tmp_path / "out.jsonl", rows_then, model)
-    check_output(tmp_path / "out.jsonl", fresh=True)
-    assert not Journal.open(tmp_path / "out.jsonl", others, "model").answers
+    output = tmp_path / "out.jsonl"
+    kept = {"custom_id": "a", "error": None, "response": {}}
+    with Journal(output, rows, MODEL) as journal:
+        journal.add(kept)
+    for rows_then, made_by, differs in ((others, MODEL, "rows"), (rows, {"model": "n"}, "model")):
+        with pytest.raises(InputError, match=f"with other {differs}"), Journal(output, rows_then, made_by):
+            pass
+    with Journal(output, others, MODEL, fresh=True) as journal:
+        assert not len(journal)
+    assert json.loads((tmp_path / "out.jsonl.part.old").read_text().splitlines()[1]) == kept
 
 
-def test_an_output_is_not_overwritten(tmp_path):
+def test_two_runs_do_not_write_one_output(tmp_path):
+    rows = read_rows(write(tmp_path / "in.jsonl", row("a", say="hi")))
+    with (tmp_path / "out.jsonl.part").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(InputError, match="Another run is writing"), Journal(tmp_path / "out.jsonl", rows, MODEL):
+            pass
+
+
+def test_no_file_is_lost(tmp_path):
+    rows = read_rows(write(tmp_path / "in.jsonl", row("a", say="hi")))
     output = write(tmp_path / "out.jsonl", "mine")
-    with pytest.raises(InputError, match="exists"):
-        check_output(output, fresh=False)
-    with pytest.raises(InputError, match="Cannot write into"):
-        check_output(tmp_path / "no" / "folder.jsonl", fresh=False)
-    assert output.read_text() == "mine\n"
+    with pytest.raises(InputError, match="exists"), Journal(output, rows, MODEL):
+        pass
+    with Journal(output, rows, MODEL, fresh=True):
+        pass
+    assert (tmp_path / "out.jsonl.old").read_text() == "mine\n"
+    os.link(tmp_path / "in.jsonl", tmp_path / "link.jsonl")
+    for path, message in (
+        (tmp_path / "no" / "folder.jsonl", "Cannot write into"),
+        (tmp_path, "no plain file"),
+        ("/dev/null", "no plain file"),
+        (tmp_path / "link.jsonl", "is the input"),
+    ):
+        with pytest.raises(InputError, match=message):
+            check_output(path, tmp_path / "in.jsonl")
 
 
 @pytest.mark.parametrize(
@@ -151,6 +237,40 @@ def test_a_bad_row_is_named_by_its_line(tmp_path, line, message):
     assert "line 2" in str(caught.value)
 
 
-def test_an_empty_file_is_refused(tmp_path):
+def test_a_file_may_begin_with_a_mark_but_not_be_empty(tmp_path):
+    (tmp_path / "in.jsonl").write_text("\ufeff" + row("a", say="hi"), encoding="utf-8")
+    assert len(read_rows(tmp_path / "in.jsonl")) == 1
     with pytest.raises(InputError, match="no requests"):
-        read_rows(write(tmp_path / "in.jsonl", ""))
+        read_rows(write(tmp_path / "empty.jsonl", ""))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--url", "http://h", "--concurency=8"], "leave out MODEL"),
+        (["--url", "http://h", "--be-token", "a=b"], "leave out --be-token"),
+        (["--url", "http://h", "m", "--api-key", "SECRET"], "leave out MODEL, --api-key"),
+        (["--url", ""], "--url is empty"),
+        (["m", "--port=3"], "leave out --port"),
+        (["--enforce-eager", "m"], "Name the model first"),
+    ],
+)
+def test_a_command_that_would_be_misread_is_refused(tmp_path, words, message):
+    files = ["-i", str(tmp_path / "in.jsonl"), "-o", str(tmp_path / "out.jsonl")]
+    with pytest.raises(InputError, match=message) as caught:
+        cli(["run-batch", *files, *words], standalone_mode=False)
+    assert "SECRET" not in str(caught.value)
+
+
+def test_words_of_vllm_behind_one_dash_stay_whole():
+    words = ["m", "-dph", "-cc.mode=3", "-tp", "2", "--be-rows", "8", "-O3"]
+    context = serve_command.make_context("serve", words)
+    assert context.args == ["-dph", "-cc.mode=3", "-tp", "2", "-O3"]
+    assert context.params["be_rows"] == 8
+
+
+def test_the_exit_status_of_a_command_reaches_the_shell(monkeypatch):
+    monkeypatch.setattr("be_serve.cli.main.cli", lambda standalone_mode: 3)
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 3
