@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -33,8 +34,9 @@ URLS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/message
 
 _ROWS_FAULT = (400, 404, 413, 422)
 _BUSY = (408, 429, 502, 503, 504)
-_TRIES = 3  # of a row on which the server itself fails
+_TRIES = 3  # of a row on which the server itself fails, or that it does not answer in time
 _LONGEST_WAIT = 10.0  # seconds between two tries
+_WRONG_SERVER = "Is it the right URL and key?"
 _PATIENCE = 600.0  # seconds without any answer after which a batch is given up
 
 
@@ -99,14 +101,28 @@ def _row(found: object) -> BatchRow:
 def check_output(output: str | Path, source: str | Path) -> Path:
     """The output's path. Raises InputError where writing it would lose a file, or cannot be done."""
     path = Path(output)
-    with contextlib.suppress(OSError):
-        if path.samefile(source):
-            raise InputError(f"{path} is the input: name another output.")
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise InputError(f"{path} is no plain file: name another output.")
+    for taken in (path, _part(path)):
+        with contextlib.suppress(OSError):
+            if taken.samefile(source):
+                raise InputError(f"{taken} is the input: name another output.")
+            if not stat.S_ISREG(taken.stat().st_mode):
+                raise InputError(f"{taken} is no plain file: name another output.")
     if not os.access(path.absolute().parent, os.W_OK):
         raise InputError(f"Cannot write into {path.absolute().parent}.")
     return path
+
+
+def _part(output: Path) -> Path:
+    return output.with_name(f"{output.name}.part")
+
+
+def _set_aside(path: Path) -> None:
+    """Rename a file to a name that no file has."""
+    for n in itertools.count():
+        aside = path.with_name(f"{path.name}.old{f'.{n}' if n else ''}")
+        if not aside.exists():
+            path.replace(aside)
+            return
 
 
 class Journal:
@@ -118,12 +134,12 @@ class Journal:
 
     `made_by` is what the answers depend on besides the rows. Raises InputError where the
     file holds answers to other rows or made by something else, where another process has it
-    open, and where `output` exists without a journal. `fresh` sets both aside as *.old.
+    open, and where `output` exists without a journal. `fresh` sets both aside as *.old, *.old.1, ...
     """
 
     def __init__(self, output: Path, rows: Sequence[BatchRow], made_by: dict[str, str], *, fresh: bool = False) -> None:
         self.output = output
-        self.path = output.with_name(f"{output.name}.part")
+        self.path = _part(output)
         self.refused = 0
         self.digests: dict[str, set[str]] = {}
         """File digests of the tokens that answered, by id: more than one where a token was replaced meanwhile."""
@@ -131,33 +147,48 @@ class Journal:
         self._made_by = made_by
         self._fresh = fresh
         self._places: dict[str, int] = {}
+        self._kept = False
 
     def __enter__(self) -> Journal:
-        if self._fresh:
-            for path in (self.output, self.path):
-                with contextlib.suppress(FileNotFoundError):
-                    path.replace(path.with_name(f"{path.name}.old"))
-        elif self.output.exists() and not self.path.exists():
+        if not self._fresh and self.output.exists() and not self.path.exists():
             raise InputError(f"{self.output} exists: name another output, or give --fresh to set it aside.")
         try:
-            self._file: IO[bytes] = self.path.open("a+b")
+            self._file = self._open()
+            if self._fresh:
+                if self.output.exists():
+                    _set_aside(self.output)
+                if self._file.seek(0, os.SEEK_END):
+                    _set_aside(self.path)
+                    self._file.close()
+                    self._file = self._open()
+        except BlockingIOError as exc:
+            raise InputError(f"Another run is writing {self.path}.") from exc
         except OSError as exc:
             raise InputError(f"Cannot write {self.path}: {exc}.") from exc
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._take_up()
-        except BlockingIOError as exc:
-            self._file.close()
-            raise InputError(f"Another run is writing {self.path}.") from exc
         except BaseException:
             self._file.close()
             raise
         return self
 
     def __exit__(self, *_: object) -> None:
-        if not self._places and not self._file.closed:
+        if not self._places and not self._kept and not self._file.closed:
             self.path.unlink(missing_ok=True)  # nothing is lost, and a corrected command is not refused
         self._file.close()
+
+    def _open(self) -> IO[bytes]:
+        """The journal, locked, for its owner's eyes only."""
+        while True:
+            file = os.fdopen(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600), "a+b")
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if self.path.exists() and self.path.stat().st_ino == os.fstat(file.fileno()).st_ino:
+                    return file
+            except BaseException:
+                file.close()
+                raise
+            file.close()  # another run has just finished and removed it
 
     def __len__(self) -> int:
         return len(self._places)
@@ -166,10 +197,13 @@ class Journal:
         return custom_id in self._places
 
     def add(self, answer: dict[str, Any]) -> None:
-        """Keep an answer."""
-        place = self._file.seek(0, os.SEEK_END)
-        self._file.write(json.dumps(answer).encode() + b"\n")
-        self._file.flush()
+        """Keep an answer. Raises BatchStopped where the disk takes no more."""
+        try:
+            place = self._file.seek(0, os.SEEK_END)
+            self._file.write(json.dumps(answer).encode() + b"\n")
+            self._file.flush()
+        except OSError as exc:
+            raise BatchStopped(f"Cannot write {self.path}: {exc}.") from exc
         self._note(answer, place)
 
     def write(self, failed: dict[str, dict[str, Any]]) -> None:
@@ -189,6 +223,7 @@ class Journal:
         except OSError as exc:
             made.unlink(missing_ok=True)
             raise InputError(f"Cannot write {self.output}: {exc}. The answers are kept in {self.path}.") from exc
+        self._kept = bool(failed)
         if not failed:
             self.path.unlink()
             self._file.close()
@@ -197,9 +232,12 @@ class Journal:
         digest = hashlib.sha256()
         for row in self._rows:
             digest.update(json.dumps([row.custom_id, row.url]).encode() + row.content)
-        head = {"rows": digest.hexdigest(), **self._made_by}
+        head = {"be_serve_batch": "1", "rows": digest.hexdigest(), **self._made_by}
         self._file.seek(0)
-        found = _object(self._file.readline()) or {}
+        first = self._file.readline()
+        found = _object(first) or {}
+        if first and "be_serve_batch" not in found:
+            raise InputError(f"{self.path} is no journal of a batch: name another output.")
         if found != head:
             if self._file.read(1):
                 differs = [name for name in sorted({*head, *found}) if head.get(name) != found.get(name)]
@@ -208,12 +246,15 @@ class Journal:
                     "another output, or give --fresh to set its answers aside."
                 )
             self._file.truncate(0)
+            self._file.seek(0)
             self._file.write(json.dumps(head).encode() + b"\n")
+            self._file.flush()
         while True:
             place = self._file.tell()
             line = self._file.readline()
             if not line.endswith(b"\n"):
-                self._file.truncate(place)  # a line that a stop cut off
+                if line:
+                    self._file.truncate(place)  # a line that a stop cut off
                 return
             if answer := _object(line):
                 self._note(answer, place)
@@ -272,6 +313,19 @@ async def connect(
         yield client
 
 
+async def served_models(client: httpx.AsyncClient) -> str:
+    """The base models of a server, for a journal's `made_by`. Raises BatchStopped where it does not say."""
+    try:
+        answer = await client.get("/v1/models")
+    except httpx.RequestError as exc:
+        raise BatchStopped(f"The server does not answer: {type(exc).__name__} {exc}".rstrip()) from exc
+    found = (_object(answer.content) or {}).get("data")
+    if not answer.is_success or not isinstance(found, list):
+        raise BatchStopped(f"GET /v1/models answered {answer.status_code}: {_message(answer)} {_WRONG_SERVER}")
+    models = [one for one in found if isinstance(one, dict) and not one.get("parent")]
+    return ", ".join(sorted(f"{one.get('id')} ({one.get('root')})" for one in models))
+
+
 @dataclass
 class _Clock:
     """When anything was last answered, by any row."""
@@ -282,9 +336,9 @@ class _Clock:
     def tick(self) -> None:
         self.at = time.monotonic()
 
-    @property
-    def out(self) -> bool:
-        return time.monotonic() - self.at > self.patience
+    def out(self, since: float) -> bool:
+        """Whether nothing was answered for so long, of which the row that asks was in trouble all the time."""
+        return time.monotonic() - max(self.at, since) > self.patience
 
 
 async def run_rows(
@@ -299,10 +353,10 @@ async def run_rows(
 ) -> dict[str, dict[str, Any]]:
     """Ask for every row that the journal does not hold, `concurrency` at a time.
 
-    A busy server is asked again for as long as any row is answered now and then. Returns the
-    rows on which the server failed three times (500): a further run asks them again. Raises
-    BatchStopped where nothing was answered for `patience` seconds, where `alive` says no,
-    and where an answer shows that it is the wrong server or key.
+    A busy or absent server is asked again for as long as any row is answered now and then.
+    Returns the rows that failed: three times 500 or no answer in time, or another status that the row
+    alone meets; a further run asks them again. Raises BatchStopped where nothing was answered for
+    `patience` seconds, where `alive` says no, and where it is the wrong server or key.
     """
     waiting = iter([row for row in rows if row.custom_id not in journal])
     failed: dict[str, dict[str, Any]] = {}
@@ -310,12 +364,12 @@ async def run_rows(
 
     async def work() -> None:
         for row in waiting:
-            answer = await _ask(client, row, clock, alive)
-            if answer["response"]["status_code"] >= httpx.codes.INTERNAL_SERVER_ERROR:
-                failed[row.custom_id] = answer
-            else:
+            answer, final = await _ask(client, row, clock, alive, lambda: len(journal) > 0)
+            if final:
                 journal.add(answer)
                 clock.tick()
+            else:
+                failed[row.custom_id] = answer
             done()
 
     workers = [asyncio.create_task(work()) for _ in range(concurrency)]
@@ -331,28 +385,37 @@ async def run_rows(
     return failed
 
 
-async def _ask(client: httpx.AsyncClient, row: BatchRow, clock: _Clock, alive: Callable[[], bool]) -> dict[str, Any]:
-    """One row's answer, as a row of the output."""
+async def _ask(
+    client: httpx.AsyncClient, row: BatchRow, clock: _Clock, alive: Callable[[], bool], proven: Callable[[], bool]
+) -> tuple[dict[str, Any], bool]:
+    """One row's answer, as a row of the output, and whether it is final. `proven`: others were answered before."""
     wait, broken = 0.5, 0
+    since: float | None = None
     while True:
-        named = ""
+        answer, named = None, ""
         try:
             answer = await client.post(row.url, content=row.content, headers={"Content-Type": "application/json"})
-        except httpx.TransportError as exc:
+        except httpx.RequestError as exc:
             why = f"The server does not answer: {type(exc).__name__} {exc}".rstrip() + "."
+            broken += isinstance(exc, httpx.ReadTimeout | httpx.DecodingError)
         else:
             status, body = answer.status_code, _object(answer.content)
-            broken += status == httpx.codes.INTERNAL_SERVER_ERROR
-            if (answer.is_success and body is not None) or _is_rows_fault(answer) or broken == _TRIES:
-                return _as_row(row, answer, body)
+            if (answer.is_success and body is not None) or _is_rows_fault(answer):
+                return _as_row(row, answer), True
             why = f"The server answered {status}: {_message(answer)}"
+            broken += status in (httpx.codes.INTERNAL_SERVER_ERROR, httpx.codes.GATEWAY_TIMEOUT)
             if status not in (*_BUSY, httpx.codes.INTERNAL_SERVER_ERROR):
-                where = answer.headers.get("location")
-                raise BatchStopped(f"{why}{f' (it points to {where})' if where else ''} Is it the right URL and key?")
+                if not proven() or status == httpx.codes.UNAUTHORIZED or not answer.is_error:
+                    where = answer.headers.get("location")
+                    raise BatchStopped(f"{why}{f' (it points to {where})' if where else ''} {_WRONG_SERVER}")
+                return _as_row(row, answer), False
             named = answer.headers.get("retry-after", "")
         if not alive():
             raise BatchStopped("The server ended; its log above says why.")
-        if clock.out:
+        if broken == _TRIES:
+            return (_as_row(row, answer) if answer is not None else _unanswered(row, why)), False
+        since = since or time.monotonic()
+        if clock.out(since):
             raise BatchStopped(f"Nothing was answered for {clock.patience:.0f} s. {why}")
         pause = min(float(named) if named.isdigit() else wait, _LONGEST_WAIT)
         await asyncio.sleep(pause * random.uniform(0.5, 1.5))  # noqa: S311
@@ -374,7 +437,13 @@ def _message(answer: httpx.Response) -> str:
     return str(error)[:500]
 
 
-def _as_row(row: BatchRow, answer: httpx.Response, body: dict[str, Any] | None) -> dict[str, Any]:
+def _unanswered(row: BatchRow, why: str) -> dict[str, Any]:
+    error = {"code": "no_answer", "message": why}
+    return {"id": f"batch_req_{uuid.uuid4().hex}", "custom_id": row.custom_id, "response": None, "error": error}
+
+
+def _as_row(row: BatchRow, answer: httpx.Response) -> dict[str, Any]:
+    body = _object(answer.content)
     if body is None:
         body = {"error": {"message": answer.text[:2000], "code": answer.status_code}}
     response = {

@@ -25,6 +25,7 @@ from be_serve.core.errors import BEError
 _STOP_SECONDS = 20.0
 _TAIL_LINES = 25
 _PR_SET_PDEATHSIG = 1
+_STDERR = 2
 
 
 class ServerError(BEError):
@@ -32,6 +33,8 @@ class ServerError(BEError):
 
     http_status = 503
     code = "be_server_error"
+    exit_status: int | None = None
+    """Of a server that ended while it was waited for."""
 
 
 class Server:
@@ -59,7 +62,7 @@ class Server:
     async def __aenter__(self) -> Server:
         begin = time.monotonic()
         with contextlib.ExitStack() as files:
-            sink = sys.stderr.fileno()
+            sink = _STDERR
             if self.log is not None:
                 self.log.parent.mkdir(parents=True, exist_ok=True)
                 file = files.enter_context(self.log.open("wb"))
@@ -92,7 +95,9 @@ class Server:
         async with httpx.AsyncClient(base_url=self.url, timeout=10.0, trust_env=False) as http:
             while not await _healthy(http):
                 if (status := self._process.poll()) is not None:
-                    raise ServerError(f"The {self.name} server ended with status {status}.{self.tail()}")
+                    ended = ServerError(f"The {self.name} server ended with status {status}.{self.tail()}")
+                    ended.exit_status = status
+                    raise ended
                 if time.monotonic() - begin > self._timeout:
                     raise ServerError(
                         f"The {self.name} server did not answer within {self._timeout:.0f} s "

@@ -25,9 +25,19 @@ class PassOnCommand(click.Command):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Keep vLLM's words behind a single dash whole: click would read `-tp` as `-t -p`, and `-dph` as help."""
-        rest = super().parse_args(ctx, [f"{_ASIDE}{a}" if _SINGLE_DASH_WORD.match(a) else a for a in args])
-        ctx.args = [a.removeprefix(_ASIDE) for a in ctx.args]
+        own = {name for p in self.get_params(ctx) if p.param_type_name == "option" for name in p.opts if name != "-h"}
+        aside = [f"{_ASIDE}{a}" if _SINGLE_DASH_WORD.match(a) and a[:2] not in own else a for a in args]
+        rest = super().parse_args(ctx, aside)
+        ctx.args = [_whole(a) for a in ctx.args]
+        ctx.params = {name: _whole(value) for name, value in ctx.params.items()}
         return rest
+
+
+def _whole(value: Any) -> Any:
+    """A value of an option may have looked like such a word, too."""
+    if isinstance(value, tuple):
+        return tuple(_whole(one) for one in value)
+    return value.removeprefix(_ASIDE) if isinstance(value, str) else value
 
 
 def takes_plugin_options(function: F) -> F:

@@ -8,7 +8,7 @@ import json
 import os
 import secrets
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import click
 
 from be_serve.cli._serving import PassOnCommand, takes_plugin_options, variables
 
-_STOPPED = 3
+_FAULTY, _STOPPED = 2, 3
 _NO_PORT = ("--host", "--port", "--uds", "--api-key", "--root-path", "--ssl-keyfile", "--ssl-certfile", "--headless")
 
 
@@ -65,7 +65,7 @@ def command(
     """
     from tqdm import tqdm
 
-    from be_serve.batch import BatchStopped, Journal, check_output, connect, read_rows, run_rows
+    from be_serve.batch import BatchStopped, Journal, check_output, connect, read_rows, run_rows, served_models
     from be_serve.child_server import Server, ServerError, free_port
     from be_serve.core.errors import InputError
 
@@ -78,6 +78,10 @@ def command(
 
         return feed()
 
+    async def models() -> str:
+        async with connect(str(url), key=vllm_api_key, timeout=60.0) as client:
+            return await served_models(client)
+
     async def here() -> dict[str, Any]:
         port, key = free_port(), secrets.token_hex(16)
         line = [sys.executable, "-m", "be_serve.cli.main", "serve", model, *ctx.args]
@@ -87,24 +91,29 @@ def command(
             found: dict[str, Any] = await feed_to(server.url, key, alive=lambda: server.alive)
             return found
 
-    made_by = {"server": "running"} if url is not None else _made_by(model, ctx.args, plugin)
     if url is not None:
-        _refuse_beside_url(ctx, url)
-    elif taken := sorted({a.split("=")[0] for a in ctx.args if a.split("=")[0].replace("_", "-") in _NO_PORT}):
-        raise InputError(f"run-batch has a port and a key of its own: leave out {', '.join(taken)}.")
-    elif model.startswith("-"):
-        raise InputError("Name the model first: be-serve run-batch MODEL -i FILE -o FILE [options].")
+        _refuse(ctx, ["model", "start_timeout", *(name for name in ctx.params if name.startswith("be_"))], "--url")
+        if not url:
+            raise InputError("--url is empty.")
+    else:
+        _refuse(ctx, ["vllm_api_key"], "a server of its own")
+        if taken := sorted({a.split("=")[0] for a in ctx.args if a.split("=")[0].replace("_", "-") in _NO_PORT}):
+            raise InputError(f"run-batch has a port and a key of its own: leave out {', '.join(taken)}.")
+        if model.startswith("-"):
+            raise InputError("Name the model first: be-serve run-batch MODEL -i FILE -o FILE [options].")
     rows = read_rows(input_file)
     output = check_output(output_file, input_file)
-    with Journal(output, rows, made_by, fresh=fresh) as journal:
-        failed: dict[str, Any] = {}
-        if len(journal) < len(rows):
-            try:
+    try:
+        made_by = _made_by(model, ctx.args, variables(plugin)) if url is None else {"models": asyncio.run(models())}
+        with Journal(output, rows, made_by, fresh=fresh) as journal:
+            failed: dict[str, Any] = {}
+            if len(journal) < len(rows):
                 failed = asyncio.run(here() if url is None else feed_to(url, vllm_api_key))
-            except (BatchStopped, ServerError) as exc:
-                click.secho(f"be-serve: {exc}", fg="red", err=True)
-                raise click.exceptions.Exit(_STOPPED) from exc
-        journal.write(failed)
+            journal.write(failed)
+    except (BatchStopped, ServerError) as exc:
+        click.secho(f"be-serve: {exc}", fg="red", err=True)
+        faulty = isinstance(exc, ServerError) and exc.exit_status == _FAULTY
+        raise click.exceptions.Exit(_FAULTY if faulty else _STOPPED) from exc
     answered = len(rows) - journal.refused - len(failed)
     click.echo(f"{answered} answered, {journal.refused} refused, {len(failed)} failed: {output}")
     if failed:
@@ -116,28 +125,38 @@ def command(
         raise click.exceptions.Exit(1)
 
 
-def _made_by(model: str, arguments: Sequence[str], plugin: dict[str, Any]) -> dict[str, str]:
-    """What the answers of a model that is loaded here depend on."""
-    tokens = []
-    for entry in plugin["BE_TOKEN"]:
-        path = Path(entry.partition("=")[2])
-        data = path.read_bytes() if path.is_file() else b""  # the server says what is wrong with it
-        tokens.append(f"{entry.partition('=')[0]}={hashlib.sha256(data).hexdigest()[:16]}")
-    return {"model": model, "options": json.dumps(list(arguments)), "tokens": ",".join(tokens)}
+def _made_by(model: str, arguments: Sequence[str], settings: Mapping[str, str]) -> dict[str, str]:
+    """What the answers of a model that is loaded here depend on. Options may be secret: their digest only."""
+    settings = {k: v for k, v in {**os.environ, **settings}.items() if k.startswith("BE_") and "KEY" not in k}
+    entries = [entry.partition("=") for entry in settings.get("BE_TOKEN", "").splitlines()]
+    files = [Path(path) for _, _, path in entries]
+    for given, value in zip(arguments, [*arguments[1:], ""], strict=True):
+        name, equals, inside = given.partition("=")
+        if name == "--config":
+            files.append(Path(inside if equals else value))
+    contents = [file.read_bytes() if file.is_file() else b"" for file in files]  # the server says what is wrong
+    return {
+        "model": model,
+        "options": _digest(json.dumps([list(arguments), sorted(settings.items())]).encode()),
+        "files": _digest(*contents),
+    }
 
 
-def _refuse_beside_url(ctx: click.Context, url: str) -> None:
-    """Raise InputError for options that only a server started here could honour. Values may be secret: names only."""
+def _digest(*parts: bytes) -> str:
+    return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()[:16]
+
+
+def _refuse(ctx: click.Context, names: Sequence[str], beside: str) -> None:
+    """Raise InputError for options, given on the command line, that nobody would read. Values may be secret."""
     from be_serve.core.errors import InputError
 
-    if not url:
-        raise InputError("--url is empty.")
+    source = click.core.ParameterSource.COMMANDLINE
     given = [
         "MODEL" if name == "model" else f"--{name.replace('_', '-')}"
-        for name in ctx.params
-        if (name == "model" or name.startswith("be_"))
-        and ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
+        for name in names
+        if ctx.get_parameter_source(name) is source
     ]
-    given += [a.split("=")[0] for a in ctx.args if a.startswith("-")]
-    if given or ctx.args:
-        raise InputError(f"--url takes a running server as it is: leave out {', '.join(given) or 'further words'}.")
+    if beside == "--url":
+        given += [a.split("=")[0] for a in ctx.args if a.startswith("--")]
+    if given or (beside == "--url" and ctx.args):
+        raise InputError(f"Beside {beside} nobody reads {', '.join(given) or 'further words'}: leave it out.")

@@ -127,8 +127,12 @@ async def test_a_server_that_refuses_is_not_reached():
     assert not count.succeeded.total()
     assert not count.failures
     assert not count.void
+    run = SoakRun(options(), count=count)
+    assert not run.clean  # no answer was compared
     count.right["token"] = 1
-    assert SoakRun(options(), count=count).clean
+    assert run.clean
+    del count.attempts["blocks"]
+    assert not run.clean  # nothing is proven of what was not attempted
     ids = {i for path, body in server.asked if path == "/v1/completions" for i in body["prompt"]}
     ids |= {int(i) for _, body in server.asked for i in body.get("logit_bias", {})}
     assert ids <= set(range(128 + 1024, 128 + 1024 + 48))  # 100 ids padded to 128, the gap, 48 rows
@@ -149,16 +153,20 @@ async def test_blocks_that_left_the_cache_prove_nothing():
 
 async def test_a_server_that_breaks_is_counted():
     count = await attack_all(Server(lambda path, body: (500, {"error": {"message": "broke"}})))
-    refusals = sum(count.attempts[kind] for kind in ("raw_ids", "allowed_ids", "logit_bias", "prompt_logprobs"))
-    assert sum(n for error, n in count.failures.items() if error.endswith("HTTP 500: broke")) >= refusals
-    assert any(error.startswith("blocks") for error in count.failures)
+    for kind in ("raw_ids", "allowed_ids", "logit_bias", "prompt_logprobs", "detokenize"):
+        assert count.failures[f"{kind}: HTTP 500: broke"] == count.attempts[kind], kind
+    assert count.failures["blocks: HTTP 500: broke"] > 10
 
 
 async def test_an_error_in_place_of_an_answer_is_a_failure():
     clients = crowd(Server(lambda path, body: (503, {"error": {"message": "no room"}})))
-    for name in ("token", "long", "abort"):
+    for name in ("token", "plain", "abort"):
         await getattr(clients, name)(random.Random(0))
-    assert clients.count.failures == {f"{name}: HTTP 503: no room": 1 for name in ("token", "long", "abort")}
+    assert clients.count.failures == {f"{name}: HTTP 503: no room": 1 for name in ("token", "plain", "abort")}
+    for seed in range(20):
+        await clients.long(random.Random(seed))
+    assert clients.count.failures["long: HTTP 503: no room"] > 5
+    assert clients.count.failures["long, plain: HTTP 503: no room"] > 1
 
 
 async def test_an_answer_of_another_form_is_a_failure_and_the_client_goes_on():
@@ -172,7 +180,6 @@ def test_the_summary_names_what_went_wrong():
     run = SoakRun(options())
     assert not run.clean  # nothing was compared
     run.count.judge("token", RIGHT, RIGHT, {})
-    assert run.clean
     run.count.failures["token: HTTP 503: no room"] = 2
     assert not run.clean
     text = "\n".join(summary(run.result()))

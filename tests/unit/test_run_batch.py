@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import json
 import os
@@ -15,6 +16,8 @@ from starlette.routing import Route
 
 from be_serve.batch import BatchStopped, Journal, check_output, connect, read_rows, run_rows
 from be_serve.cli.main import cli, main
+from be_serve.cli.run_batch import _made_by
+from be_serve.cli.run_batch import command as run_batch_command
 from be_serve.cli.serve import command as serve_command
 from be_serve.core.errors import InputError
 
@@ -49,6 +52,9 @@ class Answers:
             case "busy" if self.busy:
                 self.busy -= 1
                 return JSONResponse({"error": {"message": "later"}}, 503 - self.busy, headers={"Retry-After": "0"})
+            case "late" if self.asked == ["late"]:
+                await asyncio.sleep(0.3)
+                return JSONResponse({"error": {"message": "later"}}, 503)
             case "break" if self.broken:
                 return PlainTextResponse("it broke", 500)
             case "moved":
@@ -59,6 +65,10 @@ class Answers:
                 return JSONResponse({"error": {"message": "Unauthorized"}}, 401)
             case "nowhere":
                 return JSONResponse({"error": {"message": "Not Found", "code": 404}}, 404)
+            case "blocked" | "too large":
+                return PlainTextResponse("<html>no</html>", {"blocked": 403, "too large": 413}[body["say"]])
+            case "slow":
+                raise httpx.ReadTimeout("too slow")
         headers = {"x-be-id": "captain", "x-be-digest": self.digest, "other": "x"}
         return JSONResponse({"id": "chat-1", "text": body["say"].upper()}, headers=headers)
 
@@ -152,6 +162,46 @@ async def test_a_wrong_server_is_no_answer(tmp_path, say, message):
     assert not journal.path.exists()  # nothing was answered: a corrected command begins anew
 
 
+async def test_what_only_one_row_meets_does_not_stop_the_others(tmp_path):
+    """A gateway's limit or a row that never ends: the others are answered, and these are asked again."""
+    answers, output = Answers(), tmp_path / "out.jsonl"
+    says = ("hi", "blocked", "too large", "slow", "ho")
+    rows = read_rows(write(tmp_path / "in.jsonl", *[row(say, say=say) for say in says]))
+    with Journal(output, rows, MODEL) as journal:
+        failed = await run(rows, journal, answers, concurrency=1)
+        assert set(failed) == {"blocked", "too large", "slow"}
+        journal.write(failed)
+    assert answers.asked.count("slow") == 3
+    found = {line["custom_id"]: line for line in read(output)}
+    assert found["slow"]["response"] is None
+    assert "ReadTimeout" in found["slow"]["error"]["message"]
+    assert found["blocked"]["response"]["status_code"] == 403
+    assert found["ho"]["error"] is None
+    with Journal(output, rows, MODEL) as journal:
+        assert len(journal) == 2
+
+
+async def test_where_every_row_failed_the_same_command_asks_them_again(tmp_path):
+    answers, output = Answers(), tmp_path / "out.jsonl"
+    rows = read_rows(write(tmp_path / "in.jsonl", row("1", say="break")))
+    with Journal(output, rows, MODEL) as journal:
+        journal.write(await run(rows, journal, answers))
+    answers.broken = False
+    with Journal(output, rows, MODEL) as journal:
+        journal.write(await run(rows, journal, answers))
+    assert [line["error"] for line in read(output)] == [None]
+
+
+async def test_trouble_at_the_end_of_a_slow_answer_is_waited_for(tmp_path):
+    """Patience counts from a row's own trouble: nothing had been answered for longer than that before it."""
+    answers, output = Answers(), tmp_path / "out.jsonl"
+    rows = read_rows(write(tmp_path / "in.jsonl", row("1", say="late")))
+    with Journal(output, rows, MODEL) as journal:
+        failed = await run(rows, journal, answers, patience=0.15)
+        assert not failed
+    assert answers.asked == ["late", "late"]
+
+
 async def test_a_server_that_is_not_there_is_waited_for_and_then_given_up(tmp_path):
     rows = read_rows(write(tmp_path / "in.jsonl", row("a", say="hi")))
     with Journal(tmp_path / "out.jsonl", rows, MODEL) as journal:
@@ -185,17 +235,42 @@ def test_a_journal_of_another_batch_is_not_mixed_in(tmp_path):
     for rows_then, made_by, differs in ((others, MODEL, "rows"), (rows, {"model": "n"}, "model")):
         with pytest.raises(InputError, match=f"with other {differs}"), Journal(output, rows_then, made_by):
             pass
-    with Journal(output, others, MODEL, fresh=True) as journal:
-        assert not len(journal)
+    for _ in range(2):
+        with Journal(output, others, MODEL, fresh=True) as journal:
+            assert not len(journal)
+            journal.add(kept)
     assert json.loads((tmp_path / "out.jsonl.part.old").read_text().splitlines()[1]) == kept
+    assert (tmp_path / "out.jsonl.part.old.1").exists()
+    assert journal.path.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_journal_without_answers_is_taken_over_whole(tmp_path):
+    """A kill while the model loads leaves a head alone; other options then begin anew, and lose nothing later."""
+    rows = read_rows(write(tmp_path / "in.jsonl", row("a", say="hi"), row("b", say="hi")))
+    output = tmp_path / "out.jsonl"
+    with Journal(output, rows, {"model": "a longer name than the next"}) as journal:
+        head = journal.path.read_bytes()
+    journal.path.write_bytes(head)
+    for custom_id in ("a", "b"):
+        with Journal(output, rows, MODEL) as journal:
+            journal.add({"custom_id": custom_id, "error": None, "response": {}})
+    assert journal.path.read_bytes().count(b"\n") == 3
+    with Journal(output, rows, MODEL) as journal:
+        assert len(journal) == 2
+    (tmp_path / "mine.part").write_text("my own file\n")
+    with pytest.raises(InputError, match="no journal"), Journal(tmp_path / "mine", rows, MODEL):
+        pass
 
 
 def test_two_runs_do_not_write_one_output(tmp_path):
     rows = read_rows(write(tmp_path / "in.jsonl", row("a", say="hi")))
     with (tmp_path / "out.jsonl.part").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(InputError, match="Another run is writing"), Journal(tmp_path / "out.jsonl", rows, MODEL):
-            pass
+        for fresh in (False, True):
+            journal = Journal(tmp_path / "out.jsonl", rows, MODEL, fresh=fresh)
+            with pytest.raises(InputError, match="Another run is writing"), journal:
+                pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl.part"]
 
 
 def test_no_file_is_lost(tmp_path):
@@ -212,9 +287,13 @@ def test_no_file_is_lost(tmp_path):
         (tmp_path, "no plain file"),
         ("/dev/null", "no plain file"),
         (tmp_path / "link.jsonl", "is the input"),
+        (tmp_path / "in.jsonl", "is the input"),
     ):
         with pytest.raises(InputError, match=message):
             check_output(path, tmp_path / "in.jsonl")
+    source = write(tmp_path / "z.jsonl.part", row("a", say="hi"))
+    with pytest.raises(InputError, match="is the input"):
+        check_output(tmp_path / "z.jsonl", source)
 
 
 @pytest.mark.parametrize(
@@ -247,10 +326,12 @@ def test_a_file_may_begin_with_a_mark_but_not_be_empty(tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--url", "http://h", "--concurency=8"], "leave out MODEL"),
-        (["--url", "http://h", "--be-token", "a=b"], "leave out --be-token"),
-        (["--url", "http://h", "m", "--api-key", "SECRET"], "leave out MODEL, --api-key"),
+        (["--url", "http://h", "--concurency=8"], "nobody reads MODEL"),
+        (["--url", "http://h", "--be-token", "a=b"], "nobody reads --be-token"),
+        (["--url", "http://h", "m", "--api-key", "SECRET"], "nobody reads MODEL, --api-key"),
         (["--url", ""], "--url is empty"),
+        (["--url", "http://h", "--start-timeout", "5"], "nobody reads --start-timeout"),
+        (["m", "--vllm-api-key", "SECRET"], "nobody reads --vllm-api-key"),
         (["m", "--port=3"], "leave out --port"),
         (["--enforce-eager", "m"], "Name the model first"),
     ],
@@ -267,6 +348,38 @@ def test_words_of_vllm_behind_one_dash_stay_whole():
     context = serve_command.make_context("serve", words)
     assert context.args == ["-dph", "-cc.mode=3", "-tp", "2", "-O3"]
     assert context.params["be_rows"] == 8
+
+
+def test_values_that_begin_with_a_dash_stay_whole():
+    context = serve_command.make_context("serve", ["m", "--be-admin-key", "-Ab12", "--be-token", "-a=b"])
+    assert context.params["be_admin_key"] == "-Ab12"
+    assert context.params["be_token"] == ("-a=b",)
+    context = run_batch_command.make_context("run-batch", ["m", "-iin.jsonl", "-o", "-out.jsonl", "-tp", "2"])
+    assert (context.params["input_file"], context.params["output_file"]) == ("in.jsonl", "-out.jsonl")
+    assert context.args == ["-tp", "2"]
+
+
+def test_what_the_answers_depend_on(tmp_path, monkeypatch):
+    token, config = tmp_path / "t.safetensors", tmp_path / "c.yaml"
+    token.write_bytes(b"one")
+    config.write_text("dtype: float32")
+    settings = {"BE_TOKEN": f"a={token}"}
+
+    def made_by(arguments=("--config", str(config)), **more):
+        return _made_by("m", arguments, settings | more)
+
+    first = made_by()
+    assert first == made_by(BE_ADMIN_KEY="secret")
+    assert "secret" not in str(made_by(arguments=["--hf-token", "secret"]))
+    monkeypatch.setenv("BE_MATCH", "0")
+    assert first["options"] != made_by()["options"]
+    monkeypatch.delenv("BE_MATCH")
+    assert first["options"] != made_by(BE_INJECTION="prompt-embeds")["options"]
+    config.write_text("dtype: bfloat16")
+    second = made_by()
+    assert first["files"] != second["files"]
+    token.write_bytes(b"two")
+    assert second["files"] != made_by()["files"]
 
 
 def test_the_exit_status_of_a_command_reaches_the_shell(monkeypatch):
