@@ -49,7 +49,7 @@ COMPARED = 8
 LONG, LONG_TOKENS, LONG_WORDS = 8, 96, 270
 """Long answers with a reference, their tokens, and the words of their messages: they grow into a block of their own."""
 TIE = 0.35
-"""Nats between the two likeliest tokens below which another order of sums may turn them round (bfloat16)."""
+"""Nats behind the likeliest token within which another order of sums may bring a token to the front (bfloat16)."""
 MAX_MODEL_LEN = 1024
 _GAP = 1024  # ids between the padded vocabulary and the first row (docs/operations.md)
 _PADDING = 64  # of vLLM's vocabulary
@@ -82,7 +82,7 @@ class SoakOptions:
     tokens: int = 24
     questions: int = 4
     rows: int = 48
-    kv_tokens: int = 2560
+    kv_tokens: int = 4096
     """Tokens that the engine's KV cache holds."""
     seed: int = 0
 
@@ -92,10 +92,8 @@ class Answer:
     """The tokens of a greedy answer, and how clear each choice was."""
 
     tokens: tuple[str, ...]
-    seconds: tuple[str, ...]
-    """The second likeliest token at each place."""
-    gaps: tuple[float, ...]
-    """Nats between the two."""
+    close: tuple[frozenset[str], ...]
+    """The other tokens within `TIE` of the likeliest, at each place."""
 
 
 @dataclass
@@ -105,7 +103,7 @@ class Count:
     right: Counter[str] = field(default_factory=Counter)
     """By action, as are ties: those of `plain` have nothing to do with tokens."""
     ties: Counter[str] = field(default_factory=Counter)
-    """Answers that took the second likeliest token where it was within `TIE`; what follows cannot be compared."""
+    """Answers that took another token within `TIE` of the likeliest; what follows cannot be compared."""
     wrong: list[dict[str, Any]] = field(default_factory=list)
     asked: Counter[str] = field(default_factory=Counter)
     failures: Counter[str] = field(default_factory=Counter)
@@ -121,11 +119,10 @@ class Count:
             ours = got.tokens[n] if n < len(got.tokens) else None
             if ours == right:
                 continue
-            gap = reference.gaps[n]
-            if ours == reference.seconds[n] and gap < TIE:
+            if ours in reference.close[n]:
                 self.ties[action] += 1
             else:
-                self.wrong.append({**what, "at": n, "got": got.tokens, "right": reference.tokens, "gap": gap})
+                self.wrong.append({**what, "at": n, "got": got.tokens, "right": reference.tokens})
             return
         if len(got.tokens) == len(reference.tokens):
             self.right[action] += 1
@@ -142,8 +139,8 @@ class SoakRun:
     count: Count = field(default_factory=Count)
     distinct: float = 0.0
     """Share of pairs of tokens whose right answers differ, each question by itself: how far a mix-up would show."""
-    memory: list[tuple[float, float]] = field(default_factory=list)
-    """Minute, and MiB of all of the server's processes, shared pages counted once (PSS)."""
+    memory: list[tuple[float, dict[str, float]]] = field(default_factory=list)
+    """Minute, and MiB of each of the server's processes, shared pages counted once (PSS)."""
     seconds: float = 0.0
     interrupted: bool = False
     command: list[str] = field(default_factory=list)
@@ -154,16 +151,20 @@ class SoakRun:
         n = len(self.memory) // 10
         if not n:
             return None
-        sizes = [size for _, size in self.memory]
+        sizes = [sum(sizes.values()) for _, sizes in self.memory]
         return statistics.median(sizes[-n:]) / statistics.median(sizes[n : 2 * n])
 
-    def slope(self) -> float | None:
-        """MiB a minute over the last two thirds, by least squares; None for too few samples."""
+    def slopes(self) -> dict[str, float]:
+        """MiB a minute of each process over the last two thirds, by least squares; empty for too few samples."""
         late = self.memory[len(self.memory) // 3 :]
         if len(late) < 10:
-            return None
-        minutes, sizes = zip(*late, strict=True)
-        return statistics.linear_regression(minutes, sizes).slope
+            return {}
+        minutes = [minute for minute, _ in late]
+        names = sorted({name for _, sizes in late for name in sizes})
+        return {
+            name: statistics.linear_regression(minutes, [sizes.get(name, 0.0) for _, sizes in late]).slope
+            for name in names
+        }
 
     @property
     def clean(self) -> bool:
@@ -200,7 +201,7 @@ class SoakRun:
             "attempts_void": dict(count.void),
             "memory_mib": self.memory,
             "memory_growth": self.growth(),
-            "memory_slope_mib_a_minute": self.slope(),
+            "memory_slopes_mib_a_minute": self.slopes(),
             "metrics": self.metrics,
         }
 
@@ -297,7 +298,7 @@ def _body(model: str, token: Token) -> dict[str, Any]:
         "ignore_eos": True,
         "skip_special_tokens": False,
         "logprobs": True,
-        "top_logprobs": 2,
+        "top_logprobs": 8,
         "return_tokens_as_token_ids": True,  # two tokens may have one text
     }
     if token.manifest.template_kwargs:
@@ -307,12 +308,12 @@ def _body(model: str, token: Token) -> dict[str, Any]:
 
 def _answer(body: dict[str, Any]) -> Answer:
     places = body["choices"][0]["logprobs"]["content"]
-    runners, gaps = [], []
-    for place in places:
-        others = [one for one in place["top_logprobs"] if one["token"] != place["token"]]
-        runners.append(others[0]["token"])
-        gaps.append(place["logprob"] - others[0]["logprob"])
-    return Answer(tuple(place["token"] for place in places), tuple(runners), tuple(gaps))
+    close = [
+        frozenset(one["token"] for one in place["top_logprobs"] if one["logprob"] > place["logprob"] - TIE)
+        - {place["token"]}
+        for place in places
+    ]
+    return Answer(tuple(place["token"] for place in places), tuple(close))
 
 
 def _distinct(references: dict[tuple[str, int], Answer]) -> float:
@@ -456,18 +457,24 @@ class _Clients:
             self._expect("vector, with the key", shown, 200)
 
     async def _attack_blocks(self, rng: random.Random) -> None:
-        """One message with token A, with token B, with A again: only A may find its blocks, and must, to count."""
+        """One message with token A, then with B and A at once: only A may find its blocks, and must, to count."""
         a, b = rng.sample(list(self.tokens), 2)
-        message, cached = _long_message(rng.getrandbits(32)), []
-        for be_id in (a, b, a):
+        message = " ".join(_long_message(rng.getrandbits(32)).split()[:150])  # a block and a little
+
+        async def cached(be_id: str) -> int | None:
             body = self._chat(be_id, 0, use_token=True) | {"max_tokens": 1, "cache_salt": "shared"}
             body["messages"][-1]["content"] = message
             answer = await self._post("/v1/chat/completions", body)
             if not self._expect("blocks", answer, 200):
-                return
-            cached.append((answer.json()["usage"].get("prompt_tokens_details") or {}).get("cached_tokens") or 0)
-        self.count.succeeded["blocks"] += bool(cached[1])
-        made = self.count.attempts if cached[1] or cached[2] else self.count.void
+                return None
+            return (answer.json()["usage"].get("prompt_tokens_details") or {}).get("cached_tokens") or 0
+
+        await cached(a)
+        others, own = await asyncio.gather(cached(b), cached(a))
+        if others is None or own is None:
+            return
+        self.count.succeeded["blocks"] += bool(others)
+        made = self.count.attempts if others or own else self.count.void
         made["blocks"] += 1
 
     async def _ask(self, name: str, be_id: str, q: int, *, use_token: bool, named: str | None = None) -> None:
@@ -522,7 +529,8 @@ async def _load(run: SoakRun, clients: _Clients, pid: Callable[[], int]) -> None
                 passed = time.monotonic() - begin
                 bar.update(min(round(passed), bar.total) - bar.n)
                 if len(run.memory) <= passed / 5:
-                    run.memory.append((passed / 60, resident(pid()) / 2**20))
+                    sizes = {name: size / 2**20 for name, size in resident(pid()).items()}
+                    run.memory.append((passed / 60, sizes))
                 bar.set_postfix(
                     right=run.count.right.total(), wrong=len(run.count.wrong), failed=run.count.failures.total()
                 )
@@ -538,9 +546,9 @@ async def _load(run: SoakRun, clients: _Clients, pid: Callable[[], int]) -> None
         run.seconds = time.monotonic() - begin
 
 
-def resident(group: int) -> int:
-    """Bytes of all processes of a process group (Linux), a page that n of them share as 1/n of it in each (PSS)."""
-    total = 0
+def resident(group: int) -> dict[str, int]:
+    """Bytes of each process of a group by its name (Linux), a page that n share as 1/n of it in each (PSS)."""
+    found: dict[str, int] = {}
     for folder in Path("/proc").iterdir():
         if not folder.name.isdigit():
             continue
@@ -548,10 +556,12 @@ def resident(group: int) -> int:
             fields = (folder / "stat").read_text().rpartition(")")[2].split()
             if int(fields[2]) == group:  # field 5 of proc(5), the process group
                 lines = (folder / "smaps_rollup").read_text().splitlines()
-                total += next(1024 * int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+                bytes_ = next(1024 * int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+                name = (folder / "comm").read_text().strip()
+                found[name] = found.get(name, 0) + bytes_
         except (OSError, StopIteration):
             continue  # it has just ended
-    return total
+    return found
 
 
 async def _metrics(http: httpx.AsyncClient) -> dict[str, float]:
@@ -586,11 +596,12 @@ def summary(result: dict[str, Any]) -> Sequence[str]:
         *(f"  {count} x {error}" for error, count in Counter(result["failures"]).most_common(10)),
     ]
     if memory:
-        lines.append(f"memory: {memory[0][1]:.0f} MiB at first, {memory[-1][1]:.0f} at last")
-    if result["memory_slope_mib_a_minute"] is not None:
+        first, last = (sum(sizes.values()) for _, sizes in (memory[0], memory[-1]))
+        lines.append(f"memory: {first:.0f} MiB at first, {last:.0f} at last")
+    if slopes := result["memory_slopes_mib_a_minute"]:
         lines.append(
-            f"the last tenth over the second tenth: {result['memory_growth']:.3f}; "
-            f"over the last two thirds {result['memory_slope_mib_a_minute']:+.2f} MiB a minute"
+            f"the last tenth over the second tenth: {result['memory_growth']:.3f}; MiB a minute over the last two "
+            "thirds: " + ", ".join(f"{name} {slope:+.2f}" for name, slope in slopes.items())
         )
     lines += [f"{name}: {value:.0f}" for name, value in sorted(result["metrics"].items())]
     return lines

@@ -19,7 +19,7 @@ from be_serve.cli._bench import server_flags
 @click.option("--tokens", type=click.IntRange(2, 64), default=24, show_default=True, help="Tokens on the server.")
 @click.option("--rows", type=click.IntRange(8), default=48, show_default=True, help="Rows, fewer than the tokens need.")
 @click.option(
-    "--kv-tokens", type=click.IntRange(1024), default=2560, show_default=True, help="Tokens that the KV cache holds."
+    "--kv-tokens", type=click.IntRange(1024), default=4096, show_default=True, help="Tokens that the KV cache holds."
 )
 @click.option("--seed", default=0, show_default=True, help="Seed of texts and actions.")
 @click.option("--kv-gib", type=click.IntRange(1), default=1, show_default=True, help="KV cache of a server on a CPU.")

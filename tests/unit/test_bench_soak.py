@@ -13,10 +13,21 @@ import httpx
 import pytest
 
 from benchmarks.servers import ServerOptions
-from benchmarks.soak import ATTACKS, Answer, Count, SoakOptions, SoakRun, _Clients, _distinct, resident, summary
+from benchmarks.soak import (
+    ATTACKS,
+    Answer,
+    Count,
+    SoakOptions,
+    SoakRun,
+    _answer,
+    _Clients,
+    _distinct,
+    resident,
+    summary,
+)
 from tests.factories import make_token
 
-RIGHT = Answer(("Ahoy", ",", " sailor"), ("Aye", "!", " cat"), (5.0, 0.1, 4.0))
+RIGHT = Answer(("Ahoy", ",", " sailor"), (frozenset(), frozenset({"!", ";"}), frozenset()))
 
 
 @pytest.mark.parametrize(
@@ -24,8 +35,9 @@ RIGHT = Answer(("Ahoy", ",", " sailor"), ("Aye", "!", " cat"), (5.0, 0.1, 4.0))
     [
         (("Ahoy", ",", " sailor"), "right"),
         (("Ahoy", "!", " garbage"), "tie"),  # the way parts where the two likeliest were close
-        (("Ahoy", "?", " sailor"), "wrong"),  # a third, unlikely token
-        (("Aye", ",", " sailor"), "wrong"),  # the second likeliest, far behind
+        (("Ahoy", "?", " sailor"), "wrong"),  # unlikely
+        (("Ahoy", ";", " sailor"), "tie"),  # the third is as close
+        (("Aye", ",", " sailor"), "wrong"),
         (("Ahoy", ",", " cat"), "wrong"),
         (("Ahoy",), "wrong"),
         ((), "wrong"),
@@ -34,13 +46,13 @@ RIGHT = Answer(("Ahoy", ",", " sailor"), ("Aye", "!", " cat"), (5.0, 0.1, 4.0))
 )
 def test_an_answer_that_departs_is_wrong_unless_it_took_a_close_second(tokens, outcome):
     count = Count()
-    count.judge("token", RIGHT, Answer(tokens, ("x",) * 4, (1.0,) * 4), {})
+    count.judge("token", RIGHT, Answer(tokens, (frozenset(),) * 4), {})
     found = {"right": count.right["token"], "tie": count.ties["token"], "wrong": len(count.wrong)}
     assert found == {name: int(name == outcome) for name in found}
 
 
 def test_how_far_a_mix_up_would_show():
-    other = Answer(("No",), ("Yes",), (1.0,))
+    other = Answer(("No",), (frozenset(),))
     same = {("a", 0): RIGHT, ("b", 0): RIGHT, ("c", 0): other}
     assert _distinct(same) == pytest.approx(2 / 3)
     assert _distinct({("a", 0): RIGHT, ("b", 1): other, ("a", -1): other, ("b", -1): RIGHT}) == 0.0
@@ -54,15 +66,16 @@ def options(**given) -> SoakOptions:
 def test_growth_leaves_out_the_start():
     run = SoakRun(options())
     assert run.growth() is None
-    assert run.slope() is None
-    run.memory = [(n / 12, 500.0 if n < 10 else 1000.0 + n) for n in range(100)]
+    assert run.slopes() == {}
+    run.memory = [(n / 12, {"engine": 500.0 if n < 10 else 1000.0, "api": float(n)}) for n in range(100)]
     assert run.growth() == pytest.approx(1094.5 / 1014.5)
-    assert run.slope() == pytest.approx(12.0)
+    assert run.slopes() == pytest.approx({"engine": 0.0, "api": 12.0})
 
 
 def test_memory_is_counted_of_the_whole_group():
-    assert resident(os.getpgrp()) > 10 * 2**20
-    assert resident(-1) == 0
+    own = Path("/proc/self/comm").read_text().strip()
+    assert resident(os.getpgrp())[own] > 10 * 2**20
+    assert resident(-1) == {}
 
 
 class Server:
@@ -185,3 +198,9 @@ def test_the_summary_names_what_went_wrong():
     text = "\n".join(summary(run.result()))
     assert "1 right, 0 ties, 0 wrong" in text
     assert "2 x token: HTTP 503: no room" in text
+
+
+def test_an_answer_keeps_what_was_close_to_the_likeliest():
+    top = [{"token": "a", "logprob": -1.0}, {"token": "b", "logprob": -1.2}, {"token": "c", "logprob": -1.5}]
+    body = {"choices": [{"logprobs": {"content": [{"token": "a", "logprob": -1.0, "top_logprobs": top}]}}]}
+    assert _answer(body) == Answer(("a",), (frozenset({"b"}),))
