@@ -130,7 +130,7 @@ class Journal:
 
     with Journal(output, rows, {"model": ...}) as journal:
         journal.add(answer)
-        journal.write()
+        journal.write(failed={})
 
     `made_by` is what the answers depend on besides the rows. Raises InputError where the
     file holds answers to other rows or made by something else, where another process has it
