@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import sqlite3
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +26,7 @@ from be_serve.core.prompts import prompt_sha256
 from be_serve.registry.schema import SCHEMA_VERSION, Base, Meta, PromptRow, TokenRow, VersionRow
 
 logger = logging.getLogger("vllm.be_serve.registry")
+_TIMEOUT = 15.0  # seconds that a connection waits for another's lock on SQLite
 
 
 @dataclass(frozen=True)
@@ -314,6 +317,20 @@ def _safe(url: str) -> str:
     return make_url(url).set(query={}).render_as_string(hide_password=True)
 
 
+def _use_wal(connection: Any) -> None:
+    """Switch to the write-ahead log. SQLite does not wait for others that are just switching, but fails at once."""
+    deadline = time.monotonic() + _TIMEOUT
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode=WAL")
+        except sqlite3.OperationalError as exc:
+            if "locked" not in str(exc) or time.monotonic() > deadline:
+                raise
+            time.sleep(0.02)
+        else:
+            return
+
+
 def _create_engine(url: str) -> Engine:
     try:
         parsed = make_url(url)
@@ -337,12 +354,12 @@ def _create_engine(url: str) -> Engine:
             os.close(os.open(parsed.database, os.O_CREAT | os.O_RDWR, 0o600))
         except OSError as exc:
             raise RegistryError(f"Cannot create {parsed.database}: {exc.strerror}.") from exc
-    engine = create_engine(parsed, connect_args={"timeout": 15})
+    engine = create_engine(parsed, connect_args={"timeout": _TIMEOUT})
 
     @event.listens_for(engine, "connect")
     def _configure(connection: Any, _record: Any) -> None:
         connection.isolation_level = None  # transactions are begun by the listener below
-        connection.execute("PRAGMA journal_mode=WAL")
+        _use_wal(connection)
         connection.execute("PRAGMA synchronous=FULL")  # registrations are rare and must survive a power cut
         connection.execute("PRAGMA foreign_keys=ON")
 

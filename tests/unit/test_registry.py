@@ -16,6 +16,7 @@ import pytest
 from be_serve.core.errors import InvalidArtifact, RegistryError, SchemaMismatch, TokenConflict, TokenNotFound
 from be_serve.registry import Registry, TokenIndex
 from be_serve.registry.index import ByteLRU
+from be_serve.registry.store import _use_wal
 from tests.factories import PROMPT, make_token
 
 
@@ -77,6 +78,24 @@ def test_servers_that_start_together_make_one_registry(tmp_path, attempt):
 
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(start, range(8))) == [0] * 8
+
+
+def test_the_switch_to_the_log_is_tried_again_while_others_switch():
+    """SQLite does not wait there: where twelve started together on a new file, one start in fifteen met it."""
+
+    class Connection:
+        answers = iter(["database is locked", "database is locked", None, "disk I/O error"])
+
+        def execute(self, statement: str) -> None:
+            if fault := next(self.answers):
+                raise sqlite3.OperationalError(fault)
+
+    connection = Connection()
+    _use_wal(connection)
+    assert list(connection.answers) == ["disk I/O error"]
+    connection.answers = iter(["disk I/O error"])
+    with pytest.raises(sqlite3.OperationalError, match="disk"):
+        _use_wal(connection)
 
 
 def test_match_is_switched_off_and_left_as_it_is(registry):
