@@ -12,19 +12,13 @@ from pathlib import Path
 import httpx
 import pytest
 
+from benchmarks.machine import resident
 from benchmarks.servers import ServerOptions
-from benchmarks.soak import (
-    ATTACKS,
-    Answer,
-    Count,
-    SoakOptions,
-    SoakRun,
-    _answer,
-    _Clients,
-    _distinct,
-    resident,
-    summary,
-)
+from benchmarks.soak import SoakOptions, SoakRun, summary
+from benchmarks.soak.answers import Answer, Count, answer_of, distinct
+from benchmarks.soak.asking import Asker
+from benchmarks.soak.attacks import ATTACKS
+from benchmarks.soak.crowd import Crowd
 from tests.factories import make_token
 
 RIGHT = Answer(("Ahoy", ",", " sailor"), (frozenset(), frozenset({"!", ";"}), frozenset()))
@@ -54,8 +48,8 @@ def test_an_answer_that_departs_is_wrong_unless_it_took_a_close_second(tokens, o
 def test_how_far_a_mix_up_would_show():
     other = Answer(("No",), (frozenset(),))
     same = {("a", 0): RIGHT, ("b", 0): RIGHT, ("c", 0): other}
-    assert _distinct(same) == pytest.approx(2 / 3)
-    assert _distinct({("a", 0): RIGHT, ("b", 1): other, ("a", -1): other, ("b", -1): RIGHT}) == 0.0
+    assert distinct(same) == pytest.approx(2 / 3)
+    assert distinct({("a", 0): RIGHT, ("b", 1): other, ("a", -1): other, ("b", -1): RIGHT}) == 0.0
 
 
 def options(**given) -> SoakOptions:
@@ -98,14 +92,14 @@ def cached(tokens: int) -> dict:
     return {"usage": {"prompt_tokens_details": {"cached_tokens": tokens}}}
 
 
-def crowd(server: Server) -> _Clients:
+def crowd(server: Server) -> Crowd:
     tokens = {}
     for n in range(2):
         text = f"You are {n}."
         tokens[f"soak-{n}"] = make_token(f"soak-{n}", k=8, hidden_size=32, seed=n, prompt=text, text=text)
     http = httpx.AsyncClient(base_url="http://test", transport=httpx.MockTransport(server))
     references = {(be_id, q): RIGHT for be_id in tokens for q in range(-1, 4)}
-    return _Clients(options(tokens=2), http, "key", tokens, references, Count(), "m", vocabulary=100)
+    return Crowd(Asker(options(tokens=2), http, "key", tokens, Count(), "m", vocabulary=100), references)
 
 
 async def attack_all(server: Server) -> Count:
@@ -113,7 +107,7 @@ async def attack_all(server: Server) -> Count:
     rng = random.Random(0)
     for _ in range(200):
         await clients.attack(rng)
-    return clients.count
+    return clients.asker.count
 
 
 class Refusing:
@@ -175,18 +169,18 @@ async def test_an_error_in_place_of_an_answer_is_a_failure():
     clients = crowd(Server(lambda path, body: (503, {"error": {"message": "no room"}})))
     for name in ("token", "plain", "abort"):
         await getattr(clients, name)(random.Random(0))
-    assert clients.count.failures == {f"{name}: HTTP 503: no room": 1 for name in ("token", "plain", "abort")}
+    assert clients.asker.count.failures == {f"{name}: HTTP 503: no room": 1 for name in ("token", "plain", "abort")}
     for seed in range(20):
         await clients.long(random.Random(seed))
-    assert clients.count.failures["long: HTTP 503: no room"] > 5
-    assert clients.count.failures["long, plain: HTTP 503: no room"] > 1
+    assert clients.asker.count.failures["long: HTTP 503: no room"] > 5
+    assert clients.asker.count.failures["long, plain: HTTP 503: no room"] > 1
 
 
 async def test_an_answer_of_another_form_is_a_failure_and_the_client_goes_on():
     clients = crowd(Server(lambda path, body: (200, {"choices": [{"logprobs": None}]})))
     await clients.work(0, time.monotonic() + 0.2)
-    assert clients.count.failures.total() > 5
-    assert any("TypeError" in error for error in clients.count.failures)
+    assert clients.asker.count.failures.total() > 5
+    assert any("TypeError" in error for error in clients.asker.count.failures)
 
 
 def test_the_summary_names_what_went_wrong():
@@ -203,4 +197,4 @@ def test_the_summary_names_what_went_wrong():
 def test_an_answer_keeps_what_was_close_to_the_likeliest():
     top = [{"token": "a", "logprob": -1.0}, {"token": "b", "logprob": -1.2}, {"token": "c", "logprob": -1.5}]
     body = {"choices": [{"logprobs": {"content": [{"token": "a", "logprob": -1.0, "top_logprobs": top}]}}]}
-    assert _answer(body) == Answer(("a",), (frozenset({"b"}),))
+    assert answer_of(body) == Answer(("a",), (frozenset({"b"}),))

@@ -1,0 +1,220 @@
+"""The soak itself: right answers first, then the crowd, with an eye on memory."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import statistics
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import asdict, dataclass, field
+from datetime import datetime
+from typing import Any
+
+import httpx
+
+from benchmarks.machine import gpus, hardware, redact, resident, versions
+from benchmarks.servers import ServerOptions, plugin_server
+from benchmarks.soak.answers import MAX_MODEL_LEN, Count, distinct, right_answers
+from benchmarks.soak.asking import Asker
+from benchmarks.soak.attacks import ATTACKS
+from benchmarks.soak.crowd import Crowd
+from benchmarks.soak.options import SoakOptions
+
+
+@dataclass
+class SoakRun:
+    """What was measured, and where."""
+
+    options: SoakOptions
+    started: datetime = field(default_factory=lambda: datetime.now().astimezone())
+    count: Count = field(default_factory=Count)
+    distinct: float = 0.0
+    """Share of pairs of tokens whose right answers differ, each question by itself: how far a mix-up would show."""
+    memory: list[tuple[float, dict[str, float]]] = field(default_factory=list)
+    """Minute, and MiB of each of the server's processes, shared pages counted once (PSS)."""
+    seconds: float = 0.0
+    interrupted: bool = False
+    command: list[str] = field(default_factory=list)
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    def growth(self) -> float | None:
+        """Median memory of the last tenth over that of the second tenth, None for too few samples."""
+        n = len(self.memory) // 10
+        if not n:
+            return None
+        sizes = [sum(sizes.values()) for _, sizes in self.memory]
+        return statistics.median(sizes[-n:]) / statistics.median(sizes[n : 2 * n])
+
+    def slopes(self) -> dict[str, float]:
+        """MiB a minute of each process over the last two thirds, by least squares; empty for too few samples."""
+        late = self.memory[len(self.memory) // 3 :]
+        if len(late) < 10:
+            return {}
+        minutes = [minute for minute, _ in late]
+        names = sorted({name for _, sizes in late for name in sizes})
+        return {
+            name: statistics.linear_regression(minutes, [sizes.get(name, 0.0) for _, sizes in late]).slope
+            for name in names
+        }
+
+    @property
+    def clean(self) -> bool:
+        """Whether every answer was right, nothing failed, and all was attempted and nothing reached."""
+        count = self.count
+        proven = bool(count.right) and all(count.attempts[kind] for kind in ATTACKS)
+        return proven and not (count.wrong or count.failures or count.succeeded.total())
+
+    def result(self) -> dict[str, Any]:
+        """All figures as plain data."""
+        count = self.count
+        return {
+            "benchmark": "soak",
+            "date": self.started.isoformat(timespec="seconds"),
+            "command": redact(sys.argv),
+            "options": {**asdict(self.options), "folder": None, "out": None, "servers": None},
+            "hardware": hardware(),
+            "versions": versions(),
+            "server": self.command,
+            "interrupted": self.interrupted,
+            "seconds": self.seconds,
+            "answers": {
+                "wrong": len(count.wrong),
+                **{name: {"right": count.right[name], "ties": count.ties[name]} for name in sorted(count.right)},
+            },
+            "wrong": count.wrong[:20],
+            "distinct": self.distinct,
+            "requests": dict(count.asked),
+            "failures": dict(count.failures),
+            "attempts": {
+                kind: {"what": what, "made": count.attempts[kind], "succeeded": count.succeeded[kind]}
+                for kind, what in ATTACKS.items()
+            },
+            "attempts_void": dict(count.void),
+            "memory_mib": self.memory,
+            "memory_growth": self.growth(),
+            "memory_slopes_mib_a_minute": self.slopes(),
+            "metrics": self.metrics,
+        }
+
+
+async def soak(options: SoakOptions, say: Callable[[str], None]) -> SoakRun:
+    """Ask stock vLLM for the right answers, then load a server with tokens.
+
+    Ctrl-C during the load returns what was measured, with `interrupted` set.
+    Raises InputError and ServerError.
+    """
+    run = SoakRun(options)
+    say("Asking stock vLLM for the right answers ...")
+    tokens, references = await right_answers(options)
+    run.distinct = distinct(references)
+    key = secrets.token_hex(16)
+    own = ServerOptions(
+        **{
+            **vars(options.servers),
+            "plugin_args": (
+                "--be-injection=resident-rows",  # without rows there is nothing to attack
+                f"--be-rows={options.rows}",
+                f"--num-gpu-blocks-override={-(-options.kv_tokens // (16 if gpus() else 128))}",
+                f"--max-num-seqs={options.clients}",
+                *options.servers.plugin_args,
+            ),
+        }
+    )
+    async with AsyncExitStack() as stack:
+        say("Starting the server with tokens ...")
+        server = await stack.enter_async_context(plugin_server(own, options.out, MAX_MODEL_LEN, admin_key=key))
+        run.command = redact(server.command)
+        http = await stack.enter_async_context(
+            httpx.AsyncClient(
+                base_url=server.url,
+                timeout=httpx.Timeout(300.0),
+                trust_env=False,
+                limits=httpx.Limits(max_connections=None),
+            )
+        )
+        asker = Asker(options, http, key, tokens, run.count)
+        await asker.register()
+        await _load(run, Crowd(asker, references), lambda: server.pid)
+        if server.alive:
+            run.metrics = await _metrics(http)
+        else:
+            run.count.failures["the server ended"] += 1
+    return run
+
+
+async def _load(run: SoakRun, crowd: Crowd, pid: Callable[[], int]) -> None:
+    """Let the crowd in, and look at the memory while it is there."""
+    from tqdm import tqdm
+
+    begin = time.monotonic()
+    until = begin + 60 * run.options.minutes
+    clients = [asyncio.create_task(crowd.work(n, until)) for n in range(run.options.clients)]
+    try:
+        with tqdm(total=round(60 * run.options.minutes), unit="s", desc="soak", file=sys.stderr) as bar:
+            while not all(task.done() for task in clients):
+                await asyncio.sleep(1)
+                passed = time.monotonic() - begin
+                bar.update(min(round(passed), bar.total) - bar.n)
+                if len(run.memory) <= passed / 5:
+                    sizes = {name: size / 2**20 for name, size in resident(pid()).items()}
+                    run.memory.append((passed / 60, sizes))
+                bar.set_postfix(
+                    right=run.count.right.total(), wrong=len(run.count.wrong), failed=run.count.failures.total()
+                )
+        await asyncio.gather(*clients)
+    except asyncio.CancelledError:
+        run.interrupted = True
+        if task := asyncio.current_task():
+            task.uncancel()
+    finally:
+        for one in clients:
+            one.cancel()
+        await asyncio.gather(*clients, return_exceptions=True)
+        run.seconds = time.monotonic() - begin
+
+
+async def _metrics(http: httpx.AsyncClient) -> dict[str, float]:
+    """The server's own counters that tell whether the load was what it should be."""
+    text = (await http.get("/metrics")).text
+    wanted = ("vllm:num_preemptions_total", "be_serve_row_writes_total", "be_serve_resident_tokens")
+    found: dict[str, float] = {}
+    for line in text.splitlines():
+        name = line.partition("{")[0].partition(" ")[0]
+        if name.startswith(wanted) and not name.endswith("_created"):
+            found[name] = found.get(name, 0.0) + float(line.rpartition(" ")[2])
+    return found
+
+
+def summary(result: dict[str, Any]) -> Sequence[str]:
+    """The figures as lines for people."""
+    memory, answers = result["memory_mib"], dict(result["answers"])
+    wrong = answers.pop("wrong")
+    attempts = result["attempts"]
+    lines = [
+        f"{sum(result['requests'].values())} actions in {result['seconds'] / 60:.1f} min: "
+        + ", ".join(f"{count} {name}" for name, count in sorted(result["requests"].items())),
+        f"answers compared: {sum(one['right'] for one in answers.values())} right, "
+        f"{sum(one['ties'] for one in answers.values())} ties, {wrong} wrong "
+        f"(two tokens' right answers differ in {100 * result['distinct']:.0f} % of pairs)",
+        "right and ties: " + ", ".join(f"{name} {one['right']} and {one['ties']}" for name, one in answers.items()),
+        f"attempts: {sum(kind['made'] for kind in attempts.values())} made, "
+        f"{sum(kind['succeeded'] for kind in attempts.values())} succeeded; "
+        + ", ".join(f"{kind} {count['made']}/{count['succeeded']}" for kind, count in attempts.items()),
+        f"  not counted, for the blocks had left the cache: {sum(result['attempts_void'].values())}",
+        f"errors that are not the client's: {sum(result['failures'].values())}",
+        *(f"  {count} x {error}" for error, count in Counter(result["failures"]).most_common(10)),
+    ]
+    if memory:
+        first, last = (sum(sizes.values()) for _, sizes in (memory[0], memory[-1]))
+        lines.append(f"memory: {first:.0f} MiB at first, {last:.0f} at last")
+    if slopes := result["memory_slopes_mib_a_minute"]:
+        lines.append(
+            f"the last tenth over the second tenth: {result['memory_growth']:.3f}; MiB a minute over the last two "
+            "thirds: " + ", ".join(f"{name} {slope:+.2f}" for name, slope in slopes.items())
+        )
+    lines += [f"{name}: {value:.0f}" for name, value in sorted(result["metrics"].items())]
+    return lines
