@@ -84,7 +84,7 @@ async def run(rows, journal, answers: Answers, **options):
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr("be_serve.batch._LONGEST_WAIT", 0.01)
+    monkeypatch.setattr("be_serve.batch.asking._LONGEST_WAIT", 0.01)
 
 
 def read(path) -> list[dict]:

@@ -1,0 +1,64 @@
+"""The rows of a batch file: each a request."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from be_serve.core.errors import InputError
+
+URLS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
+"""Where a row may go: the routes that answer with text."""
+
+
+@dataclass(frozen=True)
+class BatchRow:
+    """One request of a batch file."""
+
+    custom_id: str
+    url: str
+    content: bytes
+    """The body, as JSON."""
+
+
+def read_rows(path: str | Path) -> list[BatchRow]:
+    """Read a batch file. Raises InputError naming the line at fault.
+
+    A row: {"custom_id": "1", "method": "POST", "url": "/v1/chat/completions", "body": {...}}
+    """
+    rows: dict[str, BatchRow] = {}
+    try:
+        with Path(path).open(encoding="utf-8-sig", newline="\n") as lines:
+            for number, line in enumerate(lines, start=1):
+                if not line.strip():
+                    continue
+                try:
+                    row = _row(json.loads(line))
+                except (ValueError, RecursionError) as exc:
+                    raise InputError(f"{path}, line {number}: {exc}") from exc
+                if row.custom_id in rows:
+                    raise InputError(f"{path}, line {number}: the custom_id {row.custom_id!r} was used before.")
+                rows[row.custom_id] = row
+    except (OSError, UnicodeDecodeError) as exc:
+        raise InputError(f"Cannot read the batch file {path}: {exc}.") from exc
+    if not rows:
+        raise InputError(f"{path} holds no requests.")
+    return list(rows.values())
+
+
+def _row(found: object) -> BatchRow:
+    if not isinstance(found, dict):
+        raise ValueError("a row must be a JSON object.")
+    custom_id, url, body = found.get("custom_id"), found.get("url"), found.get("body")
+    if not isinstance(custom_id, str) or not custom_id:
+        raise ValueError("`custom_id` must be a string.")
+    if str(found.get("method", "POST")).upper() != "POST":
+        raise ValueError("`method` must be POST.")
+    if url not in URLS:
+        raise ValueError(f"`url` must be one of {', '.join(URLS)}.")
+    if not isinstance(body, dict):
+        raise ValueError("`body` must be a JSON object.")
+    if body.get("stream") or body.get("background"):
+        raise ValueError("a batch waits for whole answers: leave out `stream` and `background`.")
+    return BatchRow(custom_id, str(url), json.dumps(body).encode())
