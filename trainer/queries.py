@@ -48,6 +48,7 @@ def read_queries(path: str | Path) -> list[Query]:
         {"query": "..."}  or  {"question": "..."}
         {"instruction": "...", "input": "..."}          input may be absent or empty
         {"messages": [{"role": ..., "content": ...}]}   multi-turn
+        {"turns": ["...", "..."]}                       FastChat's question files; the first turn is asked
 
     Any of them may hold `answer`. Turns of the assistant at the end are cut off (the
     last is the answer where there is no `answer` field), a leading system turn is
@@ -81,12 +82,14 @@ def parse_query(row: object) -> Query:
         raise ValueError("`cut` must be true or false.")
     if "messages" in row:
         return replace(_from_messages(row["messages"], answer), cut=cut)
-    for field in ("query", "question", "instruction"):
+    for field in ("query", "question", "instruction", "turns"):
         if field in row:
             text = row[field]
+            if field == "turns" and isinstance(text, list) and text:
+                text = text[0]
             break
     else:
-        raise ValueError("a row needs `query`, `question`, `instruction` or `messages`.")
+        raise ValueError("a row needs `query`, `question`, `instruction`, `turns` or `messages`.")
     if not isinstance(text, str) or not text.strip():
         raise ValueError(f"`{field}` must be a text that is not empty.")
     extra = row.get("input") if field == "instruction" else None

@@ -40,6 +40,7 @@ def query(text: str) -> Query:
         ({"instruction": "Translate.", "input": "Guten Tag"}, "Translate.\n\nGuten Tag", None),
         ({"instruction": "Sing.", "input": ""}, "Sing.", None),
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}]}, "Hi", None),
+        ({"question_id": 1, "turns": ["Hi", "Shorter, please."]}, "Hi", None),
     ],
 )
 def test_every_form_of_a_row(row, expected, answer):
@@ -68,6 +69,8 @@ def test_multi_turn_rows():
         {"query": 3},
         {"query": "Hi", "answer": 4},
         {"instruction": "Hi", "input": 3},
+        {"turns": []},
+        {"turns": [3]},
         {"messages": "Hi"},
         {"messages": []},
         {"messages": [{"role": "assistant", "content": "Hi"}]},
