@@ -21,7 +21,7 @@ from be_serve.cli.remote import server_options
     "prompt_file",
     type=click.Path(dir_okay=False),
     help="File with the token's prompt. The server stores the text and answers by it where the token cannot, for "
-    'requests with "be_fallback": "full".',
+    "requests with `be_fallback`.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the server's answer as JSON.")
 @server_options

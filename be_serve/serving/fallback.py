@@ -1,4 +1,4 @@
-"""`"be_fallback": "full"`: the stored prompt answers where its token cannot."""
+"""`be_fallback`: the stored prompt answers where its token cannot."""
 
 from __future__ import annotations
 

@@ -132,7 +132,7 @@ class ChatHook:
         try:
             if resolution.how == "match":
                 self._refuse_options(request)
-            if fields.fallback:
+            if fields.fallback == "full":
                 self._fallback.refuse_unfit(resolution.tokens)
             # Who has a full prompt to fall back on waits for nothing.
             held = await self._hold(context, resolution, wait=resolution.how != "match" and not fields.fallback)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 from be_serve.core.errors import RequestError, UnsupportedRequest
 from be_serve.core.ids import validate_be_id
@@ -14,6 +14,8 @@ FIELDS = ("be_id", "be_system", "be_match", "be_fallback")
 # its text form would become an id outside the vocabulary.
 EMBEDS_MARKER = "<prompt_embeds>"
 
+
+Fallback: TypeAlias = Literal["full", "unavailable"]
 
 MAX_COMPOSED = 8
 """Most tokens that a request may name for its slot."""
@@ -27,8 +29,9 @@ class BEFields:
     """The tokens of the slot, in order."""
     append: bool = False
     match: bool = True
-    fallback: bool = False
-    """Whether the full prompt may answer where the tokens cannot."""
+    fallback: Fallback | None = None
+    """Where the full prompt may answer: "full" in place of tokens that cannot answer, or are marked as not
+    keeping its behaviour; "unavailable" in place of the first kind only."""
 
     @classmethod
     def parse(cls, extra: Mapping[str, Any] | None) -> BEFields:
@@ -47,9 +50,9 @@ class BEFields:
         if not isinstance(match, bool):
             raise RequestError("`be_match` must be true or false.", param="be_match")
         fallback = given.get("be_fallback")
-        if fallback not in (None, "full"):
-            raise RequestError('`be_fallback` must be "full" or absent.', param="be_fallback")
-        return cls(be_ids=be_ids, append=system == "append", match=match, fallback=fallback == "full")
+        if fallback not in (None, *get_args(Fallback)):
+            raise RequestError('`be_fallback` must be "full", "unavailable" or absent.', param="be_fallback")
+        return cls(be_ids=be_ids, append=system == "append", match=match, fallback=fallback)
 
 
 _NONE = BEFields()

@@ -79,7 +79,7 @@ class Resolver:
                 )
             return None
         if not be_ids:
-            for name, given in (("be_system", fields.append), ("be_fallback", fields.fallback)):
+            for name, given in (("be_system", fields.append), ("be_fallback", fields.fallback is not None)):
                 if given:
                     raise RequestError(f"`{name}` needs a `be_id`.", param=name)
             return self._matched(fields, messages)

@@ -183,6 +183,15 @@ def test_without_be_fallback_nothing_changes(server, stored):
     assert lossy.headers["x-be-id"] == "lossy"
 
 
+def test_a_marked_token_answers_where_only_its_absence_matters(server, stored):
+    lossy = chat(server, USER, be_id="lossy", be_fallback="unavailable")
+    assert lossy.headers["x-be-id"] == "lossy"
+    assert text(lossy) == text(chat(server, USER, be_id="lossy"))
+    gone = chat(server, USER, be_id="gone", be_fallback="unavailable")
+    assert gone.headers["x-be-fallback"] == "full"
+    assert text(gone) == text(chat(server, [FULL, *USER], be_match=False))
+
+
 def test_a_token_that_can_answer_does(server):
     answer = chat(server, USER, be_id="identity", be_fallback="full")
     assert answer.headers["x-be-id"] == "identity"
@@ -193,6 +202,9 @@ def test_a_token_that_can_answer_does(server):
     ("status", "body"),
     [
         (404, {"be_id": "nobody", "be_fallback": "full"}),
+        (404, {"be_id": "nobody", "be_fallback": "unavailable"}),
+        (400, {"be_id": "gone", "be_fallback": True}),
+        (400, {"be_id": "gone", "be_fallback": ["full"]}),
         (404, {"be_id": ["gone", "nobody"], "be_fallback": "full"}),
         (400, {"be_id": "gone", "be_fallback": "half"}),
         (400, {"be_fallback": "full"}),

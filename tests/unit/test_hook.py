@@ -291,6 +291,12 @@ class TestFallback:
         registry.store_prompt("harbor", PROMPT)
         index.refresh()
         assert (await hook.begin(request(**self.FIELDS), USER, None)).messages == FULL
+        # Who takes the token as it is wants the prompt only where there is no token.
+        marked = await hook.begin(request(be_id="harbor", be_fallback="unavailable"), USER, None)
+        assert marked.tokens.name == "harbor"
+        registry.remove("harbor")
+        index.refresh()
+        assert (await hook.begin(request(be_id="harbor", be_fallback="unavailable"), USER, None)).messages == FULL
 
     async def test_no_room_is_seen_when_the_vectors_are_placed(self, tmp_path, context):
         hook, index, registry = make_hook(tmp_path, capacity=10)
