@@ -122,16 +122,17 @@ def shared_attention(
     batch, heads, length, width = query_BATD.shape
     groups, own, shared = key_BGSD.shape[1], key_BGSD.shape[2], prefix_key_1GPD.shape[2]
     repeats = heads // groups
-    grouped = query_BATD.reshape(batch, groups, repeats * length, width)
+    # Scaled here, where it is small. A softmax adds up in float32 whatever its dtype, so the scores stay as they are:
+    # they are most of what a decoding step writes.
+    grouped = (query_BATD * scaling).reshape(batch, groups, repeats * length, width)
     # [G, B R T, D]: all rows side by side before the one prefix.
     joined = grouped.transpose(0, 1).reshape(groups, batch * repeats * length, width)
     prefix_scores = torch.matmul(joined, prefix_key_1GPD[0].transpose(1, 2))
     prefix_scores = prefix_scores.reshape(groups, batch, repeats, length, shared).transpose(0, 1)
     own_scores = torch.matmul(grouped, key_BGSD.transpose(2, 3)).reshape(batch, groups, repeats, length, own)
-    scores = torch.cat([prefix_scores, own_scores], dim=-1).float() * scaling
     if mask_B1TS is not None:
-        scores[..., shared:] += mask_B1TS[:, :, None, :, :own]
-    weights = torch.softmax(scores, dim=-1).to(query_BATD.dtype)
+        own_scores = own_scores + mask_B1TS[:, :, None, :, :own].to(own_scores.dtype)
+    weights = torch.softmax(torch.cat([prefix_scores, own_scores], dim=-1), dim=-1)
     of_prefix, of_own = weights.split([shared, own], dim=-1)
     joined_weights = of_prefix.transpose(0, 1).reshape(groups, batch * repeats * length, shared)
     read = torch.matmul(joined_weights, prefix_value_1GPD[0]).reshape(groups, batch, repeats * length, width)
