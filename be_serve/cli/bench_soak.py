@@ -41,7 +41,8 @@ def command(
     """Abuse a server for a while: too few rows, a full KV cache, tokens that come and go, attacks.
 
     Answers are compared with stock vLLM's to the tokens' texts. Writes soak.json. Exit
-    status 1 where an answer was wrong, an attack succeeded, or a request failed by our fault.
+    status 1 where an answer was wrong, an attack succeeded, a request failed by our fault,
+    memory grew, or the run was too short or too easy to show any of it.
     """
     from be_serve.core.artifact import write_atomically
     from be_serve.models import resolve_model
@@ -64,8 +65,10 @@ def command(
     result = run.result()
     write_atomically(options.out / "soak.json", f"{json.dumps(result, indent=1)}\n".encode())
     click.echo("\n".join(summary(result)))
-    click.echo(json.dumps({key: result[key] for key in ("benchmark", "answers", "attempts", "memory_growth")}))
+    click.echo(
+        json.dumps({key: result[key] for key in ("benchmark", "answers", "attempts", "memory_growth", "faults")})
+    )
     if run.interrupted:
         raise click.exceptions.Exit(130)
-    if not run.clean:
+    if result["faults"]:
         raise click.exceptions.Exit(1)

@@ -135,11 +135,16 @@ def answer_of(body: dict[str, Any]) -> Answer:
     return Answer(tuple(place["token"] for place in places), tuple(close))
 
 
-def distinct(references: dict[tuple[str, int], Answer]) -> float:
+def shown(references: dict[tuple[str, int], Answer]) -> float:
+    """Share of mix-ups, one token's answer in place of another's to the same question, that would count as wrong."""
     by_question: dict[int, list[Answer]] = {}
     for (_, q), answer in references.items():
         if q < 0:
             continue  # each long message is asked of one token
         by_question.setdefault(q, []).append(answer)
-    pairs = [a.tokens != b.tokens for answers in by_question.values() for a, b in itertools.combinations(answers, 2)]
-    return sum(pairs) / len(pairs) if pairs else 0.0
+    count = Count()
+    for answers in by_question.values():
+        for right, other in itertools.permutations(answers, 2):
+            count.judge("mixed up", right, other, {})
+    pairs = count.right.total() + count.ties.total() + len(count.wrong)
+    return len(count.wrong) / pairs if pairs else 0.0

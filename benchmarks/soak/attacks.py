@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import httpx
+import numpy as np
 
+from be_serve.core.artifact import Token
 from benchmarks.soak.answers import long_message
 from benchmarks.soak.asking import Asker
 
@@ -20,10 +22,20 @@ ATTACKS = {
     "prompt_logprobs": "what the model thinks of the rows",
     "vector": "the vectors, by the admin API with and without its key",
     "blocks": "another token's KV blocks, with the same message and the same cache_salt",
+    "takeover": "the KV blocks of the token that had the very same rows before",
 }
+_IN_THE_CROWD = [kind for kind in ATTACKS if kind != "takeover"]
 _REFUSED = {"raw_ids": 400, "allowed_ids": 400, "logit_bias": 400, "prompt_logprobs": 400}
 _GAP = 1024  # ids between the padded vocabulary and the first row (docs/operations.md)
 _PADDING = 64  # of vLLM's vocabulary
+
+
+_FILLING = ("filling-a", "filling-b", "filling-c")
+
+
+def _message(rng: random.Random) -> str:
+    """A new message of a KV block and a little."""
+    return " ".join(long_message(rng.getrandbits(32)).split()[:150])
 
 
 @dataclass
@@ -34,7 +46,7 @@ class Attacks:
 
     async def any(self, rng: random.Random) -> None:
         """One attempt of some kind."""
-        kind = rng.choice(list(ATTACKS))
+        kind = rng.choice(_IN_THE_CROWD)
         if kind == "blocks":
             await self.blocks(rng)
             return
@@ -78,25 +90,50 @@ class Attacks:
 
     async def blocks(self, rng: random.Random) -> None:
         """One message with token A, then with B and A at once: only A may find its blocks, and must, to count."""
+        a, b = rng.sample(list(self.asker.tokens), 2)
+        message = _message(rng)
+        await self._cached("blocks", a, message)
+        others, own = await asyncio.gather(self._cached("blocks", b, message), self._cached("blocks", a, message))
+        self._count("blocks", others, own)
+
+    async def takeover(self, rng: random.Random) -> None:
+        """Three tokens that each fill the table, one after the other: the third gets the first one's rows in order.
+
+        Ids and message are the same then, so only the salt keeps the third from the first one's blocks. It must find
+        its own the second time, to count. For a server that has nothing else to do.
+        """
         asker = self.asker
-        a, b = rng.sample(list(asker.tokens), 2)
-        message = " ".join(long_message(rng.getrandbits(32)).split()[:150])  # a block and a little
+        some = next(iter(asker.tokens.values()))
+        vectors = np.concatenate([token.vectors for token in asker.tokens.values()])
+        for n, name in enumerate(_FILLING):
+            filling = np.resize(np.roll(vectors, n, axis=0), (asker.options.rows, vectors.shape[1]))
+            manifest = some.manifest.model_copy(update={"id": name, "k": len(filling)})
+            await asker.put(Token(manifest, np.ascontiguousarray(filling)))
+        message = _message(rng)
+        found = [await self._cached("takeover", name, message) for name in (*_FILLING, _FILLING[-1])]
+        for name in _FILLING:
+            await asker.http.delete(f"/v1/be/tokens/{name}", headers={"X-BE-Key": asker.key})
+        others = None if None in found[:-1] else sum(found[:-1])  # type: ignore[arg-type]
+        self._count("takeover", others, found[-1])
 
-        async def cached(be_id: str) -> int | None:
-            body = asker.chat(be_id, 0, use_token=True) | {"max_tokens": 1, "cache_salt": "shared"}
-            body["messages"][-1]["content"] = message
-            answer = await asker.post("/v1/chat/completions", body)
-            if not asker.expect("blocks", answer, 200):
-                return None
-            return (answer.json()["usage"].get("prompt_tokens_details") or {}).get("cached_tokens") or 0
+    async def _cached(self, kind: str, be_id: str, message: str) -> int | None:
+        """Cached tokens of a chat with a token, None where it failed. All ask with one salt."""
+        asker = self.asker
+        some = next(iter(asker.tokens))
+        body = asker.chat(some, 0, use_token=True) | {"be_id": be_id, "max_tokens": 1, "cache_salt": "shared"}
+        body["messages"][-1]["content"] = message
+        answer = await asker.post("/v1/chat/completions", body)
+        if not asker.expect(kind, answer, 200):
+            return None
+        return (answer.json()["usage"].get("prompt_tokens_details") or {}).get("cached_tokens") or 0
 
-        await cached(a)
-        others, own = await asyncio.gather(cached(b), cached(a))
+    def _count(self, kind: str, others: int | None, own: int | None) -> None:
         if others is None or own is None:
             return
-        asker.count.succeeded["blocks"] += bool(others)
-        made = asker.count.attempts if others or own else asker.count.void
-        made["blocks"] += 1
+        count = self.asker.count
+        count.succeeded[kind] += bool(others)
+        made = count.attempts if others or own else count.void
+        made[kind] += 1
 
     def _must_be_refused(self, kind: str, answer: httpx.Response) -> None:
         if answer.is_success:

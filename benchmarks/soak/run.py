@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import secrets
 import statistics
 import sys
@@ -18,11 +19,18 @@ import httpx
 
 from benchmarks.machine import gpus, hardware, redact, resident, versions
 from benchmarks.servers import ServerOptions, plugin_server
-from benchmarks.soak.answers import MAX_MODEL_LEN, Count, distinct, right_answers
+from benchmarks.soak.answers import MAX_MODEL_LEN, Count, right_answers, shown
 from benchmarks.soak.asking import Asker
-from benchmarks.soak.attacks import ATTACKS
+from benchmarks.soak.attacks import ATTACKS, Attacks
 from benchmarks.soak.crowd import Crowd
 from benchmarks.soak.options import SoakOptions
+
+COMPARED_KINDS = ("token", "plain", "long", "churn")
+LEAST_SHOWN = 0.5
+EXCESS_OF_TIES = 0.1
+"""Share of ties that tokens' answers may have beyond plain ones'."""
+MOST_GROWTH, LONG_ENOUGH = 1.05, 20 * 60
+"""Memory's last tenth over its second tenth, in a run of at least so many seconds: caches fill at first."""
 
 
 @dataclass
@@ -32,8 +40,8 @@ class SoakRun:
     options: SoakOptions
     started: datetime = field(default_factory=lambda: datetime.now().astimezone())
     count: Count = field(default_factory=Count)
-    distinct: float = 0.0
-    """Share of pairs of tokens whose right answers differ, each question by itself: how far a mix-up would show."""
+    shown: float = 0.0
+    """Share of mix-ups of two tokens that would count as wrong."""
     memory: list[tuple[float, dict[str, float]]] = field(default_factory=list)
     """Minute, and MiB of each of the server's processes, shared pages counted once (PSS)."""
     seconds: float = 0.0
@@ -61,12 +69,31 @@ class SoakRun:
             for name in names
         }
 
-    @property
-    def clean(self) -> bool:
-        """Whether every answer was right, nothing failed, and all was attempted and nothing reached."""
-        count = self.count
-        proven = bool(count.right) and all(count.attempts[kind] for kind in ATTACKS)
-        return proven and not (count.wrong or count.failures or count.succeeded.total())
+    def faults(self) -> list[str]:
+        """What was wrong, and what this run cannot have shown; empty for a clean one."""
+        count, found = self.count, []
+        for number, what in (
+            (len(count.wrong), "wrong answers"),
+            (count.failures.total(), "errors that are not the client's"),
+            (count.succeeded.total(), "attempts succeeded"),
+        ):
+            if number:
+                found.append(f"{number} {what}")
+        found += [f"no right answer of kind {kind!r}" for kind in COMPARED_KINDS if not count.right[kind]]
+        found += [f"no attempt of kind {kind!r}" for kind in ATTACKS if not count.attempts[kind]]
+        if self.shown < LEAST_SHOWN:
+            found.append(f"only {self.shown:.0%} of mix-ups would count as wrong: ask other questions (--seed)")
+        ties = {kind: count.ties[kind] / max(1, count.ties[kind] + count.right[kind]) for kind in ("token", "plain")}
+        if ties["token"] > ties["plain"] + EXCESS_OF_TIES:
+            found.append(f"ties in {ties['token']:.0%} of the tokens' answers, in {ties['plain']:.0%} of plain ones")
+        if not self.metrics.get("vllm:num_preemptions_total"):
+            found.append("no request was preempted: a smaller --kv-tokens, or more --clients")
+        if self.metrics.get("be_serve_row_writes_total", 0) <= self.options.tokens:
+            found.append("rows hardly changed their owner: fewer --rows")
+        growth = self.growth()
+        if growth is not None and growth > MOST_GROWTH and self.seconds >= LONG_ENOUGH:
+            found.append(f"memory grew to {growth:.2f} times its size")
+        return found
 
     def result(self) -> dict[str, Any]:
         """All figures as plain data."""
@@ -86,7 +113,7 @@ class SoakRun:
                 **{name: {"right": count.right[name], "ties": count.ties[name]} for name in sorted(count.right)},
             },
             "wrong": count.wrong[:20],
-            "distinct": self.distinct,
+            "shown": self.shown,
             "requests": dict(count.asked),
             "failures": dict(count.failures),
             "attempts": {
@@ -98,6 +125,7 @@ class SoakRun:
             "memory_growth": self.growth(),
             "memory_slopes_mib_a_minute": self.slopes(),
             "metrics": self.metrics,
+            "faults": self.faults(),
         }
 
 
@@ -110,7 +138,7 @@ async def soak(options: SoakOptions, say: Callable[[str], None]) -> SoakRun:
     run = SoakRun(options)
     say("Asking stock vLLM for the right answers ...")
     tokens, references = await right_answers(options)
-    run.distinct = distinct(references)
+    run.shown = shown(references)
     key = secrets.token_hex(16)
     own = ServerOptions(
         **{
@@ -138,11 +166,12 @@ async def soak(options: SoakOptions, say: Callable[[str], None]) -> SoakRun:
         )
         asker = Asker(options, http, key, tokens, run.count)
         await asker.register()
+        await Attacks(asker).takeover(random.Random(f"takeover {options.seed}"))  # noqa: S311
         await _load(run, Crowd(asker, references), lambda: server.pid)
-        if server.alive:
+        try:
             run.metrics = await _metrics(http)
-        else:
-            run.count.failures["the server ended"] += 1
+        except httpx.HTTPError as exc:
+            run.count.failures[f"the server ended: {type(exc).__name__}"] += 1
     return run
 
 
@@ -199,7 +228,7 @@ def summary(result: dict[str, Any]) -> Sequence[str]:
         + ", ".join(f"{count} {name}" for name, count in sorted(result["requests"].items())),
         f"answers compared: {sum(one['right'] for one in answers.values())} right, "
         f"{sum(one['ties'] for one in answers.values())} ties, {wrong} wrong "
-        f"(two tokens' right answers differ in {100 * result['distinct']:.0f} % of pairs)",
+        f"(of mix-ups of two tokens {100 * result['shown']:.0f} % would count as wrong)",
         "right and ties: " + ", ".join(f"{name} {one['right']} and {one['ties']}" for name, one in answers.items()),
         f"attempts: {sum(kind['made'] for kind in attempts.values())} made, "
         f"{sum(kind['succeeded'] for kind in attempts.values())} succeeded; "
@@ -217,4 +246,4 @@ def summary(result: dict[str, Any]) -> Sequence[str]:
             "thirds: " + ", ".join(f"{name} {slope:+.2f}" for name, slope in slopes.items())
         )
     lines += [f"{name}: {value:.0f}" for name, value in sorted(result["metrics"].items())]
-    return lines
+    return [*lines, *(f"FAULT: {fault}" for fault in result["faults"])] if result["faults"] else [*lines, "clean"]

@@ -15,9 +15,9 @@ import pytest
 from benchmarks.machine import resident
 from benchmarks.servers import ServerOptions
 from benchmarks.soak import SoakOptions, SoakRun, summary
-from benchmarks.soak.answers import Answer, Count, answer_of, distinct
+from benchmarks.soak.answers import Answer, Count, answer_of, shown
 from benchmarks.soak.asking import Asker
-from benchmarks.soak.attacks import ATTACKS
+from benchmarks.soak.attacks import ATTACKS, Attacks
 from benchmarks.soak.crowd import Crowd
 from tests.factories import make_token
 
@@ -46,10 +46,12 @@ def test_an_answer_that_departs_is_wrong_unless_it_took_a_close_second(tokens, o
 
 
 def test_how_far_a_mix_up_would_show():
-    other = Answer(("No",), (frozenset(),))
-    same = {("a", 0): RIGHT, ("b", 0): RIGHT, ("c", 0): other}
-    assert distinct(same) == pytest.approx(2 / 3)
-    assert distinct({("a", 0): RIGHT, ("b", 1): other, ("a", -1): other, ("b", -1): RIGHT}) == 0.0
+    near = Answer(("Ahoy", "!", " cat"), (frozenset(), frozenset({","}), frozenset()))
+    far = Answer(("No",), (frozenset(),))
+    assert shown({("a", 0): RIGHT, ("b", 0): RIGHT}) == 0.0
+    assert shown({("a", 0): RIGHT, ("b", 0): near}) == 0.0  # either way the first difference is a tie
+    assert shown({("a", 0): RIGHT, ("b", 0): near, ("c", 0): far}) == pytest.approx(4 / 6)
+    assert shown({("a", 0): RIGHT, ("b", 1): far, ("a", -1): far, ("b", -1): RIGHT}) == 0.0  # no question in common
 
 
 def options(**given) -> SoakOptions:
@@ -80,6 +82,8 @@ class Server:
         self.answer = answer
 
     def __call__(self, request: httpx.Request) -> httpx.Response:
+        if request.url.path.startswith("/v1/be/") and request.method in ("POST", "DELETE"):
+            return httpx.Response({"POST": 201, "DELETE": 200}[request.method], json={})
         body = json.loads(request.content) if request.content else {}
         self.asked.append((request.url.path, body))
         if request.method == "GET" and "X-BE-Key" not in request.headers:
@@ -105,6 +109,7 @@ def crowd(server: Server) -> Crowd:
 async def attack_all(server: Server) -> Count:
     clients = crowd(server)
     rng = random.Random(0)
+    await Attacks(clients.asker).takeover(rng)
     for _ in range(200):
         await clients.attack(rng)
     return clients.asker.count
@@ -134,15 +139,50 @@ async def test_a_server_that_refuses_is_not_reached():
     assert not count.succeeded.total()
     assert not count.failures
     assert not count.void
-    run = SoakRun(options(), count=count)
-    assert not run.clean  # no answer was compared
-    count.right["token"] = 1
-    assert run.clean
-    del count.attempts["blocks"]
-    assert not run.clean  # nothing is proven of what was not attempted
-    ids = {i for path, body in server.asked if path == "/v1/completions" for i in body["prompt"]}
-    ids |= {int(i) for _, body in server.asked for i in body.get("logit_bias", {})}
-    assert ids <= set(range(128 + 1024, 128 + 1024 + 48))  # 100 ids padded to 128, the gap, 48 rows
+    ids = {
+        "raw_ids": [i for path, body in server.asked if path == "/v1/completions" for i in body["prompt"]],
+        "detokenize": [i for path, body in server.asked if path == "/detokenize" for i in body["tokens"]],
+        "logit_bias": [int(i) for _, body in server.asked for i in body.get("logit_bias", {})],
+        "allowed_ids": [i for _, body in server.asked for i in body.get("allowed_token_ids", [])],
+    }
+    rows = set(range(128 + 1024, 128 + 1024 + 48))  # 100 ids padded to 128, the gap, 48 rows
+    for kind, sent in ids.items():
+        assert len(set(sent)) > 5, kind
+        assert set(sent) <= rows, kind
+
+
+LOADED = {"vllm:num_preemptions_total": 3.0, "be_serve_row_writes_total": 90.0}
+
+
+def clean_run(**given) -> SoakRun:
+    run = SoakRun(options(), shown=0.9, seconds=1800.0, metrics=dict(LOADED), **given)
+    for kind in ("token", "plain", "long", "churn"):
+        run.count.right[kind] = 50
+    for kind in ATTACKS:
+        run.count.attempts[kind] = 5
+    return run
+
+
+@pytest.mark.parametrize(
+    ("spoil", "fault"),
+    [
+        (lambda run: run.count.wrong.append({}), "1 wrong answers"),
+        (lambda run: run.count.failures.update(["x"]), "1 errors that are not the client's"),
+        (lambda run: run.count.succeeded.update(["vector"]), "1 attempts succeeded"),
+        (lambda run: run.count.right.pop("churn"), "no right answer of kind 'churn'"),
+        (lambda run: run.count.attempts.pop("takeover"), "no attempt of kind 'takeover'"),
+        (lambda run: run.count.ties.update(token=20), "ties in 29% of the tokens' answers, in 0% of plain ones"),
+        (lambda run: setattr(run, "shown", 0.2), "only 20% of mix-ups"),
+        (lambda run: run.metrics.clear(), "no request was preempted"),
+        (lambda run: run.metrics.update(be_serve_row_writes_total=24.0), "rows hardly changed"),
+        (lambda run: run.memory.extend((n, {"a": 100.0 + n}) for n in range(100)), "memory grew to 1."),
+    ],
+)
+def test_a_soak_is_clean_only_where_it_shows_something(spoil, fault):
+    run = clean_run()
+    assert run.faults() == []
+    spoil(run)
+    assert any(fault in found for found in run.faults()), run.faults()
 
 
 async def test_a_server_that_gives_way_is_seen_to():
@@ -184,14 +224,14 @@ async def test_an_answer_of_another_form_is_a_failure_and_the_client_goes_on():
 
 
 def test_the_summary_names_what_went_wrong():
-    run = SoakRun(options())
-    assert not run.clean  # nothing was compared
+    run = clean_run()
+    assert summary(run.result())[-1] == "clean"
     run.count.judge("token", RIGHT, RIGHT, {})
     run.count.failures["token: HTTP 503: no room"] = 2
-    assert not run.clean
     text = "\n".join(summary(run.result()))
-    assert "1 right, 0 ties, 0 wrong" in text
+    assert "201 right, 0 ties, 0 wrong" in text
     assert "2 x token: HTTP 503: no room" in text
+    assert "FAULT: 2 errors that are not the client's" in text
 
 
 def test_an_answer_keeps_what_was_close_to_the_likeliest():
