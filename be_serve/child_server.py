@@ -40,19 +40,29 @@ class ServerError(BEError):
 class Server:
     """A server process: started on entry, its whole process group ended on exit.
 
-    async with Server("stock", command, log=path, env=env, port=port, timeout=600) as server:
+    async with Server("stock", command, log=path, env=env, at=port, timeout=600) as server:
         server.url
 
-    Without `log` its words go to standard error. Raises ServerError where it does not come up.
+    It answers at a TCP port, or at a socket file, which only those reach who may enter its
+    folder: a port that was free may be another's by the time the server takes it. Without
+    `log` its words go to standard error. Raises ServerError where it does not come up.
     """
 
     def __init__(
-        self, name: str, command: Sequence[str], *, log: Path | None, env: dict[str, str], port: int, timeout: float
+        self,
+        name: str,
+        command: Sequence[str],
+        *,
+        log: Path | None,
+        env: dict[str, str],
+        at: int | Path,
+        timeout: float,
     ) -> None:
         self.name = name
         self.command = list(command)
         self.log = log
-        self.url = f"http://127.0.0.1:{port}"
+        self.socket = str(at) if isinstance(at, Path) else None
+        self.url = "http://localhost" if self.socket else f"http://127.0.0.1:{at}"
         self.start_seconds = 0.0
         self.env = env
         self._timeout = timeout
@@ -92,7 +102,8 @@ class Server:
 
     async def _wait_until_healthy(self, begin: float) -> None:
         assert self._process is not None
-        async with httpx.AsyncClient(base_url=self.url, timeout=10.0, trust_env=False) as http:
+        way = httpx.AsyncHTTPTransport(uds=self.socket)
+        async with httpx.AsyncClient(base_url=self.url, timeout=10.0, transport=way, trust_env=False) as http:
             while not await _healthy(http):
                 if (status := self._process.poll()) is not None:
                     ended = ServerError(f"The {self.name} server ended with status {status}.{self.tail()}")

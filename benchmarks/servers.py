@@ -60,7 +60,7 @@ def _server(name: str, options: ServerOptions, out: Path, max_model_len: int, ex
         command += ["--enforce-eager", "--dtype", "bfloat16"]
     command += [*options.server_args, *extra]
     env = server_env(options.kv_gib)
-    return Server(name, command, log=out / f"{name}.log", env=env, port=port, timeout=options.start_timeout)
+    return Server(name, command, log=out / f"{name}.log", env=env, at=port, timeout=options.start_timeout)
 
 
 def server_env(kv_gib: int) -> dict[str, str]:

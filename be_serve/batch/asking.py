@@ -33,9 +33,13 @@ async def connect(
     key: str | None = None,
     concurrency: int = 64,
     timeout: float | None = None,
+    uds: str | None = None,
     transport: httpx.AsyncBaseTransport | None = None,
 ) -> AsyncIterator[httpx.AsyncClient]:
-    """A client for the server at `url`; `timeout` in seconds bounds each answer. Raises InputError for a bad URL."""
+    """A client for the server at `url`, or behind the socket file `uds`; `timeout` in seconds bounds each answer.
+
+    Raises InputError for a bad URL.
+    """
     try:
         parsed = httpx.URL(url)
     except httpx.InvalidURL as exc:
@@ -56,7 +60,7 @@ async def connect(
         base_url=str(parsed).rstrip("/").removesuffix("/v1"),
         headers=headers,
         timeout=httpx.Timeout(timeout, connect=10.0),
-        transport=transport or httpx.AsyncHTTPTransport(limits=limits, socket_options=alive),
+        transport=transport or httpx.AsyncHTTPTransport(limits=limits, uds=uds, socket_options=None if uds else alive),
         trust_env=False,  # prompts and keys go to the server, and not by a proxy of the environment
     ) as client:
         yield client
@@ -103,17 +107,26 @@ async def run_rows(
     """Ask for every row that the journal does not hold, `concurrency` at a time.
 
     A busy or absent server is asked again for as long as any row is answered now and then.
-    Returns the rows that failed: three times 500 or no answer in time, or another status that the row
-    alone meets; a further run asks them again. Raises BatchStopped where nothing was answered for
-    `patience` seconds, where `alive` says no, and where it is the wrong server or key.
+    Returns the rows that failed: three times 500 or no answer in time, another status that the row
+    alone meets, or a server that is busy for the last rows only; a further run asks them again.
+    Raises BatchStopped where nothing was answered for `patience` seconds, where `alive` says no, and
+    where it is the wrong server or key.
     """
-    waiting = iter([row for row in rows if row.custom_id not in journal])
+    left = [row for row in rows if row.custom_id not in journal]
+    waiting = iter(left)
     failed: dict[str, dict[str, Any]] = {}
     clock = _Clock(patience)
 
+    def last() -> bool:
+        return len(journal) > 0 and taken == len(left)
+
+    taken = 0
+
     async def work() -> None:
+        nonlocal taken
         for row in waiting:
-            answer, final = await _ask(client, row, clock, alive, lambda: len(journal) > 0)
+            taken += 1
+            answer, final = await _ask(client, row, clock, alive, lambda: len(journal) > 0, last)
             if final:
                 journal.add(answer)
                 clock.tick()
@@ -135,9 +148,17 @@ async def run_rows(
 
 
 async def _ask(
-    client: httpx.AsyncClient, row: BatchRow, clock: _Clock, alive: Callable[[], bool], proven: Callable[[], bool]
+    client: httpx.AsyncClient,
+    row: BatchRow,
+    clock: _Clock,
+    alive: Callable[[], bool],
+    proven: Callable[[], bool],
+    last: Callable[[], bool],
 ) -> tuple[dict[str, Any], bool]:
-    """One row's answer, as a row of the output, and whether it is final. `proven`: others were answered before."""
+    """One row's answer, as a row of the output, and whether it is final.
+
+    `proven`: others were answered before; `last`: and none waits to be asked.
+    """
     wait, broken = 0.5, 0
     since: float | None = None
     while True:
@@ -165,8 +186,10 @@ async def _ask(
             return (_as_row(row, answer) if answer is not None else _unanswered(row, why)), False
         since = since or time.monotonic()
         if clock.out(since):
+            if answer is not None and last():
+                return _as_row(row, answer), False
             raise BatchStopped(f"Nothing was answered for {clock.patience:.0f} s. {why}")
-        pause = min(float(named) if named.isdigit() else wait, _LONGEST_WAIT)
+        pause = min(float(named) if named.isdecimal() else wait, _LONGEST_WAIT)
         await asyncio.sleep(pause * random.uniform(0.5, 1.5))  # noqa: S311
         wait *= 2
 

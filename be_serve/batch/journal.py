@@ -28,7 +28,7 @@ def json_object(line: bytes) -> dict[str, Any] | None:
     """A line or body as a JSON object; None where it is none."""
     try:
         found = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None
 
@@ -110,7 +110,8 @@ class Journal:
     def __exit__(self, *_: object) -> None:
         if not self._places and not self._kept and not self._file.closed:
             self.path.unlink(missing_ok=True)  # nothing is lost, and a corrected command is not refused
-        self._file.close()
+        with contextlib.suppress(OSError):  # of a full disk, which `add` has told
+            self._file.close()
 
     def _open(self) -> IO[bytes]:
         """The journal, locked, for its owner's eyes only."""

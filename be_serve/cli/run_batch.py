@@ -8,6 +8,7 @@ import json
 import os
 import secrets
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -66,14 +67,14 @@ def command(
     from tqdm import tqdm
 
     from be_serve.batch import BatchStopped, Journal, check_output, connect, read_rows, run_rows, served_models
-    from be_serve.child_server import Server, ServerError, free_port
+    from be_serve.child_server import Server, ServerError
     from be_serve.core.errors import InputError
 
-    def feed_to(where: str, key: str | None, **options: Any) -> Any:
+    def feed_to(where: str, key: str | None, uds: str | None = None, **options: Any) -> Any:
         async def feed() -> dict[str, Any]:
             width = min(concurrency, len(rows))
             with tqdm(total=len(rows), initial=len(journal), desc="batch", unit="row") as bar:
-                async with connect(where, key=key, concurrency=width, timeout=timeout) as client:
+                async with connect(where, key=key, concurrency=width, timeout=timeout, uds=uds) as client:
                     return await run_rows(client, rows, journal, concurrency=width, done=bar.update, **options)
 
         return feed()
@@ -83,13 +84,14 @@ def command(
             return await served_models(client)
 
     async def here() -> dict[str, Any]:
-        port, key = free_port(), secrets.token_hex(16)
-        line = [sys.executable, "-m", "be_serve.cli.main", "serve", model, *ctx.args]
-        line += ["--host", "127.0.0.1", "--port", str(port)]
-        env = {**os.environ, **variables(plugin), "VLLM_API_KEY": key}
-        async with Server("model's", line, log=None, env=env, port=port, timeout=start_timeout) as server:
-            found: dict[str, Any] = await feed_to(server.url, key, alive=lambda: server.alive)
-            return found
+        key = secrets.token_hex(16)
+        with tempfile.TemporaryDirectory(prefix="be-serve-") as folder:  # for this user alone
+            socket = Path(folder) / "server"
+            line = [sys.executable, "-m", "be_serve.cli.main", "serve", model, *ctx.args, "--uds", str(socket)]
+            env = {**os.environ, **variables(plugin), "VLLM_API_KEY": key}
+            async with Server("model's", line, log=None, env=env, at=socket, timeout=start_timeout) as server:
+                found: dict[str, Any] = await feed_to(server.url, key, server.socket, alive=lambda: server.alive)
+                return found
 
     if url is not None:
         _refuse(ctx, ["model", "start_timeout", *(name for name in ctx.params if name.startswith("be_"))], "--url")

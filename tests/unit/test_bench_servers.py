@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from be_serve.batch import connect
 from be_serve.child_server import Server, ServerError, free_port
 from benchmarks.client import ServerClient
 from benchmarks.servers import (
@@ -36,7 +37,7 @@ http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_
 def make_server(tmp_path: Path, script: str = _SCRIPT, timeout: float = 30.0) -> Server:
     port = free_port()
     command = [sys.executable, "-c", script, str(port)]
-    return Server("test", command, log=tmp_path / "test.log", env=dict(os.environ), port=port, timeout=timeout)
+    return Server("test", command, log=tmp_path / "test.log", env=dict(os.environ), at=port, timeout=timeout)
 
 
 def running(pid: int) -> bool:
@@ -74,6 +75,17 @@ async def test_started_frozen_thawed_and_stopped_with_its_children(tmp_path):
             break
         time.sleep(0.1)
     assert not running(child)
+
+
+async def test_a_server_behind_a_socket_file_is_waited_for_and_found_there(tmp_path):
+    socket = tmp_path / "server"
+    app = "from starlette.applications import Starlette; from starlette.routing import Route; "
+    app += "from starlette.responses import PlainTextResponse as P; import uvicorn; "
+    app += "app = Starlette(routes=[Route('/health', lambda r: P(''))]); uvicorn.run(app, uds='{}')"
+    command = [sys.executable, "-c", app.format(socket)]
+    async with Server("test", command, log=tmp_path / "log", env=dict(os.environ), at=socket, timeout=30) as server:
+        async with connect(server.url, uds=server.socket) as client:
+            assert (await client.get("/health")).is_success
 
 
 async def test_a_server_that_ends_shows_its_log(tmp_path):

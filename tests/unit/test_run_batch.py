@@ -6,6 +6,8 @@ import asyncio
 import fcntl
 import json
 import os
+import resource
+import signal
 
 import httpx
 import pytest
@@ -67,6 +69,10 @@ class Answers:
                 return JSONResponse({"error": {"message": "Not Found", "code": 404}}, 404)
             case "blocked" | "too large":
                 return PlainTextResponse("<html>no</html>", {"blocked": 403, "too large": 413}[body["say"]])
+            case "never":
+                return JSONResponse({"error": {"message": "no room"}}, 503, headers={"Retry-After": "\u00b2"})
+            case "deep":
+                return PlainTextResponse("[" * 100_000, 200)
             case "slow":
                 raise httpx.ReadTimeout("too slow")
         headers = {"x-be-id": "captain", "x-be-digest": self.digest, "other": "x"}
@@ -200,6 +206,48 @@ async def test_trouble_at_the_end_of_a_slow_answer_is_waited_for(tmp_path):
         failed = await run(rows, journal, answers, patience=0.15)
         assert not failed
     assert answers.asked == ["late", "late"]
+
+
+async def test_a_row_for_which_there_is_never_room_does_not_keep_the_others_answers(tmp_path):
+    answers, output = Answers(), tmp_path / "out.jsonl"
+    rows = read_rows(write(tmp_path / "in.jsonl", row("a", say="never"), row("b", say="hi"), row("c", say="hi")))
+    with Journal(output, rows, MODEL) as journal:
+        failed = await run(rows, journal, answers, patience=0.1, concurrency=1 + 1)
+        assert set(failed) == {"a"}
+        journal.write(failed)
+    never, *others = read(output)
+    assert (never["response"]["status_code"], never["error"]["message"]) == (503, "no room")
+    assert [line["error"] for line in others] == [None, None]
+    only = read_rows(write(tmp_path / "only.jsonl", row("a", say="never")))
+    journal = Journal(tmp_path / "other.jsonl", only, MODEL)
+    with journal, pytest.raises(BatchStopped, match="no room"):  # nothing shows that the server serves at all
+        await run(only, journal, answers, patience=0.1)
+
+
+async def test_a_hostile_answer_is_no_answer(tmp_path):
+    rows = read_rows(write(tmp_path / "in.jsonl", row("a", say="hi"), row("b", say="deep")))
+    with Journal(tmp_path / "out.jsonl", rows, MODEL) as journal:
+        with pytest.raises(BatchStopped, match="200"):
+            await run(rows, journal, Answers(), concurrency=1)
+        assert "a" in journal
+
+
+def test_a_full_disk_is_told_once_and_keeps_what_was_written(tmp_path):
+    rows = read_rows(write(tmp_path / "in.jsonl", row("a", say="hi"), row("b", say="hi")))
+    answer = {"id": "1", "custom_id": "a", "response": {"status_code": 200, "body": {}}, "error": None}
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        with Journal(tmp_path / "out.jsonl", rows, MODEL) as journal:
+            journal.add(answer)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (journal.path.stat().st_size + 10, limit[1]))
+            with pytest.raises(BatchStopped, match="Cannot write"):
+                journal.add({**answer, "custom_id": "b", "text": "x" * 100})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, ignored)
+    with Journal(tmp_path / "out.jsonl", rows, MODEL) as journal:
+        assert len(journal) == 1
 
 
 async def test_a_server_that_is_not_there_is_waited_for_and_then_given_up(tmp_path):
