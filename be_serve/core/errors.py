@@ -1,6 +1,6 @@
 """Every error a user can meet, with the HTTP status it travels as.
 
-Of the server alone, and beside it: OverBudget and RowsBusy 503, TooManyVectors 422.
+Of the server alone, and beside it: OverBudget and RowsBusy 503, TooLarge and TooManyVectors 422.
 
 BEError                          500
 ├── RequestError                 400   the request itself is wrong

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
-from be_serve.core.errors import BEError
+from be_serve.core.errors import BEError, UnsupportedRequest
 
 
 class OverBudget(BEError):
@@ -13,6 +13,13 @@ class OverBudget(BEError):
 
     http_status = 503
     code = "be_over_budget"
+
+
+class TooLarge(UnsupportedRequest):
+    """A request whose embeddings exceed what this server would hold of all requests together."""
+
+    http_status = 422
+    code = "be_over_capacity"
 
 
 class ByteBudget:

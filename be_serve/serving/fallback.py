@@ -11,6 +11,7 @@ from typing import Any
 from be_serve.core.errors import BEError, RegistryError, RequestError, TokenNotFound, UnsupportedRequest
 from be_serve.core.slots import SlotRenderer
 from be_serve.registry import TokenIndex
+from be_serve.serving.budget import TooLarge
 from be_serve.serving.composition import Composition
 from be_serve.serving.middleware import RequestContext
 from be_serve.serving.requests import BEFields
@@ -68,7 +69,7 @@ class Fallback:
 
         Raises `reason` where it is the request's own fault or a text is not stored.
         """
-        if isinstance(reason, RequestError) and not isinstance(reason, TooManyVectors):
+        if isinstance(reason, RequestError) and not isinstance(reason, TooManyVectors | TooLarge):
             raise reason
         be_ids, _ = self._resolver.named(fields, model)
         try:

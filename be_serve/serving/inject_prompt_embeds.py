@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from be_serve.core.slots import Slot
-from be_serve.serving.budget import ByteBudget
+from be_serve.serving.budget import ByteBudget, TooLarge
 from be_serve.serving.requests import refuse_raw_embeddings
 from be_serve.serving.vectors import join
 
@@ -39,7 +39,12 @@ class HeldVectors:
         self._size = 0
 
     def claim(self, size: int) -> None:
-        """Claim `size` further bytes. Raises OverBudget."""
+        """Claim `size` further bytes. Raises OverBudget, and TooLarge for a request that never fits."""
+        if self._size + size > self._budget.capacity:
+            raise TooLarge(
+                f"The request with its token takes {self._size + size} bytes as embeddings; this server process holds "
+                f"{self._budget.capacity} for all of them. Operators: --be-inflight-bytes."
+            )
         self._budget.take(size)
         self._size += size
 

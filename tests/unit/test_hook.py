@@ -12,7 +12,7 @@ import torch
 from be_serve.core.errors import BEError, NotAuthenticated, UnsupportedRequest
 from be_serve.core.slots import Slot, SlotRenderer
 from be_serve.registry import Registry, TokenIndex
-from be_serve.serving.budget import ByteBudget, OverBudget
+from be_serve.serving.budget import ByteBudget, OverBudget, TooLarge
 from be_serve.serving.hook import ChatHook
 from be_serve.serving.inject_prompt_embeds import PromptEmbeds
 from be_serve.serving.inject_resident_rows import ResidentRows, salt
@@ -71,8 +71,12 @@ async def test_a_request_takes_and_gives_back_its_memory(tmp_path, context):
     assert hook._injection._budget.used == len(ids) * 8 * 4
     while hook._injection._budget.used + len(ids) * 32 <= 4000:
         hook.finish(rendering, engine_input)
-    with pytest.raises(OverBudget):
+    with pytest.raises(TooLarge):  # waiting would not help
         hook.finish(rendering, engine_input)
+    other = await hook.begin(request(be_id="harbor"), USER, None)
+    hook.cut(other, text.replace(rendering.marker, other.marker))
+    with pytest.raises(OverBudget):
+        hook.finish(other, engine_input)
     for clean in context.cleanup:
         clean()
     assert hook._injection._budget.used == 0
@@ -304,7 +308,7 @@ class TestFallback:
         index.refresh()
         rendering = await hook.begin(request(**self.FIELDS), USER, None)
         ids = hook.cut(rendering, f"a{rendering.marker}b")
-        with pytest.raises(OverBudget) as caught:
+        with pytest.raises(TooLarge) as caught:
             hook.finish(rendering, {"type": "token", "prompt_token_ids": ids})
         assert (await hook.give_up(rendering, caught.value)).messages == FULL
         assert context.headers == {"x-be-fallback": "full"}
