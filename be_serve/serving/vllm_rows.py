@@ -77,6 +77,8 @@ def _refuse_unsafe(engine_client: Any) -> None:
     for option in ("speculative_config", "kv_transfer_config"):
         if getattr(config, option, None) is not None:
             raise IncompatibleVLLM(f"Resident rows are not safe beside --{option.replace('_', '-')}; {_INSTEAD}")
+    if getattr(config.parallel_config, "enable_elastic_ep", False):
+        raise IncompatibleVLLM(f"Workers that join later have no token in their rows (elastic EP); {_INSTEAD}")
     if engine_client.model_config.logits_processors or logits_processor_plugins():
         raise IncompatibleVLLM(
             f"Custom logits processors are shown the ids of a prompt, and may index logits with a row's; {_INSTEAD}"
