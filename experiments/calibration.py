@@ -5,7 +5,8 @@
     python experiments/calibration.py RUNS --out calibration
 
 Every finished run below RUNS is a point. Writes calibration.json and calibration.png.
-The rank correlation says how far the order of prompts by demand is their order by rho.
+The rank correlation says how far the order of prompts by demand is their order by rho, beside
+what cheaper figures would have told: the prompt's length, and how much it changes the answers.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ def read_points(model: FrozenModel, runs: Path, capacity: Capacity) -> list[Poin
     return found
 
 
-def rank_correlation(x: list[float], y: list[float], draws: int = 2000) -> tuple[float, float, float]:
+def rank_correlation(x: list[float], y: list[float], draws: int = 2000) -> dict[str, float]:
     """Spearman's rho with its 95 % bootstrap interval."""
     a, b = np.asarray(x), np.asarray(y)
 
@@ -70,7 +71,7 @@ def rank_correlation(x: list[float], y: list[float], draws: int = 2000) -> tuple
     rng = np.random.default_rng(0)
     drawn = [spearman(rng.integers(0, len(a), len(a))) for _ in range(draws)]
     low, high = np.nanquantile(drawn, [0.025, 0.975])
-    return spearman(np.arange(len(a))), float(low), float(high)
+    return {"value": spearman(np.arange(len(a))), "low": float(low), "high": float(high)}
 
 
 def draw(points: list[Point], path: Path, title: str) -> None:
@@ -107,15 +108,22 @@ def main(runs: Path, out: Path, model: ModelChoice) -> None:
     if capacity is None:
         raise InputError("Measure the model's capacity first: be-serve probe.")
     points = read_points(frozen, runs, capacity)
-    value, low, high = rank_correlation([p.share for p in points], [p.rho for p in points])
+    rho = [p.rho for p in points]
+    spearman = {
+        name: dict(
+            zip(("value", "low", "high"), rank_correlation([getattr(p, name) for p in points], rho), strict=True)
+        )
+        for name in ("share", "tokens", "kl_none")
+    }
     result = {
         "model": frozen.name,
         "bits_a_vector": capacity.bits_a_vector,
-        "spearman": {"value": value, "low": low, "high": high},
+        "spearman": spearman,
         "points": [asdict(point) for point in points],
     }
     out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    title = f"{len(points)} prompts, Spearman {value:.2f} ({low:.2f} to {high:.2f})"
+    told = spearman["share"]
+    title = f"{len(points)} prompts, Spearman {told['value']:.2f} ({told['low']:.2f} to {told['high']:.2f})"
     draw(points, out.with_suffix(".png"), title)
     click.echo(title)
 
