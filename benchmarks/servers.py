@@ -79,5 +79,5 @@ def server_env(kv_gib: int) -> dict[str, str]:
 
 def engine_settings(env: Mapping[str, str]) -> dict[str, str]:
     """The variables of an environment that steer vLLM and its threads, without keys."""
-    chosen = {k: v for k, v in env.items() if k.startswith(("VLLM_", "OMP_", "CUDA_VISIBLE"))}
+    chosen = {k: v for k, v in env.items() if k.startswith(("VLLM_", "OMP_", "ONEDNN_", "CUDA_VISIBLE"))}
     return {k: v for k, v in sorted(chosen.items()) if "KEY" not in k and "TOKEN" not in k}
