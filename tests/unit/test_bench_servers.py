@@ -83,9 +83,9 @@ async def test_a_server_behind_a_socket_file_is_waited_for_and_found_there(tmp_p
     app += "from starlette.responses import PlainTextResponse as P; import uvicorn; "
     app += "app = Starlette(routes=[Route('/health', lambda r: P(''))]); uvicorn.run(app, uds='{}')"
     command = [sys.executable, "-c", app.format(socket)]
-    async with Server("test", command, log=tmp_path / "log", env=dict(os.environ), at=socket, timeout=30) as server:
-        async with connect(server.url, uds=server.socket) as client:
-            assert (await client.get("/health")).is_success
+    server = Server("test", command, log=tmp_path / "log", env=dict(os.environ), at=socket, timeout=30)
+    async with server, connect(server.url, uds=server.socket) as client:
+        assert (await client.get("/health")).is_success
 
 
 async def test_a_server_that_ends_shows_its_log(tmp_path):
