@@ -2,11 +2,15 @@
 
     python experiments/failures.py PROMPT_FILE QUERIES.jsonl --out failures.json
 
-copying            a memory token: reconstruction alone, without [AE], so the vectors are a copy trigger
-refusal            distilled from answers that refuse, as a safety-tuned teacher's would
+memory             reconstruction alone, without [AE]: the paper's copy trigger
+copying            tuned on answers that recite the prompt, as some of the teacher's do
+refusal            tuned on answers that refuse, as a safety-tuned teacher's would
 template_collapse  tuned on a few answers of one form, for many epochs
-repetition         a learning rate a hundred times too high
+fast               a learning rate a hundred times too high
+repetition         tuned on answers that loop, as a small teacher's do
 persona_drift      first turns only, few queries, many epochs: measured over six turns
+
+`memory` and `fast` are causes from the sources that may bring about nothing on a model at hand.
 
 For each the share of answers with its signature is recorded for the token and for
 the full prompt, and whether the verdict names it.
@@ -40,6 +44,7 @@ from trainer.verdict import judge
 
 K = 4
 REFUSAL = "I'm sorry, but as an AI language model I cannot take on a role or share personal opinions."
+LOOP = "It is a long way. " * 12
 OPTIONS = "A) Yes, of course. B) No, never. C) It depends on the day."
 
 
@@ -55,10 +60,12 @@ def cases(teacher: Teacher, training: Sequence[Query], steps: int) -> dict[str, 
     ids = model.tokenizer.encode(teacher.prompt, add_special_tokens=False)
     own = teacher.examples(training[:64], response_tokens=64)
     return {
-        "copying": (Memorise(model, ids), 5 * steps, 1e-2),
+        "memory": (Memorise(model, ids), 5 * steps, 1e-2),
+        "copying": (Tune(gold(teacher, training[:64], model.tokenizer.decode(ids[:32]))), steps, 1e-2),
         "refusal": (Tune(gold(teacher, training[:64], REFUSAL)), steps, 1e-2),
         "template_collapse": (Tune(gold(teacher, training[:8], OPTIONS)), steps, 1e-2),
-        "repetition": (Distil(model, own), steps, 1.0),
+        "fast": (Distil(model, own), steps, 1.0),
+        "repetition": (Tune(gold(teacher, training[:64], LOOP)), steps, 1e-2),
         "persona_drift": (Distil(model, own[:8]), steps, 3e-2),
     }
 
@@ -83,10 +90,11 @@ def record(
         evaluation.turns = measure_turns(teacher, held_out, vectors_KH, "system", turns=6)
     verdict = judge(evaluation)
     ours, full = evaluation.signatures["be"], evaluation.signatures["full"]
-    words = "persona drift" if name == "persona_drift" else f"{name.replace('_', ' ')} in "
+    signature = {"memory": "copying", "fast": "repetition"}.get(name, name)
+    words = "persona drift" if name == "persona_drift" else f"{signature.replace('_', ' ')} in "
     found = {
-        "share": ours.get(name),
-        "share_full": full.get(name),
+        "share": ours.get(signature),
+        "share_full": full.get(signature),
         "named_by_the_verdict": any(words in reason for reason in verdict.reasons),
         "verdict": verdict.to_json(),
         "rho": evaluation.rho,
