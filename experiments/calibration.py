@@ -110,9 +110,7 @@ def main(runs: Path, out: Path, model: ModelChoice) -> None:
     points = read_points(frozen, runs, capacity)
     rho = [p.rho for p in points]
     spearman = {
-        name: dict(
-            zip(("value", "low", "high"), rank_correlation([getattr(p, name) for p in points], rho), strict=True)
-        )
+        name: rank_correlation([getattr(point, name) for point in points], rho)
         for name in ("share", "tokens", "kl_none")
     }
     result = {
