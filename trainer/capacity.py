@@ -30,7 +30,7 @@ from trainer.stages import Memorise
 from trainer.starts import random_start
 
 FITS, LOSES = 0.3, 0.7
-"""Demand over capacity: below the first a prompt should fit, above the second its wording is lost. Guesses."""
+"""Demand over capacity: below the first the wording should fit, above the second it is lost. Guesses."""
 _ACCURATE = 0.99
 
 

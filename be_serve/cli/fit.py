@@ -21,8 +21,9 @@ _VERBATIM = re.compile(r"\d{2,}|https?://|\S+@\S+|[{}<>`]|\b[A-Z]{2,}[-_]\w+")
 def command(prompt_file: str, model: ModelChoice, as_json: bool) -> None:
     """Hold the bits of a prompt's wording against what the vectors of the model hold.
 
-    A guide, not a proof: a prompt's behaviour is less than its wording, and the
-    thresholds are uncalibrated guesses. Measure the model once with `be-serve probe`.
+    This is about wording alone. What a vector kept of the behaviour did not follow it: over 20
+    prompts of the default model the rank correlation was 0.14 (-0.37 to 0.59). Training and
+    `eval` tell. Measure the model once with `be-serve probe`.
     """
     from be_serve.core.errors import InputError
     from be_serve.core.prompts import read_prompt_file
@@ -41,11 +42,12 @@ def command(prompt_file: str, model: ModelChoice, as_json: bool) -> None:
     click.echo(f"{'k':>3}{'demand / capacity':>20}")
     for k in (1, 2, 4, 8, 16):
         share = result.share(k)
-        word = "should fit" if share <= FITS else "loses details" if share <= LOSES else "loses the wording"
+        word = "holds the wording" if share <= FITS else "loses details" if share <= LOSES else "loses the wording"
         click.echo(f"{k:>3}{share:>20.2f}  {word}")
     fewest = result.recommended_k()
     click.echo(
-        f"\nrecommended: {f'--tokens {fewest}' if fewest else 'more than 16 vectors, or keep part of it as text'}"
+        f"\nfor the wording: {f'--tokens {fewest}' if fewest else 'more than 16 vectors, or keep part of it as text'}\n"
+        "for the behaviour this foretells nothing (Spearman 0.14 over 20 prompts): train --tokens 4 or 16, and measure"
     )
     if verbatim:
         click.echo("\nbetter kept as text (numbers, names of things, schemas):")
