@@ -27,6 +27,7 @@ _SCORE_TOKENS = 32
 _FINALISTS = 24
 _POOL = 128
 _WINDOWS = 48
+_WORDS = 600  # distinct tokens that are screened: a prompt of 5,000 has thousands, and each costs two passes
 _ROWS = 32
 _DESCRIPTION_TOKENS = 40
 _DESCRIBE = (
@@ -145,11 +146,11 @@ class Search:
         return min(found, key=lambda candidate: candidate[1])
 
     def _words(self, prompt_ids: Sequence[int]) -> list[int]:
-        """Distinct tokens with a letter or digit, in order of appearance."""
+        """Distinct tokens with a letter or digit, in order of appearance; of many, some from all over the prompt."""
         decode = self.model.tokenizer.decode
         seen = dict.fromkeys(prompt_ids)
-        words = [token for token in seen if any(c.isalnum() for c in decode([token]))]
-        return words or list(seen)
+        words = [token for token in seen if any(c.isalnum() for c in decode([token]))] or list(seen)
+        return [words[n * len(words) // _WORDS] for n in range(_WORDS)] if len(words) > _WORDS else words
 
     def _windows(self, prompt_ids: Sequence[int], k: int, good: set[int]) -> list[list[int]]:
         """Runs of k tokens: the first, and those with most of the good tokens."""

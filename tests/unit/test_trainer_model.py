@@ -285,6 +285,17 @@ def test_the_search_takes_the_best_token(model, examples, k):
             assert start.kl == pytest.approx(min(scores.values()), abs=0.05)
 
 
+def test_a_search_screens_words_from_all_over_a_long_prompt(model, monkeypatch):
+    monkeypatch.setattr("trainer.starts._WORDS", 4)
+    ids = model.tokenizer.encode("one two three four five six seven eight nine ten", add_special_tokens=False)
+    every = list(dict.fromkeys(ids))
+    words = Search(model, [], "system")._words(ids)
+    assert len(words) == 4
+    assert [every.index(word) for word in words] == sorted(every.index(word) for word in words)
+    assert every.index(words[-1]) >= len(every) // 2
+    assert Search(model, [], "system")._words(ids[:3]) == list(dict.fromkeys(ids[:3]))
+
+
 def test_the_best_text_is_taken_and_short_ones_do_not_compete(model, examples, monkeypatch):
     """A rival text of k tokens wins where the model says so; its score is the search's own."""
     ids = model.slots.prompt_ids(PROMPT)
