@@ -103,9 +103,9 @@ def test_a_token_of_another_model_stops_it_before_the_engine_starts(files, tmp_p
     assert "Initializing a V1 LLM engine" not in done.stderr + done.stdout
 
 
-def test_the_readmes_script_runs_as_it_stands(tmp_path):
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    (script,) = (block for block in readme.split("```python\n")[1:] if "be_serve.llm" in block)
+def test_the_script_in_the_docs_runs_as_it_stands(tmp_path):
+    page = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+    (script,) = (block for block in page.split("```python\n")[1:] if "be_serve.llm" in block)
     (tmp_path / "script.py").write_text(script.partition("```")[0])
     env = {**ENV, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
