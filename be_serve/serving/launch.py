@@ -31,7 +31,6 @@ _UNPROVEN_WITH = {
     "--kv-transfer-config": "a KV store outside vLLM may not tell the owners of a row apart",
     "--kv-offloading-size": "a KV store outside vLLM may not tell the owners of a row apart",
     "--logits-processors": "custom logits processors are shown the ids of a prompt",
-    "--enable-lora": "not tried beside adapters yet",
     "--model-impl": "another implementation of the model was chosen",
     "--enable-prompt-embeds": "prompt embeds were asked for",
 }

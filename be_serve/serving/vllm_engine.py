@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -69,6 +70,8 @@ def _resident_embedding() -> type[Any]:
         """vLLM's input embedding with a table of further rows [rows + PROBE_ROWS + 1, hidden_size]."""
 
         be_rows: Tensor | None
+        be_alone: bool
+        """Whether adapters stay out of it: they know what to add in a step of the engine only."""
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
@@ -79,6 +82,7 @@ def _resident_embedding() -> type[Any]:
             table = torch.zeros(rows + PROBE_ROWS + 1, self.embedding_dim, dtype=self.params_dtype)
             self.register_buffer("be_rows", table if rows and whole else None, persistent=False)
             self.be_first = self.num_embeddings_padded + _GAP
+            self.be_alone = False
 
         def forward(self, input_: Tensor) -> Tensor:
             if self.be_rows is None:
@@ -92,7 +96,8 @@ def _layers(worker: Any) -> list[Any]:
     """The embeddings with rows of a worker's model, found once: a weight update moves their tensors for a while."""
     if not hasattr(worker, "be_layers"):
         model = worker.model_runner.get_model()
-        worker.be_layers = [layer for layer in model.modules() if getattr(layer, "be_rows", None) is not None]
+        # By its buffers, for an adapter's layer answers for the one below it.
+        worker.be_layers = [layer for layer in model.modules() if layer._buffers.get("be_rows") is not None]
         # vLLM puts these very tensors back behind a weight update, and leaves what they hold alone.
         worker.be_tables = [layer.be_rows for layer in worker.be_layers]
     return worker.be_layers  # type: ignore[no-any-return]
@@ -118,7 +123,11 @@ class WorkerRows:
             known_H = torch.linspace(0.5, 1.0, layer.embedding_dim).to(layer.be_rows)
             layer.be_rows[-1] = known_H
             last = layer.be_first + len(layer.be_rows) - 1
-            found_H = model.embed_input_ids(torch.tensor([last], device=known_H.device))[0].float()
+            layer.be_alone = True
+            try:
+                found_H = model.embed_input_ids(torch.tensor([last], device=known_H.device))[0].float()
+            finally:
+                layer.be_alone = False
         self.be_scale = float((found_H / known_H.float()).median())
         proven = self.be_scale > 0 and torch.allclose(found_H, self.be_scale * known_H.float(), rtol=2e-2)
         return {"first": layer.be_first, "rows": rows, "scale": self.be_scale, "proven": bool(proven)}
@@ -152,11 +161,30 @@ class WorkerRows:
             self.be_write_rows(list(range(first, first + PROBE_ROWS)), data, layer.embedding_dim)
         return True
 
+    def be_keep_rows_from_drafts(self: Any) -> bool:
+        """Whether no draft of this worker can hold a row's id, for which there is no logit to verify it with.
+
+        N-gram drafting on the host copies ids of the prompt: a copy ends before a row
+        from here on. What other ways of drafting do with an unknown id is their own.
+        """
+        drafter: Any = getattr(self.model_runner, "drafter", None)
+        if type(drafter).__name__ != "NgramProposer":
+            return False
+        if not hasattr(drafter, "be_propose"):
+            drafter.be_propose = drafter.propose
+            drafter.propose = partial(_propose_words, drafter.be_propose, self.model_config.get_vocab_size())
+        return True
+
+
+def _propose_words(propose: Callable[..., list[list[int]]], vocabulary: int, *args: Any, **kwargs: Any) -> Any:
+    """What `propose` drafts for each request, as far as it is of the vocabulary."""
+    return [list(takewhile(lambda token: token < vocabulary, draft)) for draft in propose(*args, **kwargs)]
+
 
 def _teach_workers() -> None:
     from vllm.v1.worker.gpu_worker import Worker  # the CPU worker is one, too
 
-    for name in ("be_rows_info", "be_write_rows", "be_probe_rows"):
+    for name in ("be_rows_info", "be_write_rows", "be_probe_rows", "be_keep_rows_from_drafts"):
         setattr(Worker, name, getattr(WorkerRows, name))
     sleep, wake_up = Worker.sleep, Worker.wake_up
 
@@ -235,6 +263,8 @@ def _teach_lora() -> None:
     def forward(self: Any, x: Tensor) -> Tensor:
         if getattr(self.base_layer, "be_rows", None) is None:
             return original(self, x)
+        if self.base_layer.be_alone:
+            return self.base_layer(x)
         return _with_rows(self.base_layer, x, partial(original, self))
 
     VocabParallelEmbeddingWithLoRA.forward = forward

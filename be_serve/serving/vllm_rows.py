@@ -45,7 +45,7 @@ async def open_rows(engine_client: Any, state: Any) -> RowTable:
     Raises IncompatibleVLLM where it does not, where a client could name a row's id, or
     where something beside the engine may not tell the owners of a row apart.
     """
-    _refuse_unsafe(engine_client)
+    await _refuse_unsafe(engine_client)
     found = await _on_every_engine(engine_client, "be_rows_info")
     if any(one["first"] != found[0]["first"] or one["rows"] != found[0]["rows"] or not one["proven"] for one in found):
         raise IncompatibleVLLM(f"This model's input embedding cannot take rows for tokens ({found}); {_INSTEAD}")
@@ -67,16 +67,18 @@ async def open_rows(engine_client: Any, state: Any) -> RowTable:
     return RowTable(first, range(count * index // clients, count * (index + 1) // clients))
 
 
-def _refuse_unsafe(engine_client: Any) -> None:
+async def _refuse_unsafe(engine_client: Any) -> None:
     config = engine_client.vllm_config
     if engine_client.model_config.enable_prompt_embeds:
         raise IncompatibleVLLM(
             "With resident rows the engine must take no embeddings, for clients could send their own: "
             f"leave --enable-prompt-embeds out, or {_INSTEAD}"
         )
-    for option in ("speculative_config", "kv_transfer_config"):
-        if getattr(config, option, None) is not None:
-            raise IncompatibleVLLM(f"Resident rows are not safe beside --{option.replace('_', '-')}; {_INSTEAD}")
+    if config.kv_transfer_config is not None:
+        raise IncompatibleVLLM(f"Resident rows are not safe beside --kv-transfer-config; {_INSTEAD}")
+    drafting = getattr(config.speculative_config, "method", None)
+    if drafting and not all(await _on_every_engine(engine_client, "be_keep_rows_from_drafts")):
+        raise IncompatibleVLLM(f"Resident rows are not safe beside speculative decoding by {drafting}; {_INSTEAD}")
     if getattr(config.parallel_config, "enable_elastic_ep", False):
         raise IncompatibleVLLM(f"Workers that join later have no token in their rows (elastic EP); {_INSTEAD}")
     if engine_client.model_config.logits_processors or logits_processor_plugins():
@@ -128,8 +130,11 @@ async def _likely(engine_client: Any, ids: list[int], **options: Any) -> dict[in
     """The likeliest next tokens of a prompt with their log-probabilities."""
     from vllm import SamplingParams
 
-    # Of one candidate: greedy, in the one way that every configuration allows.
-    sampling = SamplingParams(max_tokens=1, temperature=1.0, top_k=1, logprobs=_TOP, ignore_eos=True, detokenize=False)
+    # Of one candidate: greedy, in the way that every configuration allows but drafting, where vLLM on CPU dies of a
+    # top_k in a step without drafts.
+    drafting = engine_client.vllm_config.speculative_config is not None
+    greedy = {"temperature": 0.0} if drafting else {"temperature": 1.0, "top_k": 1}
+    sampling = SamplingParams(max_tokens=1, logprobs=_TOP, ignore_eos=True, detokenize=False, **greedy)
     prompt = {"type": "token", "prompt_token_ids": ids, "cache_salt": uuid.uuid4().hex}
     request_id = f"be-serve-{uuid.uuid4().hex}"
     outputs = [one async for one in engine_client.generate(prompt, sampling, request_id, **options)]

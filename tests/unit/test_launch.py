@@ -14,6 +14,7 @@ def test_a_proven_model_takes_resident_rows(tiny_model_dir):
     name, reason = choose_injection(str(tiny_model_dir), ["--port", "8000"])
     assert name == "resident-rows"
     assert "LlamaForCausalLM" in reason
+    assert choose_injection(str(tiny_model_dir), ["--enable-lora", "--data-parallel-size", "2"])[0] == "resident-rows"
 
 
 @pytest.mark.parametrize(
@@ -25,8 +26,6 @@ def test_a_proven_model_takes_resident_rows(tiny_model_dir):
         (["--spec-method", "ngram"], "draft"),
         (["--kv-transfer-config={}"], "owners"),
         (["--kv-offloading-size=4"], "owners"),
-        (["--enable-lora"], "adapters"),
-        (["--enable-lo"], "adapters"),
         (["--speculative", "{}"], "draft"),
         (["--logits-processors", "x:Y"], "shown the ids"),
         (["--model-impl", "transformers"], "implementation"),
