@@ -61,7 +61,7 @@ def cases(teacher: Teacher, training: Sequence[Query], steps: int) -> dict[str, 
     own = teacher.examples(training[:64], response_tokens=64)
     return {
         "memory": (Memorise(model, ids), 5 * steps, 1e-2),
-        "copying": (Tune(gold(teacher, training[:64], model.tokenizer.decode(ids[:32]))), steps, 1e-2),
+        "copying": (Tune(gold(teacher, training[:64], model.tokenizer.decode(ids[:32]))), 5 * steps, 1e-2),
         "refusal": (Tune(gold(teacher, training[:64], REFUSAL)), steps, 1e-2),
         "template_collapse": (Tune(gold(teacher, training[:8], OPTIONS)), steps, 1e-2),
         "fast": (Distil(model, own), steps, 1.0),

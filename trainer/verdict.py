@@ -19,6 +19,8 @@ from trainer.evaluate import Evaluation
 
 IGNORED_RHO = 0.9
 """From here on the token is hardly read: failed."""
+MISLEADING_RHO = 1.1
+"""Above, it is read, and leads elsewhere: failed."""
 SIGNATURE_EXCESS = 0.3
 """Share of answers with a signature beyond the full prompt's own share: failed."""
 SIGNATURE_ANSWERS = 8
@@ -80,7 +82,9 @@ def judge(evaluation: Evaluation) -> Verdict:
 def _failures(evaluation: Evaluation) -> list[str]:
     found = []
     kl = {name: arm["kl"] for name, arm in evaluation.arms.items()}
-    if evaluation.rho_serving >= IGNORED_RHO:
+    if evaluation.rho_serving > MISLEADING_RHO:
+        found.append(f"further from the full prompt than no prompt at all (rho {evaluation.rho_serving:.2f})")
+    elif evaluation.rho_serving >= IGNORED_RHO:
         found.append(f"the model hardly reads the token (rho {evaluation.rho_serving:.2f})")
     elif "summary" in kl and kl["be_serving"] >= kl["summary"]:
         found.append(f"the summary does as well (KL {kl['summary']:.3f} against {kl['be_serving']:.3f})")

@@ -111,6 +111,7 @@ LOST = ClauseEffect("Never lie to a sailor!", 0.05, 40, 0.2)
     [
         (make_evaluation(), "deployable", None),
         (make_evaluation(kl=0.95, summary=2.0), "failed", "hardly reads"),
+        (make_evaluation(kl=4.0, summary=9.0), "failed", "than no prompt at all"),
         (make_evaluation(kl=0.5, summary=0.4), "failed", "the summary does as well"),
         (make_evaluation(signature=0.5), "failed", "copying in 50%"),
         (make_evaluation(signature=0.9, full_signature=0.8), "deployable", None),
