@@ -17,6 +17,8 @@ from typing import Any
 from be_serve.core.errors import BEError, UnsupportedRequest
 
 Write = Callable[[list[int], Any], Awaitable[None]]
+_PASSED = 32
+"""How many requests that fit may pass one that waits for more room."""
 
 
 class TooManyVectors(UnsupportedRequest):
@@ -89,10 +91,11 @@ class RowPool:
         self._write = write
         self._patience = patience
         self._residents: OrderedDict[str, _Resident] = OrderedDict()  # the longest unused first
-        self._writing = asyncio.Lock()  # first come, first served
+        self._writing = asyncio.Lock()
         self._freed = asyncio.Event()
-        self._full = False
-        """Whether the request whose turn it is waits for room; those behind it wait, too."""
+        self._waiting: list[object] = []
+        """Requests that wait for room: first come, first served, but for a few that fit before the first does."""
+        self._passed = 0
 
     @property
     def resident(self) -> int:
@@ -107,7 +110,7 @@ class RowPool:
         within `patience` seconds, at once without `wait`.
         """
         wanted = dict(parts)
-        k = sum(map(len, wanted.values()))
+        k = self._rows_of(wanted)
         if k > self.capacity:
             raise TooManyVectors(
                 f"The token has {k} vectors; this server process has {self.capacity} rows for tokens. "
@@ -127,7 +130,7 @@ class RowPool:
             self._freed.set()
 
     async def _in_turn(self, wanted: dict[str, Any], *, wait: bool) -> None:
-        """Make the tokens resident, once it is this request's turn and there is room. Only the waiting has a limit.
+        """Make the tokens resident, once there is room and nobody waits too long for it. Only the waiting has a limit.
 
         Without `wait` it may wait for others' writes, which take milliseconds, and not for room.
         """
@@ -135,24 +138,41 @@ class RowPool:
             f"All {self.capacity} rows of this server process are used by requests in flight; please try again later. "
             "Operators: --be-rows."
         )
+        turn = object()
         try:
-            if not wait and self._full:
-                raise busy
-            async with asyncio.timeout(self._patience) as limit, self._writing:
-                while not self._make_room(sum(map(len, self._missing(wanted).values())), keep=wanted):
-                    if not wait:
-                        raise busy
-                    self._freed.clear()
-                    self._full = True
-                    try:
-                        await self._freed.wait()
-                    finally:
-                        self._full = False
-                limit.reschedule(None)
-                for digest, vectors in self._missing(wanted).items():
-                    await self._admit(digest, vectors)
+            async with asyncio.timeout(self._patience) as limit:
+                while True:
+                    async with self._writing:
+                        if self._may_go(turn) and self._make_room(self._rows_of(self._missing(wanted)), keep=wanted):
+                            limit.reschedule(None)
+                            self._passed += bool(self._waiting) and self._waiting[0] is not turn
+                            for digest, vectors in self._missing(wanted).items():
+                                await self._admit(digest, vectors)
+                            return
+                        if not wait:
+                            raise busy
+                        if turn not in self._waiting:
+                            self._waiting.append(turn)
+                        self._freed.clear()
+                    await self._freed.wait()
         except TimeoutError:
             raise busy from None
+        finally:
+            self._leave_queue(turn)
+
+    def _may_go(self, turn: object) -> bool:
+        return not self._waiting or self._waiting[0] is turn or self._passed < _PASSED
+
+    def _leave_queue(self, turn: object) -> None:
+        if turn in self._waiting:
+            if self._waiting[0] is turn:
+                self._passed = 0
+            self._waiting.remove(turn)
+            self._freed.set()  # the next one's turn
+
+    @staticmethod
+    def _rows_of(tokens: dict[str, Any]) -> int:
+        return sum(map(len, tokens.values()))
 
     def _missing(self, wanted: dict[str, Any]) -> dict[str, Any]:
         return {digest: vectors for digest, vectors in wanted.items() if digest not in self._residents}

@@ -98,6 +98,42 @@ async def test_the_wait_counts_from_the_request_on_and_some_do_not_wait():
     assert asyncio.get_running_loop().time() - started < 0.2
 
 
+async def test_small_tokens_pass_a_large_one_that_waits_but_not_for_ever(monkeypatch):
+    """A request for nearly all rows must not keep the others out, nor they it."""
+    monkeypatch.setattr("be_serve.serving.rows._PASSED", 2)
+    pool, table = make_pool(patience=5)
+    used = await pool.lease([("a", vectors("a", 1))])
+    large = asyncio.create_task(pool.lease([("large", vectors("large", 4))]))
+    await asyncio.sleep(0.01)
+    passing = [await pool.lease([(name, vectors(name, 1))]) for name in "bc"]
+    third = asyncio.create_task(pool.lease([("d", vectors("d", 1))]))
+    with pytest.raises(RowsBusy):
+        await pool.lease([("e", vectors("e", 1))], wait=False)
+    await asyncio.sleep(0.01)
+    assert not large.done()
+    assert not third.done()
+    for lease in (used, *passing):
+        lease.release()
+    lease = await large
+    assert [table.rows[row] for row in lease.rows] == vectors("large", 4)
+    await asyncio.sleep(0.01)
+    assert not third.done()
+    lease.release()
+    assert [table.rows[row] for row in (await third).rows] == ["d0"]
+
+
+async def test_a_large_one_that_gives_up_lets_those_behind_it_go(monkeypatch):
+    monkeypatch.setattr("be_serve.serving.rows._PASSED", 0)
+    pool, _ = make_pool(patience=0.05)
+    await pool.lease([("a", vectors("a", 1))])
+    large = asyncio.create_task(pool.lease([("large", vectors("large", 4))]))
+    await asyncio.sleep(0.03)
+    behind = asyncio.create_task(pool.lease([("b", vectors("b", 1))]))
+    with pytest.raises(RowsBusy):
+        await large
+    assert len((await behind).rows) == 1
+
+
 async def test_a_burst_on_free_rows_is_served_whole_though_nobody_may_wait_for_room():
     pool, table = make_pool()
     leases = await asyncio.gather(*(pool.lease([("a", vectors("a", 2))], wait=False) for _ in range(8)))
