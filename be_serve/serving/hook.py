@@ -135,7 +135,8 @@ class ChatHook:
             if fields.fallback == "full":
                 self._fallback.refuse_unfit(resolution.tokens)
             # Who has a full prompt to fall back on waits for nothing.
-            held = await self._hold(context, resolution, wait=resolution.how != "match" and not fields.fallback)
+            wait = resolution.how != "match" and not fields.fallback
+            held = await self._hold(context, resolution, wait=wait, choices=getattr(request, "n", None) or 1)
             return self._mark(resolution, held, started)
         except BEError as exc:
             if resolution.how != "match":
@@ -172,7 +173,7 @@ class ChatHook:
         marked = self._slots.mark(resolution.messages, marker, placement=tokens.placement, append=resolution.append)
         return Rendering(tokens, held, marker, marked, tokens.template_kwargs, started, how=resolution.how)
 
-    async def _hold(self, context: RequestContext, resolution: Resolution, *, wait: bool) -> Held | None:
+    async def _hold(self, context: RequestContext, resolution: Resolution, *, wait: bool, choices: int) -> Held | None:
         parts = []
         for record in resolution.tokens.records:
             vectors = self._index.cached(record)
@@ -182,9 +183,13 @@ class ChatHook:
             parts.append((record.digest, vectors))
         if context.path in COUNTING:
             return None
+        over = UnsupportedRequest("A response that goes on in the background cannot use a token in its later turns.")
         if context.over:
-            raise UnsupportedRequest("A response that goes on in the background cannot use a token in its later turns.")
-        held = await self._injection.hold(parts, wait=wait)
+            raise over
+        held = await self._injection.hold(parts, wait=wait, choices=choices)
+        if context.over:  # meanwhile: nobody else would give it back
+            held.release()
+            raise over
         context.cleanup.append(held.release)
         return held
 
@@ -248,9 +253,13 @@ class ChatHook:
         scheme, _, given = context.authorization.partition(" ")
         return scheme.lower() == "bearer" and any(hmac.compare_digest(given.encode(), k.encode()) for k in self._keys)
 
-    @staticmethod
-    def _refuse_options(request: Any) -> None:
+    def _refuse_options(self, request: Any) -> None:
         """Options whose answer would be wrong beside a vector, which is no vocabulary token."""
+        if getattr(request, "background", None) and not self._injection.outlasts_request:
+            raise UnsupportedRequest(
+                f"With --be-injection {self._injection.name} a token cannot be used in the background.",
+                param="background",
+            )
         if getattr(request, "prompt_logprobs", None) is not None or getattr(request, "echo", False):
             raise UnsupportedRequest(
                 "`prompt_logprobs` and `echo` cannot be answered for a token: it has no text.", param="prompt_logprobs"

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from be_serve.core.errors import UnsupportedRequest
 from be_serve.core.slots import Slot
 from be_serve.serving.budget import ByteBudget, TooLarge
 from be_serve.serving.requests import refuse_raw_embeddings
@@ -31,15 +32,23 @@ def mixed(slot: Slot, vectors: torch.Tensor) -> tuple[torch.Tensor, list[bool]]:
 
 
 class HeldVectors:
-    """The vectors [k, hidden_size] of one request, and the memory that its tensors claim."""
+    """The vectors [k, hidden_size] of one request, and the memory that its tensors claim.
 
-    def __init__(self, vectors: torch.Tensor, budget: ByteBudget) -> None:
+    vLLM sends an embeds prompt to the engine once for each of a request's `choices`.
+    """
+
+    def __init__(self, vectors: torch.Tensor, budget: ByteBudget, choices: int = 1) -> None:
         self.vectors = vectors
         self._budget = budget
+        self._choices = choices
         self._size = 0
+        self._over = False
 
-    def claim(self, size: int) -> None:
-        """Claim `size` further bytes. Raises OverBudget, and TooLarge for a request that never fits."""
+    def claim(self, tensor: int) -> None:
+        """Claim the bytes of a further tensor. Raises OverBudget, and TooLarge for a request that never fits."""
+        if self._over:
+            raise UnsupportedRequest("The request was over before its chat was rendered.")
+        size = tensor * self._choices
         if self._size + size > self._budget.capacity:
             raise TooLarge(
                 f"The request with its token takes {self._size + size} bytes as embeddings; this server process holds "
@@ -50,13 +59,14 @@ class HeldVectors:
 
     def release(self) -> None:
         self._budget.give_back(self._size)
-        self._size = 0
+        self._size, self._over = 0, True
 
 
 class PromptEmbeds:
     """Injection `prompt-embeds`."""
 
     name = "prompt-embeds"
+    outlasts_request = False
 
     def __init__(self, budget: ByteBudget) -> None:
         self._budget = budget
@@ -64,8 +74,10 @@ class PromptEmbeds:
     def check(self, messages: Any, tools: Any) -> None:
         refuse_raw_embeddings(messages, tools)
 
-    async def hold(self, parts: Sequence[tuple[str, torch.Tensor]], *, wait: bool = True) -> HeldVectors:
-        return HeldVectors(join([vectors for _, vectors in parts]), self._budget)
+    async def hold(
+        self, parts: Sequence[tuple[str, torch.Tensor]], *, wait: bool = True, choices: int = 1
+    ) -> HeldVectors:
+        return HeldVectors(join([vectors for _, vectors in parts]), self._budget, choices)
 
     def inject(self, engine_input: dict[str, Any], slot: Slot, held: HeldVectors) -> dict[str, Any]:
         """vLLM's mixed embeds input. Keys other than the prompt's (cache_salt, arrival_time) are kept."""

@@ -42,6 +42,7 @@ class ResidentRows:
     """Injection `resident-rows`. `first` is the id of row 0."""
 
     name = "resident-rows"
+    outlasts_request = True
 
     def __init__(self, pool: RowPool, first: int) -> None:
         self._pool = pool
@@ -50,7 +51,7 @@ class ResidentRows:
     def check(self, messages: Any, tools: Any) -> None:
         """Nothing is closed to clients: the engine takes no embeddings, and no text becomes a row's id."""
 
-    async def hold(self, parts: Sequence[tuple[str, Any]], *, wait: bool = True) -> HeldRows:
+    async def hold(self, parts: Sequence[tuple[str, Any]], *, wait: bool = True, choices: int = 1) -> HeldRows:
         return HeldRows(await self._pool.lease(parts, wait=wait), ",".join(digest for digest, _ in parts))
 
     def inject(self, engine_input: dict[str, Any], slot: Slot, held: HeldRows) -> dict[str, Any]:

@@ -26,14 +26,17 @@ class Injection(Protocol):
     """One way. `name` is its value of `--be-injection`."""
 
     name: str
+    outlasts_request: bool
+    """Whether what a request holds is kept where its answer is generated when the HTTP request is over."""
 
     def check(self, messages: Any, tools: Any) -> None:
         """Raise UnsupportedRequest for content that this way must not let through. Sees every chat request."""
         ...
 
-    async def hold(self, parts: Sequence[tuple[str, Any]], *, wait: bool = True) -> Held:
+    async def hold(self, parts: Sequence[tuple[str, Any]], *, wait: bool = True, choices: int = 1) -> Held:
         """Take what a request needs whose slot holds these tokens: each a digest and its vectors [k, hidden_size].
 
+        `choices` are the answers it asks for (`n`).
         Raises BEError where there is not enough of it: after a while, without `wait` at once.
         """
         ...

@@ -48,7 +48,8 @@ def make_hook(tmp_path, *, keys=(), capacity=10_000, placement="system", injecti
 
 
 def request(**extra):
-    options = {k: extra.pop(k) for k in ("prompt_logprobs", "truncate_prompt_tokens", "model") if k in extra}
+    known = ("prompt_logprobs", "truncate_prompt_tokens", "model", "n", "background")
+    options = {k: extra.pop(k) for k in known if k in extra}
     return SimpleNamespace(model_extra=extra, **{"model": "tiny", **options})
 
 
@@ -84,6 +85,37 @@ async def test_a_request_takes_and_gives_back_its_memory(tmp_path, context):
         hook.finish(rendering, {"type": "token", "prompt_token_ids": ids[:-1]})
     with pytest.raises(UnsupportedRequest, match="images"):
         hook.check_prompt({"prompt": text, "multi_modal_data": {"image": []}})
+
+
+async def test_every_choice_of_a_request_takes_its_own_memory(tmp_path, context):
+    """vLLM sends a prompt's tensor to the engine once for each of `n`."""
+    hook, _, _ = make_hook(tmp_path, capacity=100_000)
+    rendering = await hook.begin(request(be_id="harbor", n=5), USER, None)
+    ids = hook.cut(rendering, f"<|im_start|>system\n{rendering.marker}<|im_end|>\n")
+    engine_input = {"type": "token", "prompt_token_ids": ids}
+    hook.finish(rendering, engine_input)
+    assert hook._injection._budget.used == 5 * len(ids) * 8 * 4
+    for clean in context.cleanup:
+        clean()
+    with pytest.raises(UnsupportedRequest, match="over"):  # nobody would give it back
+        hook.finish(rendering, engine_input)
+    assert hook._injection._budget.used == 0
+
+
+async def test_what_a_background_response_needs_is_kept_or_refused(tmp_path, context):
+    hook, _, _ = make_hook(tmp_path)
+    with pytest.raises(UnsupportedRequest, match="in the background"):
+        await hook.begin(request(be_id="harbor", background=True), USER, None)
+    assert await hook.begin(request(background=True), FULL, None) is None
+
+    async def write(rows, vectors):
+        context.over = True  # the client goes away while its rows are written
+
+    pool = RowPool(range(4), write)
+    hook, _, _ = make_hook(tmp_path / "rows", injection=ResidentRows(pool, first=50_000))
+    with pytest.raises(UnsupportedRequest, match="goes on in the background"):
+        await hook.begin(request(be_id="harbor", background=True), USER, None)
+    assert pool._make_room(4)
 
 
 async def test_a_matched_request_is_never_refused(tmp_path, context):
