@@ -20,6 +20,8 @@ from be_serve.core.errors import InputError
 
 _ROWS_FAULT = (400, 404, 413, 422)
 _BUSY = (408, 429, 502, 503, 504)
+# Also a connection that breaks: a row that kills a server looks like that, and must not kill it for ever.
+_BROKEN = (httpx.ReadTimeout, httpx.DecodingError, httpx.ProtocolError, httpx.ReadError, httpx.WriteError)
 _TRIES = 3  # of a row on which the server itself fails, or that it does not answer in time
 _LONGEST_WAIT = 10.0  # seconds between two tries
 _WRONG_SERVER = "Is it the right URL and key?"
@@ -167,7 +169,7 @@ async def _ask(
             answer = await client.post(row.url, content=row.content, headers={"Content-Type": "application/json"})
         except httpx.RequestError as exc:
             why = f"The server does not answer: {type(exc).__name__} {exc}".rstrip() + "."
-            broken += isinstance(exc, httpx.ReadTimeout | httpx.DecodingError)
+            broken += isinstance(exc, _BROKEN)
         else:
             status, body = answer.status_code, json_object(answer.content)
             if (answer.is_success and body is not None) or _is_rows_fault(answer):

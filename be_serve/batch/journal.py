@@ -11,6 +11,7 @@ import os
 import stat
 import uuid
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -146,7 +147,8 @@ class Journal:
         """Write all answers in the rows' order to the output. The journal goes, unless rows failed."""
         made = self.output.with_name(f".{self.output.name}.{uuid.uuid4().hex[:8]}")
         try:
-            with made.open("wb") as file:
+            mode = self.output.stat().st_mode & 0o777 if self.output.exists() else 0o600  # as the journal's
+            with open(made, "wb", opener=partial(os.open, mode=mode)) as file:
                 for row in self._rows:
                     if row.custom_id in self._places:
                         self._file.seek(self._places[row.custom_id])

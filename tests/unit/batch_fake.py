@@ -67,6 +67,8 @@ class Answers:
                 return JSONResponse({"error": {"message": "no room"}}, 503, headers={"Retry-After": "\u00b2"})
             case "deep":
                 return PlainTextResponse("[" * 100_000, 200)
+            case "kill":
+                raise httpx.RemoteProtocolError("Server disconnected without sending a response.")
             case "slow":
                 raise httpx.ReadTimeout("too slow")
         headers = {"x-be-id": "captain", "x-be-digest": self.digest, "other": "x"}

@@ -86,15 +86,15 @@ async def test_a_wrong_server_is_no_answer(tmp_path, say, message):
 
 
 async def test_what_only_one_row_meets_does_not_stop_the_others(tmp_path):
-    """A gateway's limit or a row that never ends: the others are answered, and these are asked again."""
+    """A gateway's limit, a row that never ends or kills: the others are answered, and these are asked again."""
     answers, output = Answers(), tmp_path / "out.jsonl"
-    says = ("hi", "blocked", "too large", "slow", "ho")
+    says = ("hi", "blocked", "too large", "slow", "kill", "ho")
     rows = read_rows(write(tmp_path / "in.jsonl", *[row(say, say=say) for say in says]))
     with Journal(output, rows, MODEL) as journal:
         failed = await run(rows, journal, answers, concurrency=1)
-        assert set(failed) == {"blocked", "too large", "slow"}
+        assert set(failed) == {"blocked", "too large", "slow", "kill"}
         journal.write(failed)
-    assert answers.asked.count("slow") == 3
+    assert answers.asked.count("slow") == answers.asked.count("kill") == 3
     found = {line["custom_id"]: line for line in read(output)}
     assert found["slow"]["response"] is None
     assert "ReadTimeout" in found["slow"]["error"]["message"]

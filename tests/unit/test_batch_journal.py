@@ -102,3 +102,16 @@ def test_no_file_is_lost(tmp_path):
     source = write(tmp_path / "z.jsonl.part", row("a", say="hi"))
     with pytest.raises(InputError, match="is the input"):
         check_output(tmp_path / "z.jsonl", source)
+
+
+def test_answers_are_for_their_owners_eyes(tmp_path):
+    rows = read_rows(write(tmp_path / "in.jsonl", row("a", say="hi")))
+    output = tmp_path / "out.jsonl"
+    for mode in (0o600, 0o640):  # a new file; one whose owner opened it to others
+        with Journal(output, rows, MODEL, fresh=True) as journal:
+            journal.add({"custom_id": "a", "error": None, "response": {}})
+            if mode != 0o600:
+                output.touch()
+                output.chmod(mode)
+            journal.write({})
+        assert output.stat().st_mode & 0o777 == mode
