@@ -163,10 +163,18 @@ def install_messages(state: Any) -> None:
 
 
 def install_aliases(state: Any, records: Callable[[], Sequence[Record]]) -> None:
-    """Accept `base:be_id` as a model name and list the aliases with their parent."""
+    """Accept `base:be_id` as a model name and list the aliases with their parent.
+
+    Raises IncompatibleVLLM where an adapter has such a name: vLLM would answer a token's requests through it.
+    """
     from vllm.entrypoints.serve.engine.protocol import ModelCard, ModelPermission
 
     models = state.openai_serving_models
+    for name in models.lora_requests:
+        if split_alias(name, base_models(state)) is not None:
+            raise IncompatibleVLLM(
+                f"The adapter {name!r} is named as a token's alias is (base model, colon, token); give it another name."
+            )
     original_check, original_show = models.is_base_model, models.show_available_models
 
     def is_base_model(model_name: str) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -50,6 +51,13 @@ def test_versions(monkeypatch):
 def test_a_server_of_another_shape_is_refused():
     with pytest.raises(vllm_compat.IncompatibleVLLM, match="chat renderer elsewhere"):
         vllm_compat.check_server(object())
+
+
+def test_an_adapter_named_like_an_alias_is_refused():
+    """vLLM looks among its adapters first: a token's requests would be answered through one."""
+    models = SimpleNamespace(lora_requests={"tiny:harbor": object()}, base_model_paths=[SimpleNamespace(name="tiny")])
+    with pytest.raises(vllm_compat.IncompatibleVLLM, match="tiny:harbor"):
+        vllm_compat.install_aliases(SimpleNamespace(openai_serving_models=models), list)
 
 
 def test_the_general_plugin_does_nothing_unless_named(monkeypatch):
