@@ -29,10 +29,13 @@ def read_run(folder: Path) -> dict[str, Any]:
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     last = [row["kl"] for row in log[-10:] if "kl" in row]
     arms = evaluation["arms"]
+    settings = {k: v for k, v in config.model_dump().items() if k not in _ELSEWHERE} | {"ae": bool(config.ae)}
+    if files := config.init_files():
+        settings["init"] = f"file:{','.join(Path(name).name for name in files)}"
     return {
         "id": config.id,
         "prompt": Path(config.prompt_file).stem,
-        "settings": {k: v for k, v in config.model_dump().items() if k not in _ELSEWHERE} | {"ae": bool(config.ae)},
+        "settings": settings,
         "steps": len(log),
         "rho": evaluation["rho"],
         "rho_interval": evaluation["rho_interval"],
