@@ -17,7 +17,7 @@ import torch
 
 from be_serve.cli._training import ModelChoice, takes_model
 from be_serve.core.artifact import Token
-from trainer.evaluate import RESPONSE_TOKENS, Arm
+from trainer.arms import RESPONSE_TOKENS, Arm
 from trainer.queries import read_queries, write_queries
 
 

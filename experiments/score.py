@@ -19,7 +19,7 @@ from torch import Tensor
 from be_serve.cli._training import ModelChoice, takes_model
 from be_serve.core.artifact import Token
 from be_serve.core.prompts import read_prompt_file
-from trainer.evaluate import RESPONSE_TOKENS, Arm, chats, rho_interval, score_arms
+from trainer.arms import RESPONSE_TOKENS, Arm, chats, rho_interval, score_arms
 from trainer.queries import read_queries
 from trainer.teacher import Teacher
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from trainer.evaluate import Scores
+    from trainer.arms import Scores
 
 MAX_CLAUSES = 16
 CLAUSE_QUERIES = 16

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from be_serve.core.errors import InputError
-from trainer.evaluate import RESPONSE_TOKENS, Arm, Scores, chats, rho_interval, score_arms
+from trainer.arms import RESPONSE_TOKENS, Arm, Scores, chats, rho_interval, score_arms
 from trainer.generate import common_prefix
 from trainer.loop import Optimisation, Training, fit
 from trainer.queries import Query

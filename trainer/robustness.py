@@ -9,7 +9,7 @@ from torch import Tensor
 
 from be_serve.core.artifact import Placement
 from be_serve.core.errors import InputError
-from trainer.evaluate import RESPONSE_TOKENS, Arm, chats, score_arms
+from trainer.arms import RESPONSE_TOKENS, Arm, chats, score_arms
 from trainer.queries import Query
 from trainer.teacher import Teacher
 

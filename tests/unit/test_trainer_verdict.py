@@ -10,8 +10,9 @@ import torch
 from be_serve.core.artifact import BaseModelRef, Manifest, PromptRef
 from be_serve.core.errors import InputError
 from tests.factories import make_token
+from trainer.arms import Scores, rho_interval
 from trainer.clauses import Clause, ClauseEffect, clause_effect, prompt_clauses, sentences
-from trainer.evaluate import Evaluation, Scores, rho_interval
+from trainer.evaluate import Evaluation
 from trainer.model import FrozenModel
 from trainer.queries import Query
 from trainer.report_html import write_report
