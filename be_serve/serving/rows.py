@@ -18,7 +18,8 @@ from be_serve.core.errors import BEError, UnsupportedRequest
 
 Write = Callable[[list[int], Any], Awaitable[None]]
 _PASSED = 32
-"""How many requests that fit may pass one that waits for more room."""
+"""How many requests that fit may pass one that waits for more room, until it has been alone for `_ALONE` seconds."""
+_ALONE = 3.0
 
 
 class TooManyVectors(UnsupportedRequest):
@@ -92,9 +93,8 @@ class RowPool:
         self._patience = patience
         self._residents: OrderedDict[str, _Resident] = OrderedDict()  # the longest unused first
         self._writing = asyncio.Lock()
-        self._freed = asyncio.Event()
-        self._waiting: list[object] = []
-        """Requests that wait for room: first come, first served, but for a few that fit before the first does."""
+        self._waiting: list[asyncio.Event] = []
+        """Requests that wait for room, first come, first served; an event says that its request may look again."""
         self._passed = 0
 
     @property
@@ -127,7 +127,7 @@ class RowPool:
         """For leases: one user less."""
         resident.users -= 1
         if not resident.users:
-            self._freed.set()
+            self._look_again(0)
 
     async def _in_turn(self, wanted: dict[str, Any], *, wait: bool) -> None:
         """Make the tokens resident, once there is room and nobody waits too long for it. Only the waiting has a limit.
@@ -138,37 +138,54 @@ class RowPool:
             f"All {self.capacity} rows of this server process are used by requests in flight; please try again later. "
             "Operators: --be-rows."
         )
-        turn = object()
+        turn = asyncio.Event()
         try:
             async with asyncio.timeout(self._patience) as limit:
                 while True:
                     async with self._writing:
-                        if self._may_go(turn) and self._make_room(self._rows_of(self._missing(wanted)), keep=wanted):
+                        missing = self._missing(wanted)
+                        if not missing:
+                            return
+                        first = not self._waiting or self._waiting[0] is turn
+                        if (first or self._passed < _PASSED) and self._make_room(self._rows_of(missing), keep=wanted):
                             limit.reschedule(None)
-                            self._passed += bool(self._waiting) and self._waiting[0] is not turn
-                            for digest, vectors in self._missing(wanted).items():
+                            if not first:
+                                self._pass()
+                            for digest, vectors in missing.items():
                                 await self._admit(digest, vectors)
                             return
                         if not wait:
                             raise busy
                         if turn not in self._waiting:
                             self._waiting.append(turn)
-                        self._freed.clear()
-                    await self._freed.wait()
+                        turn.clear()
+                        if self._waiting[0] is turn:
+                            self._look_again(1)  # for less room
+                    await turn.wait()
         except TimeoutError:
             raise busy from None
         finally:
             self._leave_queue(turn)
 
-    def _may_go(self, turn: object) -> bool:
-        return not self._waiting or self._waiting[0] is turn or self._passed < _PASSED
+    def _pass(self) -> None:
+        self._passed += 1
+        if self._passed == _PASSED:
+            asyncio.get_running_loop().call_later(_ALONE, self._let_pass)
 
-    def _leave_queue(self, turn: object) -> None:
+    def _let_pass(self) -> None:
+        self._passed = 0
+        self._look_again(0)
+
+    def _look_again(self, place: int) -> None:
+        """Tell the request at a place of the queue. One after another, for each look goes through all tokens."""
+        if place < len(self._waiting):
+            self._waiting[place].set()
+
+    def _leave_queue(self, turn: asyncio.Event) -> None:
         if turn in self._waiting:
-            if self._waiting[0] is turn:
-                self._passed = 0
-            self._waiting.remove(turn)
-            self._freed.set()  # the next one's turn
+            place = self._waiting.index(turn)
+            del self._waiting[place]
+            self._look_again(place)
 
     @staticmethod
     def _rows_of(tokens: dict[str, Any]) -> int:

@@ -122,6 +122,48 @@ async def test_small_tokens_pass_a_large_one_that_waits_but_not_for_ever(monkeyp
     assert [table.rows[row] for row in (await third).rows] == ["d0"]
 
 
+async def test_a_large_one_is_alone_for_a_while_only(monkeypatch):
+    monkeypatch.setattr("be_serve.serving.rows._PASSED", 1)
+    monkeypatch.setattr("be_serve.serving.rows._ALONE", 0.05)
+    pool, _ = make_pool(8, patience=5)
+    await pool.lease([("a", vectors("a", 1))])
+    large = asyncio.create_task(pool.lease([("large", vectors("large", 8))]))
+    await asyncio.sleep(0.01)
+    await pool.lease([("b", vectors("b", 1))])
+    waiting = [asyncio.create_task(pool.lease([(name, vectors(name, 1))])) for name in "cde"]
+    await asyncio.sleep(0.02)
+    assert not any(task.done() for task in waiting)
+    await asyncio.gather(*waiting)
+    assert not large.done()
+    large.cancel()
+
+
+async def test_a_burst_for_one_token_passes_a_large_one_once(monkeypatch):
+    """Those behind the first of them need no room, and use up no passes."""
+    monkeypatch.setattr("be_serve.serving.rows._PASSED", 2)
+    pool, _ = make_pool(patience=5)
+    await pool.lease([("a", vectors("a", 1))])
+    large = asyncio.create_task(pool.lease([("large", vectors("large", 4))]))
+    await asyncio.sleep(0.01)
+    burst = asyncio.gather(*(pool.lease([("b", vectors("b", 1))], wait=False) for _ in range(60)))
+    await asyncio.wait_for(burst, 1)
+    assert pool._passed == 1
+    large.cancel()
+
+
+async def test_room_for_those_behind_is_found_when_rows_come_back():
+    pool, _ = make_pool(patience=5)
+    used = [await pool.lease([(name, vectors(name, 2))]) for name in "ab"]
+    large = asyncio.create_task(pool.lease([("large", vectors("large", 4))]))
+    await asyncio.sleep(0.01)
+    small = [asyncio.create_task(pool.lease([(name, vectors(name, 1))])) for name in "cd"]
+    await asyncio.sleep(0.01)
+    used[0].release()
+    await asyncio.wait_for(asyncio.gather(*small), 1)
+    assert not large.done()
+    large.cancel()
+
+
 async def test_a_large_one_that_gives_up_lets_those_behind_it_go(monkeypatch):
     monkeypatch.setattr("be_serve.serving.rows._PASSED", 0)
     pool, _ = make_pool(patience=0.05)
