@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import socket
 import time
@@ -20,8 +21,8 @@ from be_serve.core.errors import InputError
 
 _ROWS_FAULT = (400, 404, 413, 422)
 _BUSY = (408, 429, 502, 503, 504)
-# Also a connection that breaks: a row that kills a server looks like that, and must not kill it for ever.
-_BROKEN = (httpx.ReadTimeout, httpx.DecodingError, httpx.ProtocolError, httpx.ReadError, httpx.WriteError)
+_CUT = (httpx.ProtocolError, httpx.ReadError, httpx.WriteError)
+"""The connection broke while a row was asked: the server restarts, or the row killed it."""
 _TRIES = 3  # of a row on which the server itself fails, or that it does not answer in time
 _LONGEST_WAIT = 10.0  # seconds between two tries
 _WRONG_SERVER = "Is it the right URL and key?"
@@ -123,12 +124,13 @@ async def run_rows(
         return len(journal) > 0 and taken == len(left)
 
     taken = 0
+    alone = asyncio.Lock()
 
     async def work() -> None:
         nonlocal taken
         for row in waiting:
             taken += 1
-            answer, final = await _ask(client, row, clock, alive, lambda: len(journal) > 0, last)
+            answer, final = await _ask(client, row, clock, alive, lambda: len(journal) > 0, last, alone)
             if final:
                 journal.add(answer)
                 clock.tick()
@@ -156,20 +158,28 @@ async def _ask(
     alive: Callable[[], bool],
     proven: Callable[[], bool],
     last: Callable[[], bool],
+    alone: asyncio.Lock,
 ) -> tuple[dict[str, Any], bool]:
     """One row's answer, as a row of the output, and whether it is final.
 
-    `proven`: others were answered before; `last`: and none waits to be asked.
+    `proven`: others were answered before; `last`: and none waits to be asked. A row whose
+    connection broke is asked again when the server is there again, `alone` among such rows:
+    one that kills it must not be asked for ever, nor take the others with it.
     """
     wait, broken = 0.5, 0
     since: float | None = None
+    cut = False
     while True:
         answer, named = None, ""
         try:
-            answer = await client.post(row.url, content=row.content, headers={"Content-Type": "application/json"})
+            async with alone if cut else contextlib.nullcontext():
+                if cut:
+                    await _until_there(client, clock, alive, since)
+                answer = await client.post(row.url, content=row.content, headers={"Content-Type": "application/json"})
         except httpx.RequestError as exc:
             why = f"The server does not answer: {type(exc).__name__} {exc}".rstrip() + "."
-            broken += isinstance(exc, _BROKEN)
+            cut = cut or isinstance(exc, _CUT)
+            broken += isinstance(exc, (httpx.ReadTimeout, httpx.DecodingError, *_CUT))
         else:
             status, body = answer.status_code, json_object(answer.content)
             if (answer.is_success and body is not None) or _is_rows_fault(answer):
@@ -194,6 +204,23 @@ async def _ask(
         pause = min(float(named) if named.isdecimal() else wait, _LONGEST_WAIT)
         await asyncio.sleep(pause * random.uniform(0.5, 1.5))  # noqa: S311
         wait *= 2
+
+
+async def _until_there(
+    client: httpx.AsyncClient, clock: _Clock, alive: Callable[[], bool], since: float | None
+) -> None:
+    """Return when the server answers anything. Raises BatchStopped where it ended, or nothing was answered for long."""
+    while True:
+        try:
+            if not (await client.get("/v1/models")).is_server_error:
+                return
+        except httpx.RequestError:
+            pass
+        if not alive():
+            raise BatchStopped("The server ended; its log above says why.")
+        if since is not None and clock.out(since):
+            raise BatchStopped(f"Nothing was answered for {clock.patience:.0f} s. The server went away.")
+        await asyncio.sleep(min(1.0, _LONGEST_WAIT))
 
 
 def _is_rows_fault(answer: httpx.Response) -> bool:

@@ -148,7 +148,8 @@ class Journal:
         made = self.output.with_name(f".{self.output.name}.{uuid.uuid4().hex[:8]}")
         try:
             mode = self.output.stat().st_mode & 0o777 if self.output.exists() else 0o600  # as the journal's
-            with open(made, "wb", opener=partial(os.open, mode=mode)) as file:
+            with open(made, "wb", opener=partial(os.open, mode=0o600)) as file:
+                os.fchmod(file.fileno(), mode)
                 for row in self._rows:
                     if row.custom_id in self._places:
                         self._file.seek(self._places[row.custom_id])

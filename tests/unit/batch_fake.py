@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 
 import httpx
@@ -38,6 +39,8 @@ class Answers:
         self.busy = 2
         self.broken = True
         self.digest = "abc"
+        self.killed = asyncio.Event()
+        """The server is gone from a row that says "kill" until `killed` is cleared, as it is by the first look."""
 
     async def chat(self, request: Request) -> Response:
         body = await request.json()
@@ -68,15 +71,26 @@ class Answers:
             case "deep":
                 return PlainTextResponse("[" * 100_000, 200)
             case "kill":
+                self.killed.set()
                 raise httpx.RemoteProtocolError("Server disconnected without sending a response.")
+            case "beside":
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self.killed.wait(), 0.05)
+                    raise httpx.ReadError("")
             case "slow":
                 raise httpx.ReadTimeout("too slow")
         headers = {"x-be-id": "captain", "x-be-digest": self.digest, "other": "x"}
         return JSONResponse({"id": "chat-1", "text": body["say"].upper()}, headers=headers)
 
+    async def models(self, request: Request) -> Response:
+        gone = self.killed.is_set()
+        self.killed.clear()
+        return JSONResponse({"data": []}, 502 if gone else 200)
+
     @property
     def transport(self) -> httpx.ASGITransport:
-        return httpx.ASGITransport(Starlette(routes=[Route(CHAT, self.chat, methods=["POST"])]))
+        routes = [Route(CHAT, self.chat, methods=["POST"]), Route("/v1/models", self.models)]
+        return httpx.ASGITransport(Starlette(routes=routes))
 
 
 async def run(rows, journal, answers: Answers, **options):

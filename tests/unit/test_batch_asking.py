@@ -104,6 +104,17 @@ async def test_what_only_one_row_meets_does_not_stop_the_others(tmp_path):
         assert len(journal) == 2
 
 
+async def test_a_row_that_kills_the_server_takes_no_other_with_it(tmp_path):
+    answers, output = Answers(), tmp_path / "out.jsonl"
+    says = ["beside"] * 3 + ["kill"] + ["beside"] * 8
+    rows = read_rows(write(tmp_path / "in.jsonl", *[row(str(i), say=say) for i, say in enumerate(says)]))
+    with Journal(output, rows, MODEL) as journal:
+        failed = await run(rows, journal, answers, concurrency=6)
+        assert set(failed) == {"3"}
+        assert len(journal) == len(says) - 1
+    assert answers.asked.count("kill") == 3
+
+
 async def test_where_every_row_failed_the_same_command_asks_them_again(tmp_path):
     answers, output = Answers(), tmp_path / "out.jsonl"
     rows = read_rows(write(tmp_path / "in.jsonl", row("1", say="break")))
