@@ -136,7 +136,7 @@ class ChatHook:
                 self._fallback.refuse_unfit(resolution.tokens)
             # Who has a full prompt to fall back on waits for nothing.
             wait = resolution.how != "match" and not fields.fallback
-            held = await self._hold(context, resolution, wait=wait, choices=getattr(request, "n", None) or 1)
+            held = await self._hold(context, resolution, wait=wait, choices=max(1, getattr(request, "n", None) or 1))
             return self._mark(resolution, held, started)
         except BEError as exc:
             if resolution.how != "match":
