@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -43,6 +44,15 @@ def register(server: Server, tiny: TinyModel) -> None:
         data = tiny.identity_token(name, voice).to_bytes()
         answer = httpx.post(f"{server.url}/v1/be/tokens", content=data, headers=KEY)
         assert answer.status_code == 201, answer.text
+    deadline = time.monotonic() + 5
+    while not all(known(server, name) for name in VOICES for _ in range(10)):
+        assert time.monotonic() < deadline
+
+
+def known(server: Server, name: str) -> bool:
+    """Whether a server process knows a token: either one, for the kernel chooses where a connection goes."""
+    headers = {**KEY, "Connection": "close"}
+    return httpx.get(f"{server.url}/v1/be/tokens/{name}", headers=headers).status_code == 200
 
 
 def ask(server: Server, question: str, *, voice: str | None = None, model: str = "tiny", **options) -> list[float]:
