@@ -98,6 +98,14 @@ async def test_the_wait_counts_from_the_request_on_and_some_do_not_wait():
     assert asyncio.get_running_loop().time() - started < 0.2
 
 
+async def waits_for_all(pool):
+    """A request for all rows, of which another holds one."""
+    await pool.lease([("a", vectors("a", 1))])
+    waiting = asyncio.create_task(pool.lease([("large", vectors("large", pool.capacity))]))
+    await asyncio.sleep(0.01)
+    return waiting
+
+
 async def test_small_tokens_pass_a_large_one_that_waits_but_not_for_ever(monkeypatch):
     """A request for nearly all rows must not keep the others out, nor they it."""
     monkeypatch.setattr("be_serve.serving.rows._PASSED", 2)
@@ -126,9 +134,7 @@ async def test_a_large_one_is_alone_for_a_while_only(monkeypatch):
     monkeypatch.setattr("be_serve.serving.rows._PASSED", 1)
     monkeypatch.setattr("be_serve.serving.rows._ALONE", 0.05)
     pool, _ = make_pool(8, patience=5)
-    await pool.lease([("a", vectors("a", 1))])
-    large = asyncio.create_task(pool.lease([("large", vectors("large", 8))]))
-    await asyncio.sleep(0.01)
+    large = await waits_for_all(pool)
     await pool.lease([("b", vectors("b", 1))])
     waiting = [asyncio.create_task(pool.lease([(name, vectors(name, 1))])) for name in "cde"]
     await asyncio.sleep(0.02)
@@ -142,9 +148,7 @@ async def test_a_burst_for_one_token_passes_a_large_one_once(monkeypatch):
     """Those behind the first of them need no room, and use up no passes."""
     monkeypatch.setattr("be_serve.serving.rows._PASSED", 2)
     pool, _ = make_pool(patience=5)
-    await pool.lease([("a", vectors("a", 1))])
-    large = asyncio.create_task(pool.lease([("large", vectors("large", 4))]))
-    await asyncio.sleep(0.01)
+    large = await waits_for_all(pool)
     burst = asyncio.gather(*(pool.lease([("b", vectors("b", 1))], wait=False) for _ in range(60)))
     await asyncio.wait_for(burst, 1)
     assert pool._passed == 1
