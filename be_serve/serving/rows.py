@@ -4,22 +4,29 @@ Each server process owns a range of rows and counts the requests that use each
 token. A token that is asked for and not resident takes the rows of those that were
 used longest ago; rows of a request in flight are never rewritten, for a preempted
 request is embedded again.
+
+Who gets which rows is decided at once, without waiting for anything, so that nobody
+can come between a request and the rows that were found for it. Only the writing
+takes time. Where there is no room, requests wait in a queue, and whatever becomes
+free is given to them from there.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Container, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Collection, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from be_serve.core.errors import BEError, UnsupportedRequest
 
 Write = Callable[[list[int], Any], Awaitable[None]]
 _PASSED = 32
-"""How many requests that fit may pass one that waits for more room, until it has been alone for `_ALONE` seconds."""
+"""How many requests that fit may pass the first of the queue before it is alone for `_ALONE` seconds."""
 _ALONE = 3.0
+_LOOKS = 64
+"""How many requests of the queue may be found not to fit when rows become free: thousands may wait."""
 
 
 class TooManyVectors(UnsupportedRequest):
@@ -36,12 +43,25 @@ class RowsBusy(BEError):
     code = "be_rows_busy"
 
 
-@dataclass
+@dataclass(eq=False)
 class _Resident:
-    """A token whose vectors lie in `rows`, and how many requests use it."""
+    """A token whose vectors lie in `rows`, or are being written there, and how many use it."""
 
     rows: list[int]
-    users: int = 0
+    users: int = 1
+    """The write that brings the vectors counts as one."""
+    written: asyncio.Task[None] = field(init=False)
+
+
+@dataclass(eq=False)
+class _Request:
+    """What a request asks for."""
+
+    digests: Sequence[str]
+    """In order; a token may stand in it more than once."""
+    vectors: dict[str, Any]
+    granted: asyncio.Future[Lease] = field(init=False)
+    """For a request that waits."""
 
 
 class Lease:
@@ -52,7 +72,7 @@ class Lease:
         self.rows = [row for resident in residents for row in resident.rows]
         self._held = True
         for resident in residents:
-            resident.users += 1
+            pool.enter(resident)
 
     def renew(self) -> Lease:
         """A second right to the same rows, with a life of its own. The first must still be held."""
@@ -67,13 +87,19 @@ class Lease:
             for resident in self._residents:
                 self._pool.leave(resident)
 
+    async def written(self) -> None:
+        """Wait until the vectors are in the rows. Raises what kept them from it."""
+        for resident in self._residents:
+            # Others may have leased the same token: the write does not end with the request that began it.
+            await asyncio.shield(resident.written)
+
 
 class RowPool:
     """Rows of the side table that belong to this process.
 
     `write` puts vectors [n, hidden_size] into rows on every worker, and returns when
-    they are there. `observe` is told the number of resident tokens after each write.
-    One event loop; not for threads.
+    they are there; calls reach the workers in the order in which they are made. `observe`
+    is told the number of resident tokens when it changes. One event loop; not for threads.
     """
 
     def __init__(
@@ -92,10 +118,13 @@ class RowPool:
         self._write = write
         self._patience = patience
         self._residents: OrderedDict[str, _Resident] = OrderedDict()  # the longest unused first
-        self._writing = asyncio.Lock()
-        self._waiting: list[asyncio.Event] = []
-        """Requests that wait for room, first come, first served; an event says that its request may look again."""
+        self._idle = 0
+        """Rows of residents that nobody uses."""
+        self._waiting: dict[_Request, None] = {}
+        """Requests that wait for room, first come, first served."""
         self._passed = 0
+        """Requests that took rows past the first that waits, since it is the first or was last alone."""
+        self._alone: asyncio.TimerHandle | None = None
 
     @property
     def resident(self) -> int:
@@ -105,114 +134,142 @@ class RowPool:
     async def lease(self, parts: Sequence[tuple[str, Any]], *, wait: bool = True) -> Lease:
         """The rows of tokens, each a digest and its vectors [k, hidden_size]; written where they are not resident.
 
-        All or none: nothing is held while waiting. Raises TooManyVectors where the
-        vectors exceed the rows of this process, RowsBusy where too few became free
-        within `patience` seconds, at once without `wait`.
+        All or none: nothing is held while waiting. A request whose tokens are resident
+        never waits for room. Raises TooManyVectors where the vectors exceed the rows of this
+        process, RowsBusy where too few became free within `patience` seconds, at once without `wait`.
         """
-        wanted = dict(parts)
-        k = self._rows_of(wanted)
+        request = _Request([digest for digest, _ in parts], dict(parts))
+        k = sum(map(len, request.vectors.values()))
         if k > self.capacity:
             raise TooManyVectors(
                 f"The token has {k} vectors; this server process has {self.capacity} rows for tokens. "
                 "Operators: --be-rows.",
                 param="be_id",
             )
-        if any(digest not in self._residents for digest in wanted):
-            await self._in_turn(wanted, wait=wait)
-        for digest in wanted:
-            self._residents.move_to_end(digest)
-        return Lease(self, [self._residents[digest] for digest, _ in parts])
+        lease = self._grant(request, first=not self._waiting)
+        if lease is None:
+            lease = await self._granted(request) if wait else None
+        if lease is None:
+            raise RowsBusy(
+                f"All {self.capacity} rows of this server process are used by requests in flight, or kept for one that "
+                "waits for many; please try again later. Operators: --be-rows."
+            )
+        try:
+            await lease.written()
+        except BaseException:
+            lease.release()
+            raise
+        return lease
+
+    def enter(self, resident: _Resident) -> None:
+        """For leases: one user more."""
+        if not resident.users:
+            self._idle -= len(resident.rows)
+        resident.users += 1
 
     def leave(self, resident: _Resident) -> None:
         """For leases: one user less."""
         resident.users -= 1
         if not resident.users:
-            self._look_again(0)
+            self._idle += len(resident.rows)
+            self._serve()
 
-    async def _in_turn(self, wanted: dict[str, Any], *, wait: bool) -> None:
-        """Make the tokens resident, once there is room and nobody waits too long for it. Only the waiting has a limit.
+    def _grant(self, request: _Request, *, first: bool) -> Lease | None:
+        """A lease, if there is room for what is missing and it may have it; the writes have begun then."""
+        missing = {digest: vectors for digest, vectors in request.vectors.items() if digest not in self._residents}
+        if missing:
+            if not first and self._passed >= _PASSED:
+                return None
+            if not self._make_room(sum(map(len, missing.values())), keep=request.vectors):
+                return None
+            if not first:
+                self._pass()
+        for digest, vectors in missing.items():
+            self._begin_writing(digest, vectors)
+        for digest in request.vectors:
+            self._residents.move_to_end(digest)
+        return Lease(self, [self._residents[digest] for digest in request.digests])
 
-        Without `wait` it may wait for others' writes, which take milliseconds, and not for room.
-        """
-        busy = RowsBusy(
-            f"All {self.capacity} rows of this server process are used by requests in flight; please try again later. "
-            "Operators: --be-rows."
-        )
-        turn = asyncio.Event()
+    async def _granted(self, request: _Request) -> Lease | None:
+        """The lease that the request is given in its turn, or None once its patience is at an end."""
+        request.granted = asyncio.get_running_loop().create_future()
+        self._waiting[request] = None
         try:
-            async with asyncio.timeout(self._patience) as limit:
-                while True:
-                    async with self._writing:
-                        missing = self._missing(wanted)
-                        if not missing:
-                            return
-                        first = not self._waiting or self._waiting[0] is turn
-                        if (first or self._passed < _PASSED) and self._make_room(self._rows_of(missing), keep=wanted):
-                            limit.reschedule(None)
-                            if not first:
-                                self._pass()
-                            for digest, vectors in missing.items():
-                                await self._admit(digest, vectors)
-                            return
-                        if not wait:
-                            raise busy
-                        if turn not in self._waiting:
-                            self._waiting.append(turn)
-                        turn.clear()
-                        if self._waiting[0] is turn:
-                            self._look_again(1)  # for less room
-                    await turn.wait()
-        except TimeoutError:
-            raise busy from None
+            await asyncio.wait([request.granted], timeout=self._patience)
+        except BaseException:
+            if request.granted.done():
+                request.granted.result().release()
+            raise
         finally:
-            self._leave_queue(turn)
+            self._leave_queue(request)
+        return request.granted.result() if request.granted.done() else None
+
+    def _serve(self) -> None:
+        """Give what is free to those who wait, in their order."""
+        refused = 0
+        for request in list(self._waiting):
+            first = next(iter(self._waiting)) is request
+            if lease := self._grant(request, first=first):
+                del self._waiting[request]
+                request.granted.set_result(lease)
+                if first:
+                    self._new_first()
+            elif (refused := refused + 1) == _LOOKS:
+                break
+
+    def _leave_queue(self, request: _Request) -> None:
+        if request in self._waiting:
+            first = next(iter(self._waiting)) is request
+            del self._waiting[request]
+            if first:
+                self._new_first()
+                self._serve()
+
+    def _new_first(self) -> None:
+        self._passed = 0
+        if self._alone:
+            self._alone.cancel()
+            self._alone = None
 
     def _pass(self) -> None:
         self._passed += 1
-        if self._passed == _PASSED:
-            asyncio.get_running_loop().call_later(_ALONE, self._let_pass)
+        if self._passed >= _PASSED:
+            self._alone = asyncio.get_running_loop().call_later(_ALONE, self._let_pass)
 
     def _let_pass(self) -> None:
-        self._passed = 0
-        self._look_again(0)
+        self._new_first()
+        self._serve()
 
-    def _look_again(self, place: int) -> None:
-        """Tell the request at a place of the queue. One after another, for each look goes through all tokens."""
-        if place < len(self._waiting):
-            self._waiting[place].set()
+    def _begin_writing(self, digest: str, vectors: Any) -> None:
+        resident = _Resident([self._free.pop() for _ in range(len(vectors))])
+        self._residents[digest] = resident
+        resident.written = asyncio.create_task(self._bring(digest, resident, vectors))
+        resident.written.add_done_callback(lambda task: task.cancelled() or task.exception())  # its users may be gone
 
-    def _leave_queue(self, turn: asyncio.Event) -> None:
-        if turn in self._waiting:
-            place = self._waiting.index(turn)
-            del self._waiting[place]
-            self._look_again(place)
-
-    @staticmethod
-    def _rows_of(tokens: dict[str, Any]) -> int:
-        return sum(map(len, tokens.values()))
-
-    def _missing(self, wanted: dict[str, Any]) -> dict[str, Any]:
-        return {digest: vectors for digest, vectors in wanted.items() if digest not in self._residents}
-
-    async def _admit(self, digest: str, vectors: Any) -> None:
-        rows = [self._free.pop() for _ in range(len(vectors))]
+    async def _bring(self, digest: str, resident: _Resident, vectors: Any) -> None:
         try:
-            await self._write(rows, vectors)
+            await self._write(resident.rows, vectors)
+            self.writes += 1
         except BaseException:
             # The write may still land. Writes reach the workers in order, so the rows' next owner comes after it.
-            self._free += rows
+            del self._residents[digest]
+            self._free += resident.rows
+            resident.rows = []
+            self._serve()
             raise
-        self._residents[digest] = _Resident(rows)
-        self.writes += 1
-        self._observe(len(self._residents))
+        finally:
+            self._observe(len(self._residents))
+            self.leave(resident)
 
-    def _make_room(self, k: int, keep: Container[str] = ()) -> bool:
+    def _make_room(self, k: int, keep: Collection[str] = ()) -> bool:
         """Whether k rows are free, after giving up tokens that nobody uses, the longest unused first; not `keep`."""
-        idle = [digest for digest, found in self._residents.items() if not found.users and digest not in keep]
-        if len(self._free) + sum(len(self._residents[digest].rows) for digest in idle) < k:
+        kept = [found for digest in keep if (found := self._residents.get(digest)) and not found.users]
+        if len(self._free) + self._idle - sum(len(found.rows) for found in kept) < k:
             return False
-        for digest in idle:
-            if len(self._free) >= k:
-                break
-            self._free += self._residents.pop(digest).rows
+        for digest, found in list(self._residents.items()) if len(self._free) < k else []:
+            if not found.users and digest not in keep:
+                self._free += self._residents.pop(digest).rows
+                self._idle -= len(found.rows)
+                if len(self._free) >= k:
+                    break
         return True

@@ -243,22 +243,162 @@ async def test_a_client_that_goes_away_while_its_token_is_written_leaves_the_row
     assert [table.rows[row] for row in lease.rows] == vectors("b", 4)
 
 
-@given(st.lists(st.tuples(st.integers(0, 9), st.integers(1, 3), st.integers(0, 3)), max_size=60), st.integers(3, 8))
-def test_under_any_load_a_lease_reads_its_own_vectors(requests, size):
-    """Many clients at once: what lies in a lease's rows is its token's, from the first moment to the last."""
+async def test_a_small_one_behind_two_large_ones_goes_when_it_fits():
+    pool, _ = make_pool(patience=5)
+    used = [await pool.lease([(name, vectors(name, k))]) for name, k in (("a", 2), ("b", 1), ("c", 1))]
+    waiting = [
+        asyncio.create_task(pool.lease([(name, vectors(name, k))])) for name, k in (("x", 4), ("y", 3), ("z", 1))
+    ]
+    await asyncio.sleep(0.01)
+    used[1].release()
+    await asyncio.wait_for(waiting[2], 1)
+    assert not waiting[0].done()
+    assert not waiting[1].done()
+    for task in waiting[:2]:
+        task.cancel()
 
-    async def client(pool, table, name, k, pauses):
-        token = f"{name}/{k}"
-        lease = await pool.lease([(token, vectors(token, k))])
-        for _ in range(pauses + 1):
-            assert [table.rows[row] for row in lease.rows] == vectors(token, k)
-            await asyncio.sleep(0)
-        lease.release()
+
+async def test_what_becomes_free_is_given_to_who_waits_and_not_to_who_comes_then():
+    pool, table = make_pool(patience=5)
+    used = await pool.lease([("a", vectors("a", 4))])
+    waiting = asyncio.create_task(pool.lease([("b", vectors("b", 4))]))
+    await asyncio.sleep(0.01)
+    used.release()
+    with pytest.raises(RowsBusy):  # in the same step of the loop, before the one that waits has run
+        await pool.lease([("c", vectors("c", 1))], wait=False)
+    assert [table.rows[row] for row in (await waiting).rows] == vectors("b", 4)
+
+
+async def test_passes_are_forgotten_with_the_request_that_was_passed(monkeypatch):
+    monkeypatch.setattr("be_serve.serving.rows._PASSED", 1)
+    pool, _ = make_pool(8, patience=5)
+    large = await waits_for_all(pool)
+    await pool.lease([("b", vectors("b", 1))])
+    with pytest.raises(RowsBusy):
+        await pool.lease([("c", vectors("c", 1))], wait=False)
+    large.cancel()
+    await asyncio.sleep(0)
+    await waits_for_all(pool)
+    await pool.lease([("c", vectors("c", 1))], wait=False)
+
+
+async def test_the_time_of_writes_is_no_waiting_for_room():
+    """A server that has just started: rows enough for all, and an engine that takes its time."""
+    pool, table = make_pool(patience=0.01)
+    quick = table.write
+
+    async def slow(rows, vectors):
+        await asyncio.sleep(0.05)
+        await quick(rows, vectors)
+
+    pool._write = slow
+    leases = await asyncio.gather(*(pool.lease([(name, vectors(name, 1))], wait=name < "c") for name in "abcd"))
+    assert [table.rows[lease.rows[0]] for lease in leases] == ["a0", "b0", "c0", "d0"]
+
+
+async def test_who_leased_a_token_that_could_not_be_written_is_told_and_the_next_may_try():
+    pool, table = make_pool()
+    table.fault = OSError("the engine is gone")
+    found = await asyncio.gather(*(pool.lease([("a", vectors("a", 4))]) for _ in range(3)), return_exceptions=True)
+    assert all(isinstance(one, OSError) for one in found)
+    assert (pool.resident, pool.writes, len(pool._free)) == (0, 0, 4)
+    table.fault = None
+    assert len((await pool.lease([("a", vectors("a", 4))])).rows) == 4
+
+
+async def test_a_write_goes_on_for_others_when_the_request_that_began_it_is_gone():
+    pool, table = make_pool()
+    first = asyncio.create_task(pool.lease([("a", vectors("a", 4))]))
+    second = asyncio.create_task(pool.lease([("a", vectors("a", 4))]))
+    await asyncio.sleep(0)
+    first.cancel()
+    assert [table.rows[row] for row in (await second).rows] == vectors("a", 4)
+    assert pool.writes == 1
+
+
+async def test_a_request_that_is_given_rows_and_cancelled_at_once_gives_them_back():
+    pool, _ = make_pool(patience=5)
+    used = await pool.lease([("a", vectors("a", 4))])
+    waiting = asyncio.create_task(pool.lease([("b", vectors("b", 4))]))
+    await asyncio.sleep(0.01)
+    used.release()
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    await asyncio.sleep(0.01)
+    assert pool._idle == 4
+
+
+async def test_the_number_of_residents_is_told_when_it_falls_too():
+    told = []
+    pool, _ = make_pool(observe=told.append)
+    for name in "abcd":
+        (await pool.lease([(name, vectors(name, 1))])).release()
+    await pool.lease([("e", vectors("e", 4))])
+    assert told[-1] == pool.resident == 1
+
+
+async def test_thousands_that_wait_cost_a_release_little():
+    pool, _ = make_pool(8, patience=60)
+    used = await pool.lease([("a", vectors("a", 4))])
+    await pool.lease([("b", vectors("b", 4))])
+    waiting = [asyncio.create_task(pool.lease([(f"w{n}", [0] * 8)])) for n in range(2000)]
+    await asyncio.sleep(0.05)
+    looks, grant = [], pool._grant
+    pool._grant = lambda request, first: looks.append(1) or grant(request, first=first)
+    used.release()
+    assert len(looks) == 64
+    for task in waiting:
+        task.cancel()
+
+
+REQUEST = st.tuples(st.integers(0, 9), st.integers(1, 4), st.integers(0, 3), st.sampled_from(["stays", "goes", "part"]))
+
+
+@given(st.lists(REQUEST, max_size=60), st.integers(4, 8), st.sets(st.integers(0, 40), max_size=5))
+def test_under_any_load_a_lease_reads_its_own_vectors(requests, size, faults):
+    """Many clients at once, some of which go away, and writes of which some fail.
+
+    What lies in a lease's rows is its tokens', from the first moment to the last, and no row is lost.
+    """
+
+    async def client(pool, table, name, k, pauses, way):
+        tokens = [(f"{name}/{k}", vectors(f"{name}/{k}", k))]
+        if way == "part" and k < 4:
+            tokens.append((f"{name}/1", vectors(f"{name}/1", 1)))
+        lease = await pool.lease(tokens)
+        try:
+            for _ in range(pauses + 1):
+                assert [table.rows[row] for row in lease.rows] == [vector for _, token in tokens for vector in token]
+                await asyncio.sleep(0)
+        finally:
+            lease.release()
 
     async def run():
         pool, table = make_pool(size, patience=5)
-        await asyncio.gather(*(client(pool, table, *request) for request in requests))
-        assert sum(len(found.rows) for found in pool._residents.values()) + len(pool._free) == size
+        count, write = iter(range(10_000)), table.write
+
+        async def at_times_faulty(rows, vectors):
+            await write(rows, vectors)
+            if next(count) in faults:
+                raise OSError("the engine is gone")
+
+        pool._write = at_times_faulty
+        tasks = [asyncio.create_task(client(pool, table, *request)) for request in requests]
+        for task, (_, _, pauses, way) in zip(tasks, requests, strict=True):
+            if way == "goes":
+                for _ in range(pauses):
+                    await asyncio.sleep(0)
+                task.cancel()
+        done = await asyncio.gather(*tasks, return_exceptions=True)
+        assert all(one is None or isinstance(one, (OSError, asyncio.CancelledError)) for one in done), done
+        await asyncio.gather(*(found.written for found in pool._residents.values()), return_exceptions=True)
+        await asyncio.sleep(0)
+        assert not pool._waiting
+        assert pool._idle == sum(len(found.rows) for found in pool._residents.values())
+        assert sorted([*pool._free, *(row for found in pool._residents.values() for row in found.rows)]) == list(
+            range(size)
+        )
 
     asyncio.run(run())
 
@@ -304,6 +444,7 @@ async def test_rows_are_held_from_the_call_to_the_end_of_the_engines_work(read, 
         await held.aclose()
     del held
     gc.collect()
+    await asyncio.sleep(0)
     assert outputs.closed == (read != 0)
     assert pool._make_room(4)
 
