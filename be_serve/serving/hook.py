@@ -129,6 +129,7 @@ class ChatHook:
         resolution = self._resolver.resolve(fields, model, chat)
         if resolution is None:
             return None
+        held = None
         try:
             if resolution.how == "match":
                 self._refuse_options(request)
@@ -139,6 +140,8 @@ class ChatHook:
             held = await self._hold(context, resolution, wait=wait, choices=max(1, getattr(request, "n", None) or 1))
             return self._mark(resolution, held, started)
         except BEError as exc:
+            if held:
+                held.release()
             if resolution.how != "match":
                 raise
             logger.debug("Serving the full prompt: token %s cannot answer: %s", resolution.tokens.name, exc)
@@ -195,6 +198,8 @@ class ChatHook:
 
     async def give_up(self, rendering: Rendering, exc: BEError) -> PlainChat:
         """The chat that is answered in place of one whose tokens could not be placed, or raises `exc`."""
+        if rendering.held:  # its long answer would hold what it does not use
+            rendering.held.release()
         try:
             if rendering.otherwise is None:
                 raise exc

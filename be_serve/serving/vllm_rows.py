@@ -174,7 +174,7 @@ def _leased(lease: Lease, outputs: Any) -> Any:
 
     Held from here on, for a background response is generated when its HTTP request is over.
     """
-    own, begun = lease.renew(), []
+    own, begun, loop = lease.renew(), [], asyncio.get_running_loop()
 
     async def held() -> Any:
         begun.append(True)
@@ -189,6 +189,11 @@ def _leased(lease: Lease, outputs: Any) -> Any:
                 own.release()
 
     made = held()
-    # A generator that was never begun runs no `finally`.
-    weakref.finalize(made, lambda: None if begun else own.release())
+
+    def give_back() -> None:
+        if not begun and not loop.is_closed():
+            loop.call_soon_threadsafe(own.release)
+
+    # A generator that was never begun runs no `finally`. Garbage may be collected in any thread.
+    weakref.finalize(made, give_back)
     return made

@@ -145,6 +145,25 @@ async def test_giving_up_a_match_leaves_no_trace(tmp_path, context):
         await hook.give_up(named, UnsupportedRequest("x"))
 
 
+async def test_who_is_answered_by_the_prompt_holds_no_rows_meanwhile(tmp_path, context, monkeypatch):
+    async def write(rows, vectors):
+        pass
+
+    pool = RowPool(range(4), write)
+    hook, _, _ = make_hook(tmp_path, injection=ResidentRows(pool, first=50_000))
+    matched = await hook.begin(request(), FULL, None)
+    assert not pool._make_room(4)
+    await hook.give_up(matched, UnsupportedRequest("no place"))
+    assert pool._make_room(4)
+
+    def cannot_mark(*args, **kwargs):
+        raise UnsupportedRequest("no place")
+
+    monkeypatch.setattr(hook._slots, "mark", cannot_mark)
+    assert await hook.begin(request(), FULL, None) is None
+    assert pool._make_room(4)
+
+
 async def test_a_lora_adapter_gets_no_token(tmp_path, context):
     hook, _, _ = make_hook(tmp_path)
     assert await hook.begin(request(model="my-lora"), FULL, None) is None
