@@ -15,9 +15,11 @@ same question; it is new in every round, so of a warm request the prompt alone i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from be_serve.core.errors import InputError
 from benchmarks.prompts import Chat
 
 ServerName = Literal["plugin", "stock"]
@@ -80,11 +82,22 @@ class Case:
         return self.template_tokens + self.system_tokens(arm) + self.question_tokens
 
 
-def arms_for(plugin_only: bool) -> tuple[Arm, ...]:
-    """The arms; with no stock server the plain ones run on the plugin server too, and say so."""
-    if not plugin_only:
-        return ARMS
-    return tuple(Arm(a.name, "plugin", a.content, a.label, a.warm) for a in ARMS if a.name != "floor_stock")
+def arms_for(plugin_only: bool, only: Sequence[str] = ()) -> tuple[Arm, ...]:
+    """The arms, or those named in `only`; with no stock server the plain ones run on the plugin server too.
+
+    Raises InputError for names that are none, and where "be" is not among them.
+    """
+    arms: tuple[Arm, ...] = ARMS
+    if plugin_only:
+        arms = tuple(Arm(a.name, "plugin", a.content, a.label, a.warm) for a in ARMS if a.name != "floor_stock")
+    if not only:
+        return arms
+    names = [arm.name for arm in arms]
+    if unknown := [name for name in only if name not in names]:
+        raise InputError(f"There is no arm {unknown[0]!r} here; there are {', '.join(names)}.")
+    if "be" not in only:
+        raise InputError("Name the arm be among the arms: the others are measured beside it.")
+    return tuple(arm for arm in arms if arm.name in only)
 
 
 def request_body(

@@ -66,6 +66,8 @@ class TTFTOptions:
     """Further passes over [BE] and its floor alone in each round."""
     warmup: int = 3
     cases: tuple[tuple[int, int], ...] = PAPER_CASES
+    arms: tuple[str, ...] = ()
+    """Names of the arms to measure; none for all."""
     prompt: str | None = None
     """A prompt of the user's own; of the cases only the question lengths count then."""
     max_tokens: int = 2
@@ -137,7 +139,7 @@ def new_run(options: TTFTOptions) -> Run:
         rounds=options.rounds,
         close=options.close,
         max_tokens=options.max_tokens,
-        arms=arms_for(options.plugin_only),
+        arms=arms_for(options.plugin_only, options.arms),
         started=datetime.now().astimezone(),
         command=redact(sys.argv),
         hardware=hardware(),

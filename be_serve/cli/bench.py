@@ -55,6 +55,7 @@ def _parse_cases(_: click.Context, __: click.Parameter, value: str) -> tuple[tup
     callback=_parse_cases,
     help="PROMPT:QUESTION lengths in tokens.",
 )
+@click.option("--arms", help="Only these arms, such as floor,be: where a question takes long. [default: all six]")
 @click.option("--prompt-file", type=click.Path(path_type=Path), help="Your own prompt in place of built-in text.")
 @click.option(
     "--question-tokens",
@@ -110,6 +111,7 @@ def ttft(
     token_file: Path | None,
     k: int,
     cases: tuple[tuple[int, int], ...],
+    arms: str | None,
     prompt_file: Path | None,
     question_tokens: int,
     rounds: int,
@@ -178,6 +180,7 @@ def ttft(
         close=close,
         warmup=warmup,
         cases=cases,
+        arms=tuple(name.strip() for name in arms.split(",")) if arms else (),
         prompt=read_prompt_file(prompt_file) if prompt_file else None,
         max_tokens=max_tokens,
         seed=seed,

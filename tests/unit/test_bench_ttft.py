@@ -49,6 +49,37 @@ def silent(_: str) -> None:
     pass
 
 
+@pytest.mark.parametrize("arms", [("floor", "be"), ("be", "full_cold")])
+async def test_chosen_arms_alone_are_asked(tmp_path, tiny_model_dir, arms):
+    async with two_servers() as (ours, stock):
+        options = make_options(
+            tmp_path,
+            url=ours.url,
+            baseline_url=stock.url,
+            folder=tiny_model_dir,
+            admin_key="secret",
+            arms=arms,
+            close=1,
+        )
+        run = await measure_ttft(options, silent)
+    figures = analyse(run)
+    draw(run, figures, tmp_path / "ttft.png")
+    assert "ratio of medians" in table(run, figures)
+    for case in figures["cases"]:
+        assert set(case["arms"]) == set(arms)
+        assert list(case["ratios"]) == ["be/floor" if "floor" in arms else "be/full_cold"]
+        assert {name: arm["completed"] for name, arm in case["arms"].items()} == {
+            "floor": {"floor": 8, "be": 8},
+            "be": {"be": 8, "full_cold": 4},
+        }[arms[0]]
+
+
+async def test_arms_that_do_not_exist_are_refused(tmp_path):
+    for arms, said in ((("be", "flor"), "flor"), (("floor",), "the arm be"), (("be", "floor_stock"), "floor_stock")):
+        with pytest.raises(InputError, match=said):
+            await measure_ttft(make_options(tmp_path, url="http://127.0.0.1:9", arms=arms), silent)
+
+
 async def test_known_costs_come_back(tmp_path, tiny_model_dir):
     async with two_servers() as (ours, stock):
         options = make_options(
