@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import json
 import random
+import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from be_serve.core.errors import InputError
 from trainer.capacity import exact_prefix, token_bits
 from trainer.loop import Optimisation, Training, fit
 from trainer.losses import hidden_reconstruction
@@ -30,10 +32,12 @@ _GRID = 11
 
 @dataclass(frozen=True)
 class Told:
-    """One text told in one step."""
+    """One text told in one step, by the best solution of those that several starts led to."""
 
     tokens: int
     accuracy: float
+    mean_accuracy: float
+    """Over all starts: how far one alone could be trusted to find what the vectors can hold."""
     exact_prefix: int
     """C_tokens: the longest prefix of which 99 % is right."""
     bits: float
@@ -46,6 +50,8 @@ class Curve:
 
     line: list[float]
     bezier: list[float]
+    starts: list[float]
+    """Accuracy of every solution that was found, best first; the first two are the ends."""
 
 
 class OneStep:
@@ -102,6 +108,7 @@ def probe_one_step(
     folder: Path,
     *,
     shared: bool = False,
+    restarts: int = 1,
     steps: int = 2000,
     lr: float = 1e-2,
     seed: int = 0,
@@ -109,17 +116,18 @@ def probe_one_step(
 ) -> list[Told]:
     """Train e and m for each text, or one m for all (`shared`), side by side; say how much of each is told.
 
-    The same call continues an interrupted probe. Raises Stopped after a signal, InputError
-    where training diverged.
+    Each is trained from `restarts` starts at once, and the best is told: from one start alone the sources
+    and this model miss solutions that exist. The same call continues an interrupted probe. Raises Stopped
+    after a signal, InputError where training diverged.
     """
     stages = [OneStep(model, texts)] if shared else [OneStep(model, [text]) for text in texts]
-    trainings = [_training(model, stage, folder / f"m-{n}", steps, lr, seed + n) for n, stage in enumerate(stages)]
-    _run(model, trainings, quiet)
-    found = []
-    for stage, training in zip(stages, trainings, strict=True):
-        vectors_KH = training.token.vectors.detach()
-        found += [_told(stage, i, torch.stack([vectors_KH[i], vectors_KH[-1]])) for i in range(len(stage.texts))]
-    return found
+    found = _solve(model, stages, folder, "m", restarts=restarts, steps=steps, lr=lr, seed=seed, quiet=quiet)
+    told = []
+    for stage, solutions in zip(stages, found, strict=True):
+        for i in range(len(stage.texts)):
+            mean = statistics.fmean(_told(stage, i, vectors_KH).accuracy for vectors_KH in solutions)
+            told.append(replace(_told(stage, i, solutions[0]), mean_accuracy=mean))
+    return told
 
 
 def connect(
@@ -127,20 +135,25 @@ def connect(
     ids: Sequence[int],
     folder: Path,
     *,
+    restarts: int = 2,
     steps: int = 2000,
     lr: float = 1e-2,
     seed: int = 0,
     quiet: bool = False,
 ) -> Curve:
-    """Two solutions of one text from different starts, and the accuracy on the way from one to the other."""
+    """The best two solutions of one text from `restarts` starts, and the accuracy on the way between them.
+
+    Raises as `probe_one_step`.
+    """
+    if restarts < 2:
+        raise InputError("Two solutions take two starts at least; give --restarts 2 or more.")
     stage = OneStep(model, [ids])
-    pair = [_training(model, stage, folder / f"end-{n}", steps, lr, seed + n) for n in range(2)]
-    _run(model, pair, quiet)
-    first, second = (training.token.vectors.detach() for training in pair)
+    [found] = _solve(model, [stage], folder, "end", restarts=restarts, steps=steps, lr=lr, seed=seed, quiet=quiet)
+    first, second = found[:2]
     curve = Bezier(stage, (first, second), seed)
     place = folder / "curve"
     place.mkdir(parents=True, exist_ok=True)
-    key = json.dumps([list(ids), steps, lr, seed, str(model.fingerprint), str(model.dtype)])
+    key = json.dumps([list(ids), restarts, steps, lr, seed, str(model.fingerprint), str(model.dtype)])
     middle = Training(
         SoftToken((first + second) / 2), [(curve, steps)], Optimisation(lr), folder=place, digest=f"curve {key}"
     )
@@ -150,7 +163,43 @@ def connect(
     return Curve(
         [_told(stage, 0, (1 - t) * first + t * second).accuracy for t in points],
         [_told(stage, 0, curve.at(middle_2H, t)).accuracy for t in points],
+        [_told(stage, 0, vectors_2H).accuracy for vectors_2H in found],
     )
+
+
+def _solve(
+    model: FrozenModel,
+    stages: Sequence[OneStep],
+    folder: Path,
+    name: str,
+    *,
+    restarts: int,
+    steps: int,
+    lr: float,
+    seed: int,
+    quiet: bool,
+) -> list[list[Tensor]]:
+    """For each stage its vectors [K, H] (e of each text, then m) after training from each start, best first."""
+    starts = [
+        [
+            _training(model, stage, folder / f"{name}-{n + r * len(stages)}", steps, lr, seed + n + r * len(stages))
+            for r in range(restarts)
+        ]
+        for n, stage in enumerate(stages)
+    ]
+    _run(model, [training for own in starts for training in own], quiet)
+
+    return [
+        _best_first(stage, [training.token.vectors.detach() for training in own])
+        for stage, own in zip(stages, starts, strict=True)
+    ]
+
+
+def _best_first(stage: OneStep, solutions: list[Tensor]) -> list[Tensor]:
+    def accuracy(vectors_KH: Tensor) -> float:
+        return sum(_told(stage, i, vectors_KH).accuracy for i in range(len(stage.texts)))
+
+    return sorted(solutions, key=accuracy, reverse=True)
 
 
 def _training(model: FrozenModel, stage: OneStep, folder: Path, steps: int, lr: float, seed: int) -> Training:
@@ -169,12 +218,14 @@ def _run(model: FrozenModel, trainings: Sequence[Training], quiet: bool) -> None
             raise training.fault
 
 
-def _told(stage: OneStep, i: int, pair_2H: Tensor) -> Told:
-    model, part = stage.model, stage.part(i, pair_2H)
+def _told(stage: OneStep, i: int, vectors_KH: Tensor) -> Told:
+    """What the i-th e and m of `vectors_KH`, e of each text and then m, tell of text i."""
+    model, part = stage.model, stage.part(i, torch.stack([vectors_KH[i], vectors_KH[-1]]))
     ids = part.rows[0].response
     with torch.no_grad():
         states_NH = scored_states(model, part.rows, part.vectors_KH)
         right_N = (torch.cat([model.head(some).argmax(-1) for some in states_NH.split(256)]).cpu()) == torch.tensor(ids)
     prefix = exact_prefix(right_N)
     bits = float(token_bits(model, ids[:prefix])[0].sum()) if prefix > 1 else 0.0
-    return Told(len(ids), float(right_N.float().mean()), prefix, bits)
+    accuracy = float(right_N.float().mean())
+    return Told(len(ids), accuracy, accuracy, prefix, bits)

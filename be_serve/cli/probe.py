@@ -29,6 +29,11 @@ if TYPE_CHECKING:
 @click.option("--one-step", is_flag=True, help="Tell each text in one forward pass, from two vectors e and m.")
 @click.option("--shared", is_flag=True, help="With --one-step: one m for all texts.")
 @click.option("--curve", is_flag=True, help="With --one-step: two solutions of the first text, and the way between.")
+@click.option(
+    "--restarts",
+    type=click.IntRange(1),
+    help="With --one-step: starts of each text, of which the best counts. [default: 1; 2 for --curve]",
+)
 @click.option("--steps", type=click.IntRange(1), default=600, show_default=True)
 @click.option("--lr", type=float, default=1e-2, show_default=True)
 @seed_option
@@ -43,6 +48,7 @@ def command(
     one_step: bool,
     shared: bool,
     curve: bool,
+    restarts: int | None,
     steps: int,
     lr: float,
     seed: int,
@@ -59,8 +65,10 @@ def command(
     from trainer.autoencoder import TextBatches
     from trainer.capacity import probe, save_capacity
 
-    if (shared or curve or one_step) and not (one_step and tokens == 1 and not (shared and curve)):
-        raise InputError("--one-step trains e and m: give no --tokens, and --shared or --curve only with it, not both.")
+    if (shared or curve or restarts or one_step) and not (one_step and tokens == 1 and not (shared and curve)):
+        raise InputError(
+            "--one-step trains e and m: give no --tokens, --restarts only with it, and of --shared and --curve one."
+        )
     frozen = model.load()
     if corpus:
         batches = TextBatches(frozen, corpus, length=length, batch_size=1, seed=seed)
@@ -70,12 +78,14 @@ def command(
     if any(len(piece) < length for piece in pieces):
         raise InputError(f"The tokenizer has too few words for texts of {length} tokens; give a smaller --length.")
     key = json.dumps(
-        [str(frozen.fingerprint), str(frozen.dtype), pieces, tokens, one_step, shared, curve, steps, lr, seed]
+        [str(frozen.fingerprint), str(frozen.dtype), pieces, tokens, one_step, shared, curve, restarts, steps, lr, seed]
     )
     folder = Path(run_dir or f"runs/probe-{hashlib.sha256(key.encode()).hexdigest()[:8]}")
     if one_step:
-        shown = _connected(frozen, pieces, folder, steps, lr, seed) if curve else None
-        shown = shown or _told(frozen, pieces, folder, shared, steps, lr, seed)
+        if curve:
+            shown = _connected(frozen, pieces, folder, restarts or 2, steps, lr, seed)
+        else:
+            shown = _told(frozen, pieces, folder, shared, restarts or 1, steps, lr, seed)
         if as_json:
             click.echo(json.dumps(shown))
         return
@@ -92,30 +102,43 @@ def command(
 
 
 def _told(
-    model: FrozenModel, texts: list[list[int]], folder: Path, shared: bool, steps: int, lr: float, seed: int
+    model: FrozenModel,
+    texts: list[list[int]],
+    folder: Path,
+    shared: bool,
+    restarts: int,
+    steps: int,
+    lr: float,
+    seed: int,
 ) -> dict[str, Any]:
     """Run and print the one-step probe."""
     from trainer.one_step import probe_one_step
 
-    found = probe_one_step(model, texts, folder, shared=shared, steps=steps, lr=lr, seed=seed)
-    click.echo(f"{'text':<6}{'tokens':>8}{'accuracy':>10}{'C_tokens':>10}{'H_LM, bits':>12}")
+    found = probe_one_step(model, texts, folder, shared=shared, restarts=restarts, steps=steps, lr=lr, seed=seed)
+    click.echo(f"{'text':<6}{'tokens':>8}{'accuracy':>10}{'mean':>8}{'C_tokens':>10}{'H_LM, bits':>12}")
     for n, told in enumerate(found):
-        click.echo(f"{n:<6}{told.tokens:>8}{told.accuracy:>10.3f}{told.exact_prefix:>10}{told.bits:>12.0f}")
-    click.echo(f"one step, {'one m for all texts' if shared else 'an m for each text'}, {steps} steps")
-    return {"shared": shared, "steps": steps, "texts": [asdict(told) for told in found]}
+        click.echo(
+            f"{n:<6}{told.tokens:>8}{told.accuracy:>10.3f}{told.mean_accuracy:>8.3f}{told.exact_prefix:>10}{told.bits:>12.0f}"
+        )
+    click.echo(
+        f"one step, {'one m for all texts' if shared else 'an m for each text'}, best (and mean) of {restarts} "
+        f"start{'s' if restarts > 1 else ''}, {steps} steps"
+    )
+    return {"shared": shared, "restarts": restarts, "steps": steps, "texts": [asdict(told) for told in found]}
 
 
 def _connected(
-    model: FrozenModel, texts: list[list[int]], folder: Path, steps: int, lr: float, seed: int
+    model: FrozenModel, texts: list[list[int]], folder: Path, restarts: int, steps: int, lr: float, seed: int
 ) -> dict[str, Any]:
     """Run and print the way between two solutions of the first text."""
     from trainer.one_step import connect
 
-    found = connect(model, texts[0], folder, steps=steps, lr=lr, seed=seed)
+    found = connect(model, texts[0], folder, restarts=restarts, steps=steps, lr=lr, seed=seed)
     click.echo(f"{'t':<6}{'line':>8}{'Bezier':>8}   accuracy between two solutions of one text")
     for i, (line, bezier) in enumerate(zip(found.line, found.bezier, strict=True)):
         click.echo(f"{i / (len(found.line) - 1):<6.1f}{line:>8.3f}{bezier:>8.3f}")
-    return {"steps": steps, **asdict(found)}
+    click.echo(f"accuracy of {restarts} starts: {' '.join(f'{share:.3f}' for share in found.starts)}")
+    return {"restarts": restarts, "steps": steps, **asdict(found)}
 
 
 def _random_words(model: FrozenModel, length: int, seed: str) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from be_serve.core.errors import InputError
 from trainer.model import FrozenModel
 from trainer.one_step import OneStep, connect, probe_one_step, spread
 from trainer.stages import part_losses
@@ -37,6 +38,25 @@ def test_two_vectors_tell_a_short_text(model, tmp_path, shared):
     assert sum(told.accuracy for told in found) > sum(told.accuracy for told in untrained)
     assert all(told.tokens == 3 and told.bits >= 0 for told in found)
     assert found == probe_one_step(model, texts, tmp_path, shared=shared, steps=200, lr=0.05, quiet=True)
+
+
+def test_the_best_of_several_starts_is_told(model, tmp_path):
+    alone = [
+        probe_one_step(model, TEXTS[:1], tmp_path / f"{seed}", seed=seed, steps=12, lr=0.05, quiet=True)[0].accuracy
+        for seed in range(4)
+    ]
+    assert len(set(alone)) > 1  # else there is nothing to choose
+    [best] = probe_one_step(model, TEXTS[:1], tmp_path / "all", restarts=4, steps=12, lr=0.05, quiet=True)
+    assert best.accuracy == max(alone)
+    assert best.mean_accuracy == pytest.approx(sum(alone) / 4)
+
+
+def test_the_ends_of_a_curve_are_the_best_two_of_all_starts(model, tmp_path):
+    curve = connect(model, TEXTS[0], tmp_path, restarts=3, steps=12, lr=0.05, quiet=True)
+    assert sorted(curve.starts, reverse=True) == curve.starts
+    assert [curve.line[0], curve.line[-1]] == curve.starts[:2]
+    with pytest.raises(InputError, match="--restarts 2"):
+        connect(model, TEXTS[0], tmp_path, restarts=1, steps=1, quiet=True)
 
 
 def test_a_curve_begins_and_ends_at_its_solutions(model, tmp_path):
