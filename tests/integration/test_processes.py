@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import socket
 import sqlite3
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import numpy as np
@@ -20,6 +23,15 @@ from tests.integration.servers import ADMIN_KEY, COMMON_FLAGS, MODEL, Server, be
 pytestmark = [pytest.mark.server, pytest.mark.model]
 
 USER = [{"role": "user", "content": "What is the sea like today?"}]
+LONG = {
+    "model": MODEL,
+    "messages": USER,
+    "be_id": "identity",
+    "stream": True,
+    "max_tokens": 2000,
+    "ignore_eos": True,
+    "temperature": 0,
+}
 QUESTIONS = ["What is the sea like today?", "Who are you?", "Tell me how to cook rice.", "Name three birds."]
 
 
@@ -162,6 +174,26 @@ def test_kill_9_during_an_upload_and_a_restart_by_vllms_own_entry(twins, registr
         token = chat(server, USER, be_id="identity")
         assert token.status_code == 200
         assert token.json()["choices"][0]["message"] == full.json()["choices"][0]["message"]
+
+        # A worker that dies takes its server along, for a supervisor to start another; nobody is left waiting.
+        with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=LONG, timeout=60) as stream:
+            events = stream.iter_lines()
+            next(events)
+            os.kill(_worker(server), signal.SIGKILL)
+            with contextlib.suppress(httpx.TransportError):
+                assert not any('"finish_reason":"length"' in event for event in events)
+        with contextlib.suppress(httpx.TransportError):
+            assert chat(server, USER, be_id="identity").status_code >= 500
+        assert server.process.wait(60) is not None
+
+
+def _worker(server):
+    """The process id of the server's worker, which holds the rows."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if os.getpgid(int(folder.name)) == server.process.pid and b"Worker" in (folder / "cmdline").read_bytes():
+                return int(folder.name)
+    raise AssertionError("The server has no worker.")
 
 
 def test_a_server_without_its_flag_refuses_to_start(tmp_path):
