@@ -43,9 +43,9 @@ class Metrics:
         )
         self.tokens = Gauge("be_serve_tokens", "Tokens this server can name.", multiprocess_mode="livemostrecent")
 
-    def observe_rows(self, resident: int) -> None:
-        """Count a write of rows, and set how many tokens lie in them."""
-        self.row_writes.inc()
+    def observe_rows(self, resident: int, written: int) -> None:
+        """Set how many tokens lie in rows, and count those that were written there."""
+        self.row_writes.inc(written)
         self.resident.set(resident)
 
     def refused(self, exc: BEError) -> None:

@@ -125,8 +125,8 @@ class BEMiddleware:
         finally:
             current.reset(token)
             context.over = True
-            for clean in context.cleanup:
-                clean()
+            while context.cleanup:
+                context.cleanup.pop()()
 
     def _refuse_ignored(self, path: str, body: bytes) -> None:
         """Raise where a body names a token on an endpoint that would silently ignore it."""

@@ -15,18 +15,20 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Coroutine, Sequence
+from contextvars import Context
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from be_serve.core.errors import BEError, UnsupportedRequest
 
-Write = Callable[[list[int], Any], Awaitable[None]]
+Write = Callable[[list[int], Any], Coroutine[Any, Any, None]]
 _PASSED = 32
 """How many requests that fit may pass the first of the queue before it is alone for `_ALONE` seconds."""
 _ALONE = 3.0
-_LOOKS = 64
-"""How many requests of the queue may be found not to fit when rows become free: thousands may wait."""
+_LOOKS = 128
+"""How far into the queue room is looked for, since thousands may wait. A queue of more is overtaken by nobody."""
 
 
 class TooManyVectors(UnsupportedRequest):
@@ -84,14 +86,18 @@ class Lease:
         """Let the rows be rewritten once no other lease is on them. May be called more than once."""
         if self._held:
             self._held = False
-            for resident in self._residents:
-                self._pool.leave(resident)
+            self._pool.leave(self._residents)
 
-    async def written(self) -> None:
-        """Wait until the vectors are in the rows. Raises what kept them from it."""
-        for resident in self._residents:
-            # Others may have leased the same token: the write does not end with the request that began it.
-            await asyncio.shield(resident.written)
+    async def written(self, patience: float) -> bool:
+        """Whether the vectors are in the rows within `patience` seconds. Raises what kept them from it."""
+        writes = {resident.written for resident in self._residents if not resident.written.done()}
+        if not writes:
+            return True
+        # `wait` cancels none: others may have leased the same token, whose write does not end with this request.
+        done, pending = await asyncio.wait(writes, timeout=patience)
+        for write in done:
+            write.result()
+        return not pending
 
 
 class RowPool:
@@ -99,7 +105,8 @@ class RowPool:
 
     `write` puts vectors [n, hidden_size] into rows on every worker, and returns when
     they are there; calls reach the workers in the order in which they are made. `observe`
-    is told the number of resident tokens when it changes. One event loop; not for threads.
+    is told, after each write, the number of resident tokens and how many tokens were written:
+    1, or 0 for a write that failed. One event loop; not for threads.
     """
 
     def __init__(
@@ -108,7 +115,7 @@ class RowPool:
         write: Write,
         *,
         patience: float = 30.0,
-        observe: Callable[[int], None] = lambda resident: None,
+        observe: Callable[[int, int], None] = lambda resident, written: None,
     ) -> None:
         self.capacity = len(rows)
         self.writes = 0
@@ -136,7 +143,8 @@ class RowPool:
 
         All or none: nothing is held while waiting. A request whose tokens are resident
         never waits for room. Raises TooManyVectors where the vectors exceed the rows of this
-        process, RowsBusy where too few became free within `patience` seconds, at once without `wait`.
+        process, RowsBusy where too few became free within `patience` seconds, at once without `wait`,
+        or where the engine does not take the vectors within as many seconds more.
         """
         request = _Request([digest for digest, _ in parts], dict(parts))
         k = sum(map(len, request.vectors.values()))
@@ -155,7 +163,8 @@ class RowPool:
                 "waits for many; please try again later. Operators: --be-rows."
             )
         try:
-            await lease.written()
+            if not await lease.written(self._patience):
+                raise RowsBusy("The engine did not take the token into its memory in time; please try again.")
         except BaseException:
             lease.release()
             raise
@@ -167,18 +176,22 @@ class RowPool:
             self._idle -= len(resident.rows)
         resident.users += 1
 
-    def leave(self, resident: _Resident) -> None:
-        """For leases: one user less."""
-        resident.users -= 1
-        if not resident.users:
-            self._idle += len(resident.rows)
+    def leave(self, residents: Sequence[_Resident]) -> None:
+        """For leases: one user less of each. What becomes idle with them is given away as one."""
+        served = False
+        for resident in residents:
+            resident.users -= 1
+            if not resident.users:
+                self._idle += len(resident.rows)
+                served = True
+        if served:
             self._serve()
 
     def _grant(self, request: _Request, *, first: bool) -> Lease | None:
         """A lease, if there is room for what is missing and it may have it; the writes have begun then."""
         missing = {digest: vectors for digest, vectors in request.vectors.items() if digest not in self._residents}
         if missing:
-            if not first and self._passed >= _PASSED:
+            if not first and (self._passed >= _PASSED or len(self._waiting) > _LOOKS):
                 return None
             if not self._make_room(sum(map(len, missing.values())), keep=request.vectors):
                 return None
@@ -214,7 +227,7 @@ class RowPool:
                 request.granted.set_result(lease)
                 if first:
                     self._new_first()
-            elif (refused := refused + 1) == _LOOKS:
+            elif (refused := refused + 1) > _LOOKS:
                 break
 
     def _leave_queue(self, request: _Request) -> None:
@@ -234,7 +247,7 @@ class RowPool:
     def _pass(self) -> None:
         self._passed += 1
         if self._passed >= _PASSED:
-            self._alone = asyncio.get_running_loop().call_later(_ALONE, self._let_pass)
+            self._alone = asyncio.get_running_loop().call_later(_ALONE, self._let_pass, context=Context())
 
     def _let_pass(self) -> None:
         self._new_first()
@@ -243,23 +256,23 @@ class RowPool:
     def _begin_writing(self, digest: str, vectors: Any) -> None:
         resident = _Resident([self._free.pop() for _ in range(len(vectors))])
         self._residents[digest] = resident
-        resident.written = asyncio.create_task(self._bring(digest, resident, vectors))
-        resident.written.add_done_callback(lambda task: task.cancelled() or task.exception())  # its users may be gone
+        # In a context of its own: a task keeps its context, and with it the request that began the write.
+        resident.written = asyncio.create_task(self._write(resident.rows, vectors), context=Context())
+        resident.written.add_done_callback(partial(self._end_writing, digest, resident), context=Context())
 
-    async def _bring(self, digest: str, resident: _Resident, vectors: Any) -> None:
-        try:
-            await self._write(resident.rows, vectors)
-            self.writes += 1
-        except BaseException:
-            # The write may still land. Writes reach the workers in order, so the rows' next owner comes after it.
+    def _end_writing(self, digest: str, resident: _Resident, task: asyncio.Task[None]) -> None:
+        done = not task.cancelled() and task.exception() is None
+        self.writes += done
+        if not done:
+            # It may still land. Writes reach the workers in order, so the rows' next owner comes after it.
             del self._residents[digest]
             self._free += resident.rows
             resident.rows = []
-            self._serve()
-            raise
-        finally:
-            self._observe(len(self._residents))
-            self.leave(resident)
+        if task.cancelled():  # the loop is about to end
+            resident.users -= 1
+        else:
+            self.leave([resident])
+        self._observe(len(self._residents), int(done))
 
     def _make_room(self, k: int, keep: Collection[str] = ()) -> bool:
         """Whether k rows are free, after giving up tokens that nobody uses, the longest unused first; not `keep`."""

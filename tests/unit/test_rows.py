@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import gc
+import weakref
 
 import pytest
 from hypothesis import given
@@ -284,11 +286,11 @@ async def test_passes_are_forgotten_with_the_request_that_was_passed(monkeypatch
 
 async def test_the_time_of_writes_is_no_waiting_for_room():
     """A server that has just started: rows enough for all, and an engine that takes its time."""
-    pool, table = make_pool(patience=0.01)
+    pool, table = make_pool(patience=0.5)
     quick = table.write
 
     async def slow(rows, vectors):
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(0.2)
         await quick(rows, vectors)
 
     pool._write = slow
@@ -331,11 +333,15 @@ async def test_a_request_that_is_given_rows_and_cancelled_at_once_gives_them_bac
 
 async def test_the_number_of_residents_is_told_when_it_falls_too():
     told = []
-    pool, _ = make_pool(observe=told.append)
+    pool, table = make_pool(observe=lambda *figures: told.append(figures))
     for name in "abcd":
         (await pool.lease([(name, vectors(name, 1))])).release()
-    await pool.lease([("e", vectors("e", 4))])
-    assert told[-1] == pool.resident == 1
+    (await pool.lease([("e", vectors("e", 4))])).release()
+    table.fault = OSError("the engine is gone")
+    with pytest.raises(OSError, match="gone"):
+        await pool.lease([("f", vectors("f", 4))])
+    assert told == [(1, 1), (2, 1), (3, 1), (4, 1), (1, 1), (0, 0)]
+    assert pool.writes == 5
 
 
 async def test_thousands_that_wait_cost_a_release_little():
@@ -347,9 +353,68 @@ async def test_thousands_that_wait_cost_a_release_little():
     looks, grant = [], pool._grant
     pool._grant = lambda request, first: looks.append(1) or grant(request, first=first)
     used.release()
-    assert len(looks) == 64
+    assert len(looks) == 129
     for task in waiting:
         task.cancel()
+
+
+async def test_rows_that_come_back_together_are_given_away_together():
+    pool, _ = make_pool(patience=5)
+    both = await pool.lease([("a", vectors("a", 2)), ("b", vectors("b", 2))])
+    large = asyncio.create_task(pool.lease([("large", vectors("large", 4))]))
+    await asyncio.sleep(0.01)
+    small = asyncio.create_task(pool.lease([("c", vectors("c", 1))]))
+    await asyncio.sleep(0.01)
+    both.release()
+    await asyncio.wait_for(large, 1)
+    assert not small.done()
+    small.cancel()
+
+
+async def test_nobody_overtakes_those_whom_no_look_reaches():
+    pool, _ = make_pool(8, patience=0.2)
+    used = await pool.lease([("a", vectors("a", 1))])
+    large = [asyncio.create_task(pool.lease([(f"w{n}", [0] * 8)])) for n in range(140)]
+    small = asyncio.create_task(pool.lease([("c", vectors("c", 8))]))
+    await asyncio.sleep(0.01)
+    with pytest.raises(RowsBusy):
+        await pool.lease([("d", vectors("d", 1))], wait=False)
+    used.release()
+    await asyncio.wait_for(large[0], 1)
+    for task in (*large[1:], small):
+        task.cancel()
+
+
+async def test_a_write_keeps_nothing_of_the_request_that_began_it():
+    seen = contextvars.ContextVar("seen", default=None)
+
+    class Request:
+        pass
+
+    async def asks():
+        request = Request()
+        seen.set(request)
+        (await pool.lease([("a", vectors("a", 4))])).release()
+        return weakref.ref(request)
+
+    pool, _ = make_pool(patience=0.01)
+    request = await asyncio.create_task(asks())
+    await asyncio.sleep(0.02)  # the timer of its patience holds the request's context, too
+    gc.collect()
+    assert pool.resident == 1
+    assert request() is None
+
+
+async def test_an_engine_that_never_takes_a_token_keeps_nobody():
+    pool, _ = make_pool(patience=0.02)
+
+    async def never(rows, vectors):
+        await asyncio.sleep(60)
+
+    pool._write = never
+    for wait in (True, False):
+        with pytest.raises(RowsBusy, match="did not take"):
+            await pool.lease([("a", vectors("a", 1))], wait=wait)
 
 
 REQUEST = st.tuples(st.integers(0, 9), st.integers(1, 4), st.integers(0, 3), st.sampled_from(["stays", "goes", "part"]))
