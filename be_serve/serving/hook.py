@@ -135,7 +135,7 @@ class ChatHook:
                 self._refuse_options(request)
             if fields.fallback == "full":
                 self._fallback.refuse_unfit(resolution.tokens)
-            # Who has a full prompt to fall back on waits for nothing.
+            # Who has a full prompt to fall back on waits for no room.
             wait = resolution.how != "match" and not fields.fallback
             held = await self._hold(context, resolution, wait=wait, choices=max(1, getattr(request, "n", None) or 1))
             return self._mark(resolution, held, started)
