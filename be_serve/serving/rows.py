@@ -178,13 +178,11 @@ class RowPool:
 
     def leave(self, residents: Sequence[_Resident]) -> None:
         """For leases: one user less of each. What becomes idle with them is given away as one."""
-        served = False
         for resident in residents:
             resident.users -= 1
             if not resident.users:
                 self._idle += len(resident.rows)
-                served = True
-        if served:
+        if not all(resident.users for resident in residents):
             self._serve()
 
     def _grant(self, request: _Request, *, first: bool) -> Lease | None:
