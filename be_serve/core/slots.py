@@ -151,8 +151,12 @@ class SlotRenderer:
 
     def cut(self, text: str, marker: str, *, placement: Placement = "system") -> Slot:
         """Cut a rendered chat at its marker and encode both sides. Raises SlotError."""
+        return self.encode(*self.split(text, marker, placement=placement))
+
+    def split(self, text: str, marker: str, *, placement: Placement = "system") -> tuple[str, str]:
+        """A rendered chat before and after its marker. Raises SlotError."""
         if placement == "prefix":
-            return Slot([], self._encode(text))
+            return "", text
         if text.count(marker) != 1:
             raise SlotError(
                 f"The chat template prints the system message {text.count(marker)} times; a token needs it once."
@@ -160,6 +164,10 @@ class SlotRenderer:
         before, after = text.split(marker)
         if placement == "block" and self.system_role:
             before, after = self._cut_block(before, after)
+        return before, after
+
+    def encode(self, before: str, after: str) -> Slot:
+        """Both sides of a chat as token ids."""
         return Slot(self._encode(before), self._encode(after))
 
     def with_system_role(self, messages: Sequence[Message]) -> list[Message]:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import asyncio
 import hmac
 import logging
-import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -15,6 +14,7 @@ from be_serve.core.errors import BEError, NotAuthenticated, RequestError, Unsupp
 from be_serve.core.slots import Slot, SlotRenderer, new_marker
 from be_serve.registry import TokenIndex
 from be_serve.serving.composition import Composition
+from be_serve.serving.cost import Cost
 from be_serve.serving.fallback import Fallback, PlainChat, refuse_revealing
 from be_serve.serving.injection import Held, Injection
 from be_serve.serving.metrics import Metrics
@@ -35,8 +35,8 @@ class Rendering:
     marker: str
     messages: list[dict[str, Any]]
     template_kwargs: dict[str, Any]
-    started: float
-    spent: float = 0.0
+    cost: Cost = field(default_factory=Cost)
+    """Of our own work so far."""
     slot: Slot | None = None
     how: How = "be_id"
     otherwise: Callable[[BEError], Awaitable[PlainChat]] | None = None
@@ -74,22 +74,24 @@ class ChatHook:
         Raises BEError for everything that must be refused, counted.
         """
         context = current.get()
+        cost = Cost()
         try:
             self._injection.check(messages, tools)
             if context is None or not context.supported:
                 return None
-            rendering = await self._begin(context, request, messages)
+            rendering = await cost.of(self._begin(context, request, messages))
         except BEError as exc:
             self._metrics.refused(exc)
             raise
         if rendering is None:
             self._metrics.requests.labels(path=context.path, how="plain").inc()
+        elif isinstance(rendering, Rendering):
+            rendering.cost = cost
         return rendering
 
     async def _begin(
         self, context: RequestContext, request: Any, messages: Sequence[Any]
     ) -> Rendering | PlainChat | None:
-        started = time.perf_counter()
         fields = BEFields.parse(request.model_extra)
         if not self._may_use(context):
             if fields.be_ids:
@@ -103,7 +105,7 @@ class ChatHook:
         context.outcomes.append(outcome)
         full = partial(self._full, context, request, fields, chat, outcome)
         try:
-            rendering = await self._with_tokens(context, request, fields, chat, started)
+            rendering = await self._with_tokens(context, request, fields, chat)
         except BEError as exc:
             if not fields.fallback:
                 raise
@@ -117,11 +119,10 @@ class ChatHook:
             rendering.otherwise = partial(self._as_it_came, tokens, chat, outcome)
         elif fields.fallback:
             rendering.otherwise = full
-        rendering.spent = time.perf_counter() - started
         return rendering
 
     async def _with_tokens(
-        self, context: RequestContext, request: Any, fields: BEFields, chat: list[Message], started: float
+        self, context: RequestContext, request: Any, fields: BEFields, chat: list[Message]
     ) -> Rendering | None:
         model = getattr(request, "model", None)
         if self._resolver.named(fields, model)[0]:
@@ -138,7 +139,7 @@ class ChatHook:
             # Who has a full prompt to fall back on waits for no room.
             wait = resolution.how != "match" and not fields.fallback
             held = await self._hold(context, resolution, wait=wait, choices=max(1, getattr(request, "n", None) or 1))
-            return self._mark(resolution, held, started)
+            return self._mark(resolution, held)
         except BEError as exc:
             if held:
                 held.release()
@@ -170,11 +171,11 @@ class ChatHook:
         outcome.clear()
         return PlainChat(chat)
 
-    def _mark(self, resolution: Resolution, held: Held | None, started: float) -> Rendering:
+    def _mark(self, resolution: Resolution, held: Held | None) -> Rendering:
         marker = new_marker()
         tokens = resolution.tokens
         marked = self._slots.mark(resolution.messages, marker, placement=tokens.placement, append=resolution.append)
-        return Rendering(tokens, held, marker, marked, tokens.template_kwargs, started, how=resolution.how)
+        return Rendering(tokens, held, marker, marked, tokens.template_kwargs, how=resolution.how)
 
     async def _hold(self, context: RequestContext, resolution: Resolution, *, wait: bool, choices: int) -> Held | None:
         parts = []
@@ -226,16 +227,23 @@ class ChatHook:
                 "Please reduce the length of the messages.",
                 param="messages",
             )
-        started = time.perf_counter()
-        slot = self._slots.cut(text, rendering.marker, placement=rendering.tokens.placement)
-        check_ids(slot, self._vocab_size)
-        rendering.slot = slot
-        rendering.spent += time.perf_counter() - started
-        return slot.ids(rendering.tokens.k)
+        with rendering.cost.of_block():
+            sides = self._slots.split(text, rendering.marker, placement=rendering.tokens.placement)
+        slot = self._slots.encode(*sides)  # in place of vLLM's own, which a plain chat waits for as well
+        with rendering.cost.of_block():
+            check_ids(slot, self._vocab_size)
+            rendering.slot = slot
+            return slot.ids(rendering.tokens.k)
 
     def finish(self, rendering: Rendering, engine_input: Mapping[str, Any]) -> dict[str, Any]:
         """The engine input with the vectors in it. Raises UnsupportedRequest where the slot was cut away."""
-        started = time.perf_counter()
+        with rendering.cost.of_block():
+            found = self._finish(rendering, engine_input)
+        if rendering.held:
+            self._metrics.injected(rendering.cost)
+        return found
+
+    def _finish(self, rendering: Rendering, engine_input: Mapping[str, Any]) -> dict[str, Any]:
         slot = rendering.slot
         ids = engine_input.get("prompt_token_ids", ())
         if slot is None or engine_input.get("type") != "token":
@@ -247,9 +255,7 @@ class ChatHook:
             self._metrics.requests.labels(path=context.path, how=rendering.how).inc()
         if rendering.held is None:
             return dict(engine_input)  # only counted: no vectors are needed
-        injected = self._injection.inject(dict(engine_input), slot, rendering.held)
-        self._metrics.injection.observe(rendering.spent + time.perf_counter() - started)
-        return injected
+        return self._injection.inject(dict(engine_input), slot, rendering.held)
 
     def _may_use(self, context: RequestContext) -> bool:
         """Whether a request may use tokens: vLLM's API key does not guard /tokenize, and tokens need guarding."""

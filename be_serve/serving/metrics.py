@@ -5,6 +5,7 @@ from __future__ import annotations
 from prometheus_client import Counter, Gauge, Histogram
 
 from be_serve.core.errors import BEError
+from be_serve.serving.cost import Cost
 
 _SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5)
 
@@ -20,7 +21,12 @@ class Metrics:
         )
         self.injection = Histogram(
             "be_serve_injection_seconds",
-            "Time from the parsed request to the engine input, less vLLM's own rendering.",
+            "Time from the parsed request to the engine input, less what plain chats need: rendering, tokenising.",
+            buckets=_SECONDS,
+        )
+        self.injection_cpu = Histogram(
+            "be_serve_injection_cpu_seconds",
+            "Processor time of the same work, without waiting for the processor, for a lock or for rows.",
             buckets=_SECONDS,
         )
         self.cache = Counter(
@@ -47,6 +53,11 @@ class Metrics:
         """Set how many tokens lie in rows, and count those that were written there."""
         self.row_writes.inc(written)
         self.resident.set(resident)
+
+    def injected(self, cost: Cost) -> None:
+        """Observe what a request with a token cost."""
+        self.injection.observe(cost.wall)
+        self.injection_cpu.observe(cost.cpu)
 
     def refused(self, exc: BEError) -> None:
         """Count a refusal."""

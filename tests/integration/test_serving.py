@@ -302,6 +302,7 @@ def test_metrics_and_openapi(server):
     for name in (
         "be_serve_requests_total",
         "be_serve_injection_seconds_count",
+        "be_serve_injection_cpu_seconds_count",
         "be_serve_registry_lookups_total",
         "be_serve_refusals_total",
         "be_serve_tokens",
