@@ -23,6 +23,13 @@ from be_serve.cli._bench import server_flags
     help="The other server: vLLM without the plugin, or with it and this injection.",
 )
 @click.option("--rounds", type=click.IntRange(1), default=200, show_default=True, help="Bursts of each arm.")
+@click.option(
+    "--starts",
+    type=click.IntRange(1),
+    default=8,
+    show_default=True,
+    help="Starts of the servers, over which the rounds are spread.",
+)
 @click.option("--concurrency", type=click.IntRange(1), default=4, show_default=True, help="Chats of a burst.")
 @click.option("--question-tokens", type=click.IntRange(8), default=58, show_default=True)
 @click.option("--max-tokens", type=click.IntRange(2), default=16, show_default=True, help="Length of an answer.")
@@ -36,6 +43,7 @@ def command(
     model: str,
     beside: str,
     rounds: int,
+    starts: int,
     concurrency: int,
     question_tokens: int,
     max_tokens: int,
@@ -65,6 +73,7 @@ def command(
         other=beside,
         k=k,
         rounds=rounds,
+        starts=starts,
         concurrency=concurrency,
         question_tokens=question_tokens,
         max_tokens=max_tokens,
@@ -81,10 +90,13 @@ def command(
 
 
 def _table(result: dict[str, Any], beside: str) -> list[str]:
+    from benchmarks.load.figures import within
+
     options = result["options"]
     lines = [
-        f"{result['rounds']} bursts of {options['concurrency']} chats, {options['question_tokens']} + {options['k']} "
-        f"tokens in and {options['max_tokens']} out; {options['registered']} tokens registered; medians of bursts",
+        f"{result['rounds']} bursts of {options['concurrency']} chats over {result['starts']} starts of the servers, "
+        f"{options['question_tokens']} + {options['k']} tokens in and {options['max_tokens']} out; "
+        f"{options['registered']} tokens registered; medians of bursts",
         "",
         f"{'arm':<14}{'tokens/s':>10}{'ITL ms':>10}{'TTFT ms':>10}",
     ]
@@ -92,14 +104,18 @@ def _table(result: dict[str, Any], beside: str) -> list[str]:
         lines.append(
             f"{arm:<14}{figures['tokens_per_s']:>10.1f}{figures['median_itl_ms']:>10.1f}{figures['median_ttft_ms']:>10.1f}"
         )
-    lines += ["", f"ratios of medians with 95 % intervals (_other: {beside}):"]
+    lines += ["", f"ratios of medians with 95 % intervals, and of single starts (_other: {beside}):"]
     for name, ratios in result["ratios"].items():
         for metric, ratio in ratios.items():
             low, high = ratio["of_medians_ci95"]
-            lines.append(f"  {name:<18}{metric:<14}{ratio['of_medians']:.3f}  {low:.3f} to {high:.3f}")
-    if result["injection_seconds"]:
-        within = [bound for bound, share in result["injection_seconds"].items() if share >= 0.99]
-        lines += ["", f"time that a token costs a request in the server process: p99 within {within[0]} s"]
+            each = sorted(ratio["of_medians_by_start"])
+            lines.append(
+                f"  {name:<24}{metric:<14}{ratio['of_medians']:.3f}  {low:.3f} to {high:.3f}   "
+                f"({each[0]:.3f} to {each[-1]:.3f})"
+            )
+    for clock, found in result["injection_seconds"].items():
+        words = {"wall": "time", "cpu": "processor time"}[clock]
+        lines += ["", f"{words} of a token's request in the plugin: p99 within {within(found, 0.99)} s"]
     if result["failed_chats"]:
         lines += ["", f"{result['failed_chats']} chats failed: {'; '.join(result['errors'])}"]
     return lines

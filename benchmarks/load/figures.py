@@ -1,0 +1,127 @@
+"""From bursts to all reported figures. Pure."""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from benchmarks.client import Sample
+from benchmarks.load.options import LoadOptions
+from benchmarks.stats import describe, paired_ratio
+
+RATIOS = (("plain", "plain_other"), ("be", "plain"), ("be", "be_other"), ("again_other", "plain_other"))
+METRICS = ("tokens_per_s", "itl_ms", "ttft_ms", "http_cpu_ms")
+HISTOGRAMS = {"wall": "be_serve_injection_seconds", "cpu": "be_serve_injection_cpu_seconds"}
+"""The server's own histograms of what a token costs a request."""
+
+
+@dataclass
+class Burst:
+    """One arm's chats that were sent at the same moment."""
+
+    seconds: float
+    samples: list[Sample]
+    cpu_seconds: float | None = None
+    """Processor time of the server process that speaks HTTP; None where this system does not tell."""
+
+    def figures(self) -> dict[str, float] | None:
+        """Output tokens a second, median inter-token latency and median TTFT; None where a chat failed.
+
+        `http_cpu_ms` is the processor time of a chat in the process that speaks HTTP.
+        """
+        if any(not sample.ok for sample in self.samples):
+            return None
+        itls = [itl for sample in self.samples for itl in sample.itls]
+        found = {
+            "tokens_per_s": sum(sample.completion_tokens for sample in self.samples) / self.seconds,
+            "itl_ms": 1e3 * statistics.median(itls) if itls else 0.0,
+            "ttft_ms": 1e3 * statistics.median(sample.ttft for sample in self.samples),
+        }
+        if self.cpu_seconds is not None:
+            found["http_cpu_ms"] = 1e3 * self.cpu_seconds / len(self.samples)
+        return found
+
+
+@dataclass
+class Round:
+    """A burst of every arm, in some order."""
+
+    start: int
+    """Number of the servers' start."""
+    bursts: dict[str, Burst] = field(default_factory=dict)
+
+
+def load_figures(options: LoadOptions, rounds: Sequence[Round]) -> dict[str, Any]:
+    """Medians of each arm, and ratios of arms over the rounds of which no chat failed.
+
+    Intervals draw whole starts, for bursts of the same two processes are no independent witnesses.
+    """
+    whole: list[tuple[int, dict[str, dict[str, float]]]] = []
+    for one in rounds:
+        found = {arm: figures for arm, burst in one.bursts.items() if (figures := burst.figures())}
+        if len(found) == len(options.arms):
+            whole.append((one.start, found))
+    samples = [sample for one in rounds for burst in one.bursts.values() for sample in burst.samples]
+    failed = [sample.error for sample in samples if not sample.ok]
+    starts = [start for start, _ in whole]
+    metrics = [metric for metric in METRICS if whole and metric in whole[0][1]["plain"]]
+
+    def series(arm: str, metric: str, start: int | None = None) -> list[float]:
+        return [found[arm][metric] for number, found in whole if start in (None, number)]
+
+    def compare(above: str, below: str, metric: str) -> dict[str, Any]:
+        groups = starts if len(set(starts)) > 1 else None
+        ratio = paired_ratio(series(above, metric), series(below, metric), seed=options.seed, rounds=groups)
+        each = [
+            statistics.median(series(above, metric, start)) / statistics.median(series(below, metric, start))
+            for start in sorted(set(starts))
+        ]
+        return {**asdict(ratio), "of_medians_by_start": each}
+
+    return {
+        "rounds": len(whole),
+        "starts": len(set(starts)),
+        "failed_chats": len(failed),
+        "errors": sorted(set(failed))[:5],
+        "arms": {
+            arm: {
+                "tokens_per_s": statistics.median(series(arm, "tokens_per_s")),
+                **{
+                    name: value
+                    for metric in metrics
+                    if metric.endswith("_ms")
+                    for name, value in describe(series(arm, metric), metric.removesuffix("_ms")).items()
+                },
+            }
+            for arm in options.arms
+            if whole
+        },
+        "ratios": {
+            f"{above}/{below}": {metric: compare(above, below, metric) for metric in metrics}
+            for above, below in RATIOS
+            if whole and {above, below} <= set(options.arms)
+        },
+    }
+
+
+def read_histogram(metrics_text: str, name: str) -> Counter[str]:
+    """Observations within each bucket's upper end in seconds, `+Inf` for all, from a server's `/metrics`."""
+    found: Counter[str] = Counter()
+    for line in metrics_text.splitlines():
+        if line.startswith(f"{name}_bucket"):
+            bound = line.partition('le="')[2].partition('"')[0]
+            found[bound] += int(float(line.rpartition(" ")[2]))
+    return found
+
+
+def shares(counts: Counter[str]) -> dict[str, float] | None:
+    """Bucket's upper end in seconds -> share of all observations within it; None without any."""
+    return {bound: count / counts["+Inf"] for bound, count in counts.items()} if counts["+Inf"] else None
+
+
+def within(found: dict[str, float], share: float) -> str:
+    """The lowest upper end in seconds that holds so large a share."""
+    return next(bound for bound, held in found.items() if held >= share)

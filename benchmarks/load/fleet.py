@@ -1,0 +1,130 @@
+"""Two servers of our own, and as many clients of each as a burst has chats."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import Counter
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+from uuid import uuid4
+
+from be_serve.child_server import Server, ServerError
+from be_serve.core.artifact import Token
+from be_serve.core.errors import InputError
+from benchmarks.client import ServerClient
+from benchmarks.load.figures import HISTOGRAMS, Burst, read_histogram
+from benchmarks.load.options import LoadOptions
+from benchmarks.prompts import Chat, fit_questions, fit_text, handbook
+from benchmarks.servers import ServerOptions, plugin_server, stock_server
+from benchmarks.tokens import make_token
+
+QUESTIONS = 16
+
+
+@dataclass
+class Fleet:
+    """Both servers by name, `plugin` and `other`, and what is asked of them."""
+
+    options: LoadOptions
+    servers: dict[str, Server]
+    clients: dict[str, list[ServerClient]]
+    questions: list[str]
+    floor: str
+    """A plain prompt of k tokens."""
+    chat: Chat
+    model: str
+    token: Token
+    """Of the floor's embedding rows."""
+    key: str
+    asked: int = 0
+    """How many chats were sent."""
+
+    @classmethod
+    async def start(cls, options: LoadOptions, stack: AsyncExitStack, key: str, *, other_first: bool) -> Fleet:
+        """Start both servers; `stack` ends them. Raises InputError and ServerError."""
+        length = _max_model_len(options)
+        made = {"plugin": plugin_server(options.servers, options.out, length, admin_key=key)}
+        if options.other == "stock":
+            made["other"] = stock_server(options.servers, options.out, length)
+        else:
+            own = ServerOptions(**{**vars(options.servers), "plugin_args": (f"--be-injection={options.other}",)})
+            made["other"] = plugin_server(own, options.out / "other", length, admin_key=key)
+        servers = dict(reversed(made.items())) if other_first else made
+        clients: dict[str, list[ServerClient]] = {}
+        for name, server in servers.items():
+            await stack.enter_async_context(server)
+            clients[name] = [
+                await stack.enter_async_context(ServerClient(server.url)) for _ in range(options.concurrency)
+            ]
+        first = clients["other"][0]
+        model = await first.model_id()
+        chat = Chat(first, model)
+        await chat.prepare()
+        labels = [f"load {n}" for n in range(QUESTIONS)]
+        questions = await fit_questions(chat, options.question_tokens, labels, options.seed)
+        floor = await fit_text(handbook(options.seed), options.k, chat.prompt_tokens)
+        ids = await chat.plain_ids(floor)
+        if len(ids) < options.k:
+            raise InputError(f"Found no plain text of {options.k} tokens to make a token of.")
+        token = make_token(options.folder, options.model, None, ids[: options.k], floor)
+        chat.template_kwargs = token.manifest.template_kwargs
+        return cls(options, servers, clients, questions, floor, chat, model, token, key)
+
+    async def register(self) -> None:
+        """The token under as many ids as asked for, on every server that takes tokens; their registries keep them."""
+        names = ["plugin"] if self.options.other == "stock" else ["plugin", "other"]
+        for name in names:
+            for i in range(max(self.options.registered, self.options.active)):
+                manifest = self.token.manifest.model_copy(update={"id": f"bench-load-{i}"})
+                data = Token(manifest, self.token.vectors).to_bytes()
+                await self.clients[name][0].call("POST", "/v1/be/tokens", content=data, headers={"X-BE-Key": self.key})
+
+    async def burst(self, arm: str) -> Burst:
+        """One burst of an arm. The server that is not asked rests."""
+        asked = "other" if arm.endswith("_other") else "plugin"
+        for name, server in self.servers.items():
+            server.thaw() if name == asked else server.freeze()
+        server, clients = self.servers[asked], self.clients[asked]
+        await asyncio.gather(*(client.healthy() for client in clients))  # open connections
+        bodies = [self._body(arm) for _ in clients]
+        cpu, begin = server.cpu_seconds(), perf_counter()
+        samples = await asyncio.gather(*(client.chat(body) for client, body in zip(clients, bodies, strict=True)))
+        seconds, now = perf_counter() - begin, server.cpu_seconds()
+        return Burst(seconds, list(samples), None if cpu is None or now is None else now - cpu)
+
+    def _body(self, arm: str) -> dict[str, Any]:
+        question = self.questions[self.asked % QUESTIONS]
+        self.asked += 1
+        body: dict[str, Any] = {
+            "model": self.model,
+            "messages": self.chat.messages(self.floor, question),
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            "temperature": 0,
+            "max_tokens": self.options.max_tokens,
+            "ignore_eos": True,
+            "skip_special_tokens": False,
+            "cache_salt": uuid4().hex,
+        }
+        if self.chat.template_kwargs:
+            body["chat_template_kwargs"] = self.chat.template_kwargs
+        if arm.startswith("be"):
+            body["messages"] = [{"role": "user", "content": question}]
+            body["be_id"] = f"bench-load-{self.asked % self.options.active}"
+        return body
+
+    async def injection(self) -> dict[str, Counter[str]]:
+        """The plugin server's histograms of what a token costs a request, by their names in HISTOGRAMS."""
+        self.servers["plugin"].thaw()
+        with contextlib.suppress(ServerError):
+            text = await self.clients["plugin"][0].text("/metrics")
+            return {name: read_histogram(text, metric) for name, metric in HISTOGRAMS.items()}
+        return {}
+
+
+def _max_model_len(options: LoadOptions) -> int:
+    longest = options.question_tokens + options.k + options.max_tokens + 256
+    return -(-longest // 128) * 128
