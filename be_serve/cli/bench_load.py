@@ -30,6 +30,7 @@ from be_serve.cli._bench import server_flags
     show_default=True,
     help="Starts of the servers, over which the rounds are spread.",
 )
+@click.option("--warmup", type=click.IntRange(0), default=3, show_default=True, help="Rounds of each start that do not count.")
 @click.option("--concurrency", type=click.IntRange(1), default=4, show_default=True, help="Chats of a burst.")
 @click.option("--question-tokens", type=click.IntRange(8), default=58, show_default=True)
 @click.option("--max-tokens", type=click.IntRange(2), default=16, show_default=True, help="Length of an answer.")
@@ -44,6 +45,7 @@ def command(
     beside: str,
     rounds: int,
     starts: int,
+    warmup: int,
     concurrency: int,
     question_tokens: int,
     max_tokens: int,
@@ -74,6 +76,7 @@ def command(
         k=k,
         rounds=rounds,
         starts=starts,
+        warmup=warmup,
         concurrency=concurrency,
         question_tokens=question_tokens,
         max_tokens=max_tokens,

@@ -41,6 +41,8 @@ class Fleet:
     key: str
     asked: int = 0
     """How many chats were sent."""
+    named: int = 0
+    """How many of them named a token."""
 
     @classmethod
     async def start(cls, options: LoadOptions, stack: AsyncExitStack, key: str, *, other_first: bool) -> Fleet:
@@ -113,7 +115,8 @@ class Fleet:
             body["chat_template_kwargs"] = self.chat.template_kwargs
         if arm.startswith("be"):
             body["messages"] = [{"role": "user", "content": question}]
-            body["be_id"] = f"bench-load-{self.asked % self.options.active}"
+            body["be_id"] = f"bench-load-{self.named % self.options.active}"
+            self.named += 1
         return body
 
     async def injection(self) -> dict[str, Counter[str]]:

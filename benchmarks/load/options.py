@@ -24,7 +24,7 @@ class LoadOptions:
     starts: int = 8
     """How often both servers are started anew; each time, its share of the rounds is measured."""
     warmup: int = 3
-    """Rounds after each start that do not count."""
+    """Rounds after each start that do not count; each token is first used there, where they suffice."""
     concurrency: int = 4
     question_tokens: int = 58
     max_tokens: int = 16

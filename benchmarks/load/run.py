@@ -71,10 +71,12 @@ async def measure_load(options: LoadOptions, say: Callable[[str], None]) -> Load
                         say(f"Registering {options.registered} tokens ...")
                         await fleet.register()
                     await _warm_up(fleet)
+                    before = await fleet.injection()  # a token's first use brings its vectors from the registry
                     for _ in range(share):
                         run.rounds.append(await _round(fleet, number, rng))
                         bar.update()
                     for name, counts in (await fleet.injection()).items():
+                        counts.subtract(before.get(name, {}))
                         run.injection[name].update(counts)
         except (asyncio.CancelledError, ServerError) as exc:
             if not run.rounds:
