@@ -26,7 +26,15 @@ from be_serve.core.prompts import prompt_sha256
 from be_serve.registry.schema import SCHEMA_VERSION, Base, Meta, PromptRow, TokenRow, VersionRow
 
 logger = logging.getLogger("vllm.be_serve.registry")
-_TIMEOUT = 15.0  # seconds that a connection waits for another's lock on SQLite
+_TIMEOUT = 15.0  # seconds that a connection waits for another's lock on SQLite, or for a free one
+# A database whose packets get lost is noticed within some ten seconds, not by the kernel's quarter of an hour.
+_PSYCOPG = {
+    "connect_timeout": 5,
+    "keepalives_idle": 5,
+    "keepalives_interval": 2,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 10_000,
+}
 
 
 @dataclass(frozen=True)
@@ -128,7 +136,7 @@ class Registry:
             if current is not None and not replace:
                 raise TokenConflict(
                     f"Token {token_id!r} is registered with digest {current.digest}; this file has {digest}. "
-                    "Send replace=true to make it a new version, or choose another id."
+                    "Send replace=true (`be-serve register --replace`) to make it a new version, or choose another id."
                 )
             self._claim_match(session, token_id, wanted)
             if row is None:
@@ -341,8 +349,8 @@ def _create_engine(url: str) -> Engine:
         ) from exc
     if parsed.get_backend_name() != "sqlite":
         try:
-            timeouts = {"connect_timeout": 5} if parsed.get_backend_name() == "postgresql" else {}
-            return create_engine(parsed, pool_pre_ping=True, connect_args=timeouts)
+            timeouts = _PSYCOPG if parsed.get_driver_name() in ("psycopg", "psycopg2") else {}
+            return create_engine(parsed, pool_pre_ping=True, pool_timeout=_TIMEOUT, connect_args=timeouts)
         except (ModuleNotFoundError, SQLAlchemyError) as exc:
             raise RegistryError(
                 f"Cannot use {_safe(url)}: {exc}. For PostgreSQL install the extra [postgres]."
