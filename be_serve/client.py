@@ -24,6 +24,9 @@ class ServerRefused(BEError):
         self.http_status = status
 
 
+_LOCAL = frozenset({"localhost", "127.0.0.1", "::1"})
+
+
 class BEClient:
     """Administer a server's tokens.
 
@@ -40,7 +43,9 @@ class BEClient:
             headers["Authorization"] = f"Bearer {vllm_api_key}"
         self._url = url.rstrip("/").removesuffix("/v1")
         try:
-            self._http = httpx.Client(base_url=self._url, headers=headers, timeout=timeout)
+            # A proxy of the environment must not see the key on its way to this very machine.
+            local = httpx.URL(self._url).host in _LOCAL
+            self._http = httpx.Client(base_url=self._url, headers=headers, timeout=timeout, trust_env=not local)
         except httpx.InvalidURL as exc:
             raise InputError(f"--url {url!r} is no URL: {exc}.") from exc
 

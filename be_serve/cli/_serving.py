@@ -56,7 +56,10 @@ def takes_plugin_options(function: F) -> F:
             "--be-admin-key", metavar="KEY", envvar="BE_ADMIN_KEY", help="Key of the /v1/be routes; none: closed."
         ),
         click.option(
-            "--be-admin-key-file", metavar="FILE", help="The same from a file; command lines are seen by others."
+            "--be-admin-key-file",
+            metavar="FILE",
+            envvar="BE_ADMIN_KEY_FILE",
+            help="The same from a file; command lines are seen by others.",
         ),
         click.option(
             "--be-injection",
@@ -106,10 +109,14 @@ def variables(plugin: dict[str, Any]) -> dict[str, str]:
     given = dict(plugin)
     key_file = given.pop("BE_ADMIN_KEY_FILE", None)
     if key_file is not None:
+        if given["BE_ADMIN_KEY"]:
+            raise InputError("The admin key is given twice, by --be-admin-key and by --be-admin-key-file.")
         try:
             given["BE_ADMIN_KEY"] = Path(key_file).read_text(encoding="utf-8").strip()
         except (OSError, UnicodeDecodeError) as exc:
             raise InputError(f"Cannot read --be-admin-key-file {key_file}: {exc}.") from exc
+        if not given["BE_ADMIN_KEY"]:
+            raise InputError(f"--be-admin-key-file {key_file} is empty; write the key into it.")
     given["BE_TOKEN"] = "\n".join(given["BE_TOKEN"]) or None
     return {
         name: str(int(value) if isinstance(value, bool) else value)

@@ -30,7 +30,9 @@ from be_serve.cli._bench import server_flags
     show_default=True,
     help="Starts of the servers, over which the rounds are spread.",
 )
-@click.option("--warmup", type=click.IntRange(0), default=3, show_default=True, help="Rounds of each start that do not count.")
+@click.option(
+    "--warmup", type=click.IntRange(0), default=3, show_default=True, help="Rounds of each start that do not count."
+)
 @click.option("--concurrency", type=click.IntRange(1), default=4, show_default=True, help="Chats of a burst.")
 @click.option("--question-tokens", type=click.IntRange(8), default=58, show_default=True)
 @click.option("--max-tokens", type=click.IntRange(2), default=16, show_default=True, help="Length of an answer.")

@@ -59,7 +59,8 @@ class TokenIndex(Generic[V]):
 
     `prepare` turns a checked Token into what the server injects (a tensor in the
     serving dtype); its result is cached. `check` raises for a token that this
-    server must not serve; such a token is listed, and refused when it is used.
+    server must not serve; such a token is listed, and refused when it is used. `check_record`
+    does so by the manifest alone, before anything is read.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class TokenIndex(Generic[V]):
         *,
         prepare: Callable[[Token], V],
         check: Callable[[Token], None],
+        check_record: Callable[[Record], None] = lambda record: None,
         cache_bytes: int = 256 * 1024 * 1024,
         poll_seconds: float = 0.5,
         on_refresh: Callable[[int], None] = lambda tokens: None,
@@ -75,6 +77,7 @@ class TokenIndex(Generic[V]):
         self._registry = registry
         self._prepare = prepare
         self._check = check
+        self.check_record = check_record
         self._cache: ByteLRU[V] = ByteLRU(cache_bytes)
         self._poll_seconds = poll_seconds
         self._on_refresh = on_refresh
@@ -179,6 +182,11 @@ class TokenIndex(Generic[V]):
         """Whether any token is registered with `match`: else no request needs hashing."""
         return bool(self._matches)
 
+    @property
+    def revision(self) -> int:
+        """Grows with every change of the registry that this process has taken over."""
+        return self._revision
+
     def records(self) -> list[Record]:
         """All records, sorted by id."""
         merged = {**self._records, **{be_id: record for be_id, (record, _) in self._static.items()}}
@@ -199,6 +207,7 @@ class TokenIndex(Generic[V]):
         found = self.cached(record)
         if found is not None:
             return found
+        self.check_record(record)
         with self._loading:  # one load at a time: many first uses of a token read it once
             found = self.cached(record)
             if found is not None:

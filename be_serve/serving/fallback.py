@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
-from collections.abc import Mapping
+import secrets
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +15,7 @@ from be_serve.core.slots import SlotRenderer
 from be_serve.registry import TokenIndex
 from be_serve.serving.budget import TooLarge
 from be_serve.serving.composition import Composition
+from be_serve.serving.inject_resident_rows import salt
 from be_serve.serving.middleware import RequestContext
 from be_serve.serving.requests import BEFields
 from be_serve.serving.resolve import Message, Resolver
@@ -30,6 +33,8 @@ _REVEALING = (
     "enable_response_messages",
     "kv_transfer_params",
 )
+# Options whose text a template may print before the system message.
+_PRINTED = ("tools", "tool_choice", "chat_template_kwargs", "documents", "reasoning", "reasoning_effort")
 
 
 class Unfit(BEError):
@@ -44,6 +49,14 @@ class PlainChat:
 
     messages: list[Message]
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    secret: str | None = None
+    """Keeps its KV blocks apart from those that a client can make; None where the client sent the chat itself."""
+
+    def apart(self, engine_input: dict[str, Any]) -> dict[str, Any]:
+        """The engine input, its blocks found again only by chats of the same `secret`."""
+        if self.secret is None:
+            return engine_input
+        return {**engine_input, "cache_salt": salt(self.secret, engine_input.get("cache_salt"))}
 
 
 def refuse_revealing(context: RequestContext, request: Any) -> None:
@@ -63,15 +76,16 @@ class Fallback:
         self._index = index
         self._slots = slots
         self._told: set[tuple[str, str]] = set()
+        self._secret = secrets.token_hex(32)
 
-    async def chat(self, model: str | None, fields: BEFields, chat: list[Message], reason: BEError) -> PlainChat:
+    async def chat(self, request: Any, fields: BEFields, chat: list[Message], reason: BEError) -> PlainChat:
         """The chat with the full prompts in it. `reason` is why the tokens cannot answer.
 
         Raises `reason` where it is the request's own fault or a text is not stored.
         """
         if isinstance(reason, RequestError) and not isinstance(reason, TooManyVectors | TooLarge):
             raise reason
-        be_ids, _ = self._resolver.named(fields, model)
+        be_ids, _ = self._resolver.named(fields, getattr(request, "model", None))
         try:
             found = await asyncio.to_thread(lambda: [self._index.prompt(be_id) for be_id in be_ids])
         except RegistryError:
@@ -81,7 +95,7 @@ class Fallback:
             raise reason
         self._tell(",".join(be_ids), reason)
         full = self._slots.with_system_role(self._resolver.full(fields, be_ids, texts, chat))
-        return PlainChat(full, self._template_kwargs(be_ids[0]))
+        return PlainChat(full, self._template_kwargs(be_ids[0]), self._apart(request, be_ids))
 
     def refuse_unfit(self, tokens: Composition) -> None:
         """Raise Unfit for a token that is marked as anything but deployable, where its prompt's text is at hand.
@@ -95,6 +109,15 @@ class Fallback:
             status = verdict.get("status") if isinstance(verdict, dict) else verdict
             if status not in (None, "deployable"):
                 raise Unfit(f"Token {record.id!r} is marked {status!r}.")
+
+    def _apart(self, request: Any, be_ids: Sequence[str]) -> str:
+        """A secret for these prompts behind whatever a template prints before them.
+
+        `usage` tells how much of a prompt was cached: who could write a stored prompt's beginning under the
+        same secret would learn, token by token, whether it is the right one.
+        """
+        options = {name: getattr(request, name, None) for name in _PRINTED}
+        return f"{self._secret}\n{json.dumps([be_ids, options], sort_keys=True, default=str)}"
 
     def _tell(self, name: str, reason: BEError) -> None:
         """Once for each token and kind of reason: every such request pays for its full prompt."""

@@ -83,9 +83,7 @@ class ChatHook:
         except BEError as exc:
             self._metrics.refused(exc)
             raise
-        if rendering is None:
-            self._metrics.requests.labels(path=context.path, how="plain").inc()
-        elif isinstance(rendering, Rendering):
+        if isinstance(rendering, Rendering):
             rendering.cost = cost
         return rendering
 
@@ -96,6 +94,7 @@ class ChatHook:
         if not self._may_use(context):
             if fields.be_ids:
                 raise NotAuthenticated(f"{context.path} with a token needs the server's API key.")
+            self._count(context, "plain")
             return None
         if fields.fallback:
             refuse_revealing(context, request)
@@ -116,7 +115,7 @@ class ChatHook:
         outcome.update({"x-be-id": tokens.name, "x-be-digest": tokens.digest})
         if rendering.how == "match":
             outcome["x-be-match"] = "exact"
-            rendering.otherwise = partial(self._as_it_came, tokens, chat, outcome)
+            rendering.otherwise = partial(self._as_it_came, context, tokens, chat, outcome)
         elif fields.fallback:
             rendering.otherwise = full
         return rendering
@@ -129,6 +128,7 @@ class ChatHook:
             self._refuse_options(request)
         resolution = self._resolver.resolve(fields, model, chat)
         if resolution is None:
+            self._count(context, "plain")
             return None
         held = None
         try:
@@ -145,7 +145,7 @@ class ChatHook:
                 held.release()
             if resolution.how != "match":
                 raise
-            logger.debug("Serving the full prompt: token %s cannot answer: %s", resolution.tokens.name, exc)
+            self._missed(context, resolution.tokens, exc)
             return None
 
     async def _full(
@@ -158,18 +158,26 @@ class ChatHook:
         exc: BEError,
     ) -> PlainChat:
         """The stored prompt's chat in place of a token's, which cannot be had for the reason `exc`."""
-        found = await self._fallback.chat(getattr(request, "model", None), fields, chat, exc)
+        found = await self._fallback.chat(request, fields, chat, exc)
         outcome.clear()
         outcome["x-be-fallback"] = "full"
-        self._metrics.requests.labels(path=context.path, how="fallback").inc()
+        self._count(context, "fallback")
         return found
 
-    @staticmethod
-    async def _as_it_came(tokens: Composition, chat: list[Message], outcome: dict[str, str], exc: BEError) -> PlainChat:
+    async def _as_it_came(
+        self, context: RequestContext, tokens: Composition, chat: list[Message], outcome: dict[str, str], exc: BEError
+    ) -> PlainChat:
         """A matched request's own chat: it named no token, and is answered as without the plugin."""
-        logger.debug("Serving the full prompt: token %s cannot answer: %s", tokens.name, exc)
+        self._missed(context, tokens, exc)
         outcome.clear()
         return PlainChat(chat)
+
+    def _missed(self, context: RequestContext, tokens: Composition, exc: BEError) -> None:
+        logger.debug("Serving the full prompt: token %s cannot answer: %s", tokens.name, exc)
+        self._count(context, "match_missed")
+
+    def _count(self, context: RequestContext, how: str) -> None:
+        self._metrics.requests.labels(path=context.path, how=how).inc()
 
     def _mark(self, resolution: Resolution, held: Held | None) -> Rendering:
         marker = new_marker()
@@ -178,6 +186,10 @@ class ChatHook:
         return Rendering(tokens, held, marker, marked, tokens.template_kwargs, how=resolution.how)
 
     async def _hold(self, context: RequestContext, resolution: Resolution, *, wait: bool, choices: int) -> Held | None:
+        if context.path in COUNTING:  # nothing is generated: the manifest says all that is needed
+            for record in resolution.tokens.records:
+                self._index.check_record(record)
+            return None
         parts = []
         for record in resolution.tokens.records:
             vectors = self._index.cached(record)
@@ -185,8 +197,6 @@ class ChatHook:
             if vectors is None:
                 vectors = await asyncio.to_thread(self._index.load, record)
             parts.append((record.digest, vectors))
-        if context.path in COUNTING:
-            return None
         over = UnsupportedRequest("A response that goes on in the background cannot use a token in its later turns.")
         if context.over:
             raise over
@@ -209,15 +219,9 @@ class ChatHook:
             self._metrics.refused(refusal)
             raise
 
-    @staticmethod
-    def check_prompt(prompt: Mapping[str, Any]) -> str:
+    def check_prompt(self, prompt: Mapping[str, Any]) -> str:
         """The text of vLLM's rendered prompt. Raises UnsupportedRequest for what a token cannot stand beside."""
-        if prompt.get("multi_modal_data"):
-            raise UnsupportedRequest("A token cannot stand beside images, audio or video yet.", param="messages")
-        text = prompt.get("prompt")
-        if not isinstance(text, str):
-            raise UnsupportedRequest("This model's tokenizer renders no text; tokens cannot be placed in it.")
-        return text
+        return prompt_text(prompt, media=self._injection.beside_media)
 
     def cut(self, rendering: Rendering, text: str) -> list[int]:
         """Token ids of the rendered chat with placeholders in the slot. Runs in the renderer's thread pool."""
@@ -244,15 +248,25 @@ class ChatHook:
         return found
 
     def _finish(self, rendering: Rendering, engine_input: Mapping[str, Any]) -> dict[str, Any]:
-        slot = rendering.slot
+        slot, k = rendering.slot, rendering.tokens.k
         ids = engine_input.get("prompt_token_ids", ())
-        if slot is None or engine_input.get("type") != "token":
-            raise UnsupportedRequest("vLLM rendered this chat in a way that leaves no place for a token.")
-        if len(ids) != len(slot.before) + rendering.tokens.k + len(slot.after):
-            raise UnsupportedRequest("The chat was cut to another length, and the token with it.")
+        kind = engine_input.get("type")
+        if slot is None or kind not in ("token", "multimodal"):
+            raise UnsupportedRequest(
+                "vLLM rendered this chat in a way that leaves no place for a token; send its full prompt."
+            )
+        if kind == "multimodal" and not _slot_is_kept(slot, k, engine_input):
+            raise UnsupportedRequest(
+                "This model's processor of images, audio and video moved the token's place; send its full prompt.",
+                param="messages",
+            )
+        if kind == "token" and len(ids) != len(slot.before) + k + len(slot.after):
+            raise UnsupportedRequest(
+                "The chat was cut to another length, and the token with it; send fewer messages, or shorter ones."
+            )
         context = current.get()
         if context is not None:
-            self._metrics.requests.labels(path=context.path, how=rendering.how).inc()
+            self._count(context, rendering.how)
         if rendering.held is None:
             return dict(engine_input)  # only counted: no vectors are needed
         return self._injection.inject(dict(engine_input), slot, rendering.held)
@@ -271,12 +285,19 @@ class ChatHook:
                 f"With --be-injection {self._injection.name} a token cannot be used in the background.",
                 param="background",
             )
-        if getattr(request, "prompt_logprobs", None) is not None or getattr(request, "echo", False):
+        of_the_prompt = {
+            "prompt_logprobs": getattr(request, "prompt_logprobs", None) is not None,  # 0 asks for them, too
+            "echo": bool(getattr(request, "echo", False)),
+        }
+        for option in (name for name, asked in of_the_prompt.items() if asked):
             raise UnsupportedRequest(
-                "`prompt_logprobs` and `echo` cannot be answered for a token: it has no text.", param="prompt_logprobs"
+                f"`{option}` cannot be answered for a token, which has no text; leave it out.", param=option
             )
         if getattr(request, "use_beam_search", False):
-            raise UnsupportedRequest("Beam search cannot be used with a token.", param="use_beam_search")
+            raise UnsupportedRequest(
+                "Beam search cannot be used with a token; leave it out, or ask for `n` answers.",
+                param="use_beam_search",
+            )
         if getattr(request, "truncate_prompt_tokens", None) is not None:
             raise UnsupportedRequest(
                 "`truncate_prompt_tokens` could cut the token away; leave it out.", param="truncate_prompt_tokens"
@@ -288,11 +309,42 @@ class ChatHook:
             )
         transfer = getattr(request, "kv_transfer_params", None)
         if isinstance(transfer, dict) and transfer.get("prompt_token_ids") is not None:
-            raise UnsupportedRequest("Reused prompt ids cannot be combined with a token.", param="kv_transfer_params")
+            raise UnsupportedRequest(
+                "Reused prompt ids cannot be combined with a token; leave `prompt_token_ids` out.",
+                param="kv_transfer_params",
+            )
+
+
+def prompt_text(prompt: Mapping[str, Any], *, media: bool) -> str:
+    """The text of vLLM's rendered prompt. Raises UnsupportedRequest for what a token cannot stand beside."""
+    if prompt.get("multi_modal_data") and not media:
+        raise UnsupportedRequest(
+            "A token that travels as prompt embeds cannot stand beside images, audio or video: vLLM takes embeddings "
+            "or media. Operators: --be-injection resident-rows.",
+            param="messages",
+        )
+    text = prompt.get("prompt")
+    if not isinstance(text, str):
+        raise UnsupportedRequest(
+            "This server's tokenizer renders chats as ids, and a token has no place in them; "
+            "operators: leave --tokenizer-mode out."
+        )
+    return text
+
+
+def _slot_is_kept(slot: Slot, k: int, engine_input: Mapping[str, Any]) -> bool:
+    """Whether the slot of k placeholders is where it was before media were put into the prompt, all behind it."""
+    ids, end = engine_input["prompt_token_ids"], len(slot.before) + k
+    ranges = [one for of_kind in engine_input.get("mm_placeholders", {}).values() for one in of_kind]
+    return list(ids[:end]) == slot.ids(k)[:end] and all(one.offset >= end for one in ranges)
 
 
 def check_ids(slot: Slot, vocab_size: int) -> None:
     """Raise UnsupportedRequest for a chat with an id that the model has not: an added marker of the tokenizer."""
     highest = max((*slot.before, *slot.after), default=0)
     if highest >= vocab_size:
-        raise UnsupportedRequest(f"The chat contains the id {highest}, outside the model's vocabulary.")
+        raise UnsupportedRequest(
+            f"The chat contains a marker of the tokenizer with the id {highest}, which the model does not know; "
+            "take it out of the messages.",
+            param="messages",
+        )

@@ -66,6 +66,8 @@ class PromptEmbeds:
     """Injection `prompt-embeds`."""
 
     name = "prompt-embeds"
+    capacity = None
+    beside_media = False
     outlasts_request = False
 
     def __init__(self, budget: ByteBudget) -> None:

@@ -42,11 +42,13 @@ class ResidentRows:
     """Injection `resident-rows`. `first` is the id of row 0."""
 
     name = "resident-rows"
+    beside_media = True
     outlasts_request = True
 
     def __init__(self, pool: RowPool, first: int) -> None:
         self._pool = pool
         self._first = first
+        self.capacity = pool.capacity
 
     def check(self, messages: Any, tools: Any) -> None:
         """Nothing is closed to clients: the engine takes no embeddings, and no text becomes a row's id."""

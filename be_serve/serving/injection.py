@@ -26,6 +26,14 @@ class Injection(Protocol):
     """One way. `name` is its value of `--be-injection`."""
 
     name: str
+
+    @property
+    def capacity(self) -> int | None:
+        """Most vectors that one request may hold in this server process; None: any number."""
+        ...
+
+    beside_media: bool
+    """Whether vectors can stand in one prompt with images, audio or video."""
     outlasts_request: bool
     """Whether what a request holds is kept where its answer is generated when the HTTP request is over."""
 

@@ -15,6 +15,7 @@ PROVEN = frozenset(
     {
         "Gemma2ForCausalLM",
         "Gemma3ForCausalLM",
+        "Idefics3ForConditionalGeneration",
         "LlamaForCausalLM",
         "MistralForCausalLM",
         "Qwen2ForCausalLM",
@@ -39,7 +40,10 @@ _SHORTEST = 6
 
 
 def choose_injection(model: str, arguments: Sequence[str]) -> tuple[str, str]:
-    """The injection that `auto` takes for a model and vLLM's arguments, and why."""
+    """The injection that `auto` takes for a model and vLLM's arguments, and why.
+
+    Raises InputError where the model's config.json cannot be read: replicas of one server must not guess apart.
+    """
     given = _options(arguments)
     for option, reason in _UNPROVEN_WITH.items():
         if any(_means(name, option) for name in given):
@@ -114,7 +118,7 @@ def _config_file(arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def _architectures(model: str, arguments: Sequence[str]) -> list[str]:
-    """The model's architectures by its config.json; none where it cannot be read without running code."""
+    """The model's architectures by its config.json, none where it names none; no code of the model's is run."""
     from transformers import PretrainedConfig
 
     given = [a.partition("=")[2] for a in arguments if a.startswith("--revision=")]
@@ -122,6 +126,9 @@ def _architectures(model: str, arguments: Sequence[str]) -> list[str]:
     revision = given[-1] if given else None
     try:
         config, _ = PretrainedConfig.get_config_dict(model, revision=revision)
-    except (OSError, ValueError):
-        return []  # vLLM reads it again and says what is wrong
+    except (OSError, ValueError) as exc:
+        raise InputError(
+            f"--be-injection auto reads the config.json of {model}, and cannot: {exc} "
+            "If vLLM can, name the injection: resident-rows or prompt-embeds."
+        ) from exc
     return list(config.get("architectures") or [])

@@ -16,7 +16,7 @@ class Metrics:
     def __init__(self) -> None:
         self.requests = Counter(
             "be_serve_requests",
-            "Chats by how their token was named: be_id, alias, match; plain: by none; fallback: by be_fallback.",
+            "Chats by how their token was named: be_id, alias, match; plain: none; fallback, match_missed: the prompt.",
             ["path", "how"],
         )
         self.injection = Histogram(
@@ -28,6 +28,9 @@ class Metrics:
             "be_serve_injection_cpu_seconds",
             "Processor time of the same work, without waiting for the processor, for a lock or for rows.",
             buckets=_SECONDS,
+        )
+        self.info = Gauge(
+            "be_serve_info", "1, with the injection that this server uses.", ["injection"], multiprocess_mode="livemax"
         )
         self.cache = Counter(
             "be_serve_registry_lookups", "Vectors found in memory (hit) or read from the registry (miss).", ["result"]

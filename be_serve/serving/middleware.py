@@ -6,10 +6,12 @@ stock; a context variable carries it out to the response headers.
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from time import monotonic
 from typing import Any
 
 from be_serve.core.errors import BEError, UnsupportedRequest
@@ -38,6 +40,8 @@ COUNTING = frozenset({"/v1/messages/count_tokens", "/tokenize"})
 _STRICT = frozenset({"/v1/messages", "/v1/messages/count_tokens"})
 # One of these stands in every body with a field of ours: escapes and other encodings may hide the name.
 _MARKS = (b'"be_', b"\\u", b"\0")
+# Seconds in all that a request which holds something for its token waits for a client to take its answer.
+_PATIENCE = 120.0
 
 
 @dataclass
@@ -113,11 +117,20 @@ class BEMiddleware:
             body, receive = await _read_ahead(receive)
             context.fields = _our_fields(body)
 
+        patience = _PATIENCE
+
         async def send_with_headers(message: MutableMapping[str, Any]) -> None:
+            nonlocal patience
             if message["type"] == "http.response.start" and context.headers:
                 extra = [(k.encode("latin-1"), v.encode("latin-1")) for k, v in context.headers.items()]
                 message = {**message, "headers": [*message.get("headers", []), *extra]}
-            await send(message)
+            if not context.cleanup:
+                await send(message)
+                return
+            begin = monotonic()
+            async with asyncio.timeout(patience):  # it ends the request, and what it holds is given back
+                await send(message)
+            patience -= monotonic() - begin
 
         token = current.set(context)
         try:

@@ -53,15 +53,17 @@ class BEEndpointPlugin:
         vllm_compat.check_server(state)
         model = await asyncio.to_thread(_served_model, engine_client, state)
         dtype = engine_client.model_config.dtype
+        injection = await self._injection(engine_client, state)
         service = Service(
             self._settings,
             model,
             metrics(),
             prepare=partial(vectors.prepare, dtype=dtype),
             vllm_has_api_key=bool(vllm_compat.api_keys(args)),
+            capacity=injection.capacity,
         )
-        injection = await self._injection(engine_client, state)
         await asyncio.to_thread(service.start)
+        metrics().info.labels(injection=injection.name).set(1)
         online = state.online_renderer
         resolver = Resolver(
             service.index,
@@ -84,11 +86,12 @@ class BEEndpointPlugin:
         vllm_compat.install_aliases(state, service.listed if self._settings.list_aliases else list)
         state.be_serve = service
         logger.info(
-            "be-serve: %d tokens for %s (fingerprint %s), injection %s, administration %s.",
+            "be-serve: %d tokens for %s (fingerprint %s), injection %s%s, administration %s.",
             len(service.index.records()),
             model.name,
             model.fingerprint,
             injection.name,
+            "" if injection.capacity is None else f" with {injection.capacity} rows in this process",
             "on" if self._settings.admin_key else "off",
         )
 

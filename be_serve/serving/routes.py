@@ -24,7 +24,7 @@ def service(request: Request) -> Service:
 
 async def be_error_handler(_request: Request, exc: BEError) -> JSONResponse:
     """Answer a BEError in OpenAI's shape with its own status."""
-    headers = {"WWW-Authenticate": "Bearer"} if exc.http_status == 401 else None
+    headers = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "1"}}.get(exc.http_status)
     return JSONResponse(error_body(exc), status_code=exc.http_status, headers=headers)
 
 

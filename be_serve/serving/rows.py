@@ -38,6 +38,14 @@ class TooManyVectors(UnsupportedRequest):
     code = "be_too_many_vectors"
 
 
+def too_many_vectors(k: int, capacity: int) -> TooManyVectors:
+    """The refusal of `k` vectors where a server process has `capacity` rows."""
+    return TooManyVectors(
+        f"The token has {k} vectors; this server process has {capacity} rows for tokens. Operators: --be-rows.",
+        param="be_id",
+    )
+
+
 class RowsBusy(BEError):
     """Every row is used by requests in flight; the client may try again."""
 
@@ -90,7 +98,10 @@ class Lease:
 
     async def written(self, patience: float) -> bool:
         """Whether the vectors are in the rows within `patience` seconds. Raises what kept them from it."""
-        writes = {resident.written for resident in self._residents if not resident.written.done()}
+        writes = {resident.written for resident in self._residents}
+        for ended in [write for write in writes if write.done()]:
+            ended.result()  # one that failed a moment ago has not given its rows back yet
+            writes.remove(ended)
         if not writes:
             return True
         # `wait` cancels none: others may have leased the same token, whose write does not end with this request.
@@ -149,11 +160,7 @@ class RowPool:
         request = _Request([digest for digest, _ in parts], dict(parts))
         k = sum(map(len, request.vectors.values()))
         if k > self.capacity:
-            raise TooManyVectors(
-                f"The token has {k} vectors; this server process has {self.capacity} rows for tokens. "
-                "Operators: --be-rows.",
-                param="be_id",
-            )
+            raise too_many_vectors(k, self.capacity)
         lease = self._grant(request, first=not self._waiting)
         if lease is None:
             lease = await self._granted(request) if wait else None

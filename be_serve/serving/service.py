@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from be_serve.core.artifact import Token, check_vectors, read_limited
+from be_serve.core.artifact import Manifest, Token, check_vectors, read_limited
 from be_serve.core.errors import WrongModel
 from be_serve.core.fingerprint import Fingerprint
 from be_serve.registry import PutResult, Record, Registry, TokenIndex
 from be_serve.serving.metrics import Metrics
+from be_serve.serving.rows import TooManyVectors, too_many_vectors
 from be_serve.serving.settings import Settings
 
 
@@ -36,16 +37,21 @@ class Service:
         *,
         prepare: Any,
         vllm_has_api_key: bool,
+        capacity: int | None = None,
     ) -> None:
+        """`capacity` is the number of vectors that a token may have here; None: any."""
         self.settings = settings
         self.model = model
         self.metrics = metrics
         self.vllm_has_api_key = vllm_has_api_key
+        self.capacity = capacity
+        self._listed: tuple[int, list[Record]] | None = None
         self.registry = Registry(settings.registry)
         self.index: TokenIndex[Any] = TokenIndex(
             self.registry,
             prepare=prepare,
             check=self.check,
+            check_record=self.check_record,
             cache_bytes=settings.cache_bytes,
             on_refresh=self._refreshed,
         )
@@ -61,21 +67,33 @@ class Service:
         self.metrics.tokens.set(tokens)
 
     def check(self, token: Token) -> None:
-        """Raise WrongModel or InvalidArtifact for a token this server must not serve."""
-        token.check_model(self.model.fingerprint, self.model.hidden_size, served=self.model.name)
+        """Raise WrongModel, InvalidArtifact or TooManyVectors for a token this server must not serve."""
+        self._check_manifest(token.manifest)
         check_vectors(token.vectors, dtype=self.model.dtype)
 
+    def check_record(self, record: Record) -> None:
+        """The same by the manifest alone, which has no InvalidArtifact to show."""
+        self._check_manifest(record.manifest)
+
+    def _check_manifest(self, manifest: Manifest) -> None:
+        manifest.check_model(self.model.fingerprint, self.model.hidden_size, served=self.model.name)
+        if self.capacity is not None and manifest.k > self.capacity:
+            raise too_many_vectors(manifest.k, self.capacity)
+
     def usable(self, record: Record) -> bool:
-        """Whether a record was made for this server's model."""
+        """Whether a record was made for this server's model, and has room on it."""
         try:
-            record.manifest.check_model(self.model.fingerprint, self.model.hidden_size, served=self.model.name)
-        except WrongModel:
+            self.check_record(record)
+        except (WrongModel, TooManyVectors):
             return False
         return True
 
     def listed(self) -> list[Record]:
-        """The records whose aliases /v1/models names."""
-        return [record for record in self.index.records() if self.usable(record)]
+        """The records whose aliases /v1/models names; the same list until one of them changes."""
+        revision = self.index.revision
+        if self._listed is None or self._listed[0] != revision:
+            self._listed = revision, [record for record in self.index.records() if self.usable(record)]
+        return self._listed[1]
 
     def register(self, data: bytes, *, be_id: str | None, match: bool | None, replace: bool) -> PutResult:
         """Check a token file against the model and store it. Blocks; raises BEError."""

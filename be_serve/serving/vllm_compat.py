@@ -81,6 +81,14 @@ def check_server(state: Any) -> None:
     for name in ("render_messages_async", "validate_token_ids", "get_tokenizer", "_executor"):
         if not hasattr(base, name):
             raise IncompatibleVLLM(f"vLLM's renderer has no {name}; be-serve cannot hook into it.")
+    config = base.model_config
+    other_revision = config.tokenizer_revision not in (None, config.revision)
+    if config.tokenizer != config.model or other_revision or config.hf_overrides:
+        raise IncompatibleVLLM(
+            "Tokens are made for the tokenizer and config.json in the model's own folder: start the server without "
+            "--tokenizer, --tokenizer-revision and --hf-overrides, or put what they change into the folder and train "
+            "tokens from there."
+        )
     if getattr(online, "use_harmony", False):
         raise IncompatibleVLLM("gpt-oss models render chats outside vLLM's common renderer; tokens cannot reach them.")
 
@@ -104,18 +112,23 @@ def install_chat_hook(state: Any, hook: ChatHook) -> None:
             # The token's pinned template variables; the request's own still win over them.
             given["default_template_kwargs"] = {**(defaults or {}), **chat.template_kwargs}
 
-        take(rendering)
+        async def answer(chat: PlainChat) -> Any:
+            take(chat)
+            conversation, engine_inputs = await original_chat(*call.args, **call.kwargs)
+            return conversation, [chat.apart(engine_input) for engine_input in engine_inputs]
+
         if isinstance(rendering, PlainChat):
-            return await original_chat(*call.args, **call.kwargs)
+            return await answer(rendering)
+        take(rendering)
         reset = _rendering.set(rendering)
         try:
             conversation, engine_inputs = await original_chat(*call.args, **call.kwargs)
             return conversation, [hook.finish(rendering, engine_input) for engine_input in engine_inputs]
         except BEError as exc:
-            take(await hook.give_up(rendering, exc))  # or raises
+            chat = await hook.give_up(rendering, exc)  # or raises
         finally:
             _rendering.reset(reset)
-        return await original_chat(*call.args, **call.kwargs)
+        return await answer(chat)
 
     async def render_messages_async(*args: Any, **kwargs: Any) -> Any:
         conversation, prompt = await original_messages(*args, **kwargs)
@@ -181,14 +194,20 @@ def install_aliases(state: Any, records: Callable[[], Sequence[Record]]) -> None
         # Whether the id exists is the hook's to say, with a better error.
         return bool(original_check(model_name)) or split_alias(model_name, base_models(state)) is not None
 
+    made: tuple[Sequence[Record], list[ModelCard]] = ([], [])
+
     async def show_available_models() -> Any:
-        listed = await original_show()
-        parent = base_models(state)[0]
-        for record in records():
-            card = ModelCard(
-                id=alias_of(parent, record.id), root=record.digest, parent=parent, permission=[ModelPermission()]
-            )
-            listed.data.append(card)
+        nonlocal made
+        listed, found = await original_show(), records()
+        if found is not made[0]:  # thousands of tokens may be registered, and anybody may ask
+            parent = base_models(state)[0]
+            permission = [ModelPermission()]
+            cards = [
+                ModelCard(id=alias_of(parent, one.id), root=one.digest, parent=parent, permission=permission)
+                for one in found
+            ]
+            made = found, cards
+        listed.data.extend(made[1])
         return listed
 
     models.is_base_model = is_base_model

@@ -18,7 +18,7 @@ from be_serve.core.slots import SlotRenderer, new_marker
 from be_serve.models import resolve_model
 from be_serve.registry import Record
 from be_serve.serving import vllm_engine
-from be_serve.serving.hook import ChatHook, check_ids
+from be_serve.serving.hook import check_ids, prompt_text
 from be_serve.serving.inject_prompt_embeds import mixed
 from be_serve.serving.requests import BEFields, refuse_raw_embeddings
 from be_serve.serving.resolve import Resolution, Resolver
@@ -133,7 +133,7 @@ class LLM(vllm.LLM):  # type: ignore[misc]
         _, prompt = self.renderer.render_messages(
             marked, ChatParams(chat_template=self.chat_template, chat_template_kwargs=kwargs)
         )
-        return ChatHook.check_prompt(prompt)
+        return prompt_text(prompt, media=False)
 
 
 _RENDERING = {"tools", "chat_template_kwargs", "add_generation_prompt"}

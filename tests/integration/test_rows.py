@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
 
+from be_serve.registry import Registry
 from tests.integration.conftest import KEY, PROMPT, chat, post, text
 from tests.integration.servers import ADMIN_KEY, MODEL, Server, be_serve
 
@@ -23,7 +25,7 @@ K = 12
 
 
 @pytest.fixture(scope="module")
-def tight(tmp_path_factory, make_real_token, embedding, identity_token, tokenizer):
+def tight(tmp_path_factory, make_real_token, embedding, tokenizer):
     """A server with rows for one token, three such tokens, and one request at a time.
 
     One at a time, for requests that share a batch may round differently.
@@ -42,8 +44,6 @@ def tight(tmp_path_factory, make_real_token, embedding, identity_token, tokenize
             assert len(ids) == K
             token = make_real_token(name, embedding[ids], prompt=voice)
             assert httpx.post(f"{running.url}/v1/be/tokens", content=token.to_bytes(), headers=KEY).status_code == 201
-        big = identity_token.to_bytes()
-        assert httpx.post(f"{running.url}/v1/be/tokens", content=big, headers=KEY).status_code == 201
         yield running
 
 
@@ -71,10 +71,20 @@ def test_tokens_that_take_turns_on_the_same_rows_answer_as_each_does_alone(tight
     assert "be_serve_row_writes_total" in writes
 
 
-def test_a_token_with_more_vectors_than_rows_is_refused(tight):
-    answer = chat(tight, [{"role": "user", "content": "Hi"}], be_id="identity")
-    assert answer.status_code == 422
-    assert f"{K} rows" in answer.json()["error"]["message"]
+def test_a_token_with_more_vectors_than_rows_is_refused(tight, identity_token):
+    """When it is registered, and when it is used: a larger server may have registered it."""
+    big = identity_token.to_bytes()
+    registered = httpx.post(f"{tight.url}/v1/be/tokens", content=big, headers=KEY)
+    Registry(f"sqlite:///{tight.log.parent / 'registry.db'}").put(big, match=True)
+    deadline = time.monotonic() + 5
+    while httpx.get(f"{tight.url}/v1/be/tokens/identity", headers=KEY).status_code != 200:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    used = chat(tight, [{"role": "user", "content": "Hi"}], be_id="identity")
+    for answer in (registered, used):
+        assert answer.status_code == 422
+        assert f"{K} rows" in answer.json()["error"]["message"]
+        assert f"{identity_token.manifest.k} vectors" in answer.json()["error"]["message"]
     matched = chat(tight, [{"role": "system", "content": PROMPT}, {"role": "user", "content": "Hi"}])
     assert matched.status_code == 200  # the full prompt itself answers
 

@@ -177,6 +177,32 @@ def test_the_stored_prompt_answers(server, stored, be_id):
     assert text(appended) == text(chat(server, [joined, *USER]))
 
 
+def test_nobody_learns_a_stored_prompt_by_what_is_cached(server, make_real_token, odd_token):
+    """Blocks of a stored prompt are found again by the same fallback, and by no chat that spells a guess out."""
+    secret = " ".join(f"The {n}th lighthouse keeper likes {n * n} kinds of weather." for n in range(30))
+    token = make_real_token("secretive", odd_token.vectors, prompt=secret)
+    for answer in (
+        httpx.post(f"{server.url}/v1/be/tokens", content=token.to_bytes(), headers=KEY),
+        httpx.put(f"{server.url}/v1/be/tokens/secretive/prompt", content=secret.encode(), headers=KEY),
+        httpx.delete(f"{server.url}/v1/be/tokens/secretive", headers=KEY),
+    ):
+        assert answer.is_success, answer.text
+
+    def cached(salt, **body):
+        body = {"model": MODEL, "input": "Hi", "max_output_tokens": 1, "cache_salt": salt, **body}
+        answer = post(server, "/v1/responses", **body)
+        assert answer.status_code == 200, answer.text
+        return answer.json()["usage"]["input_tokens_details"]["cached_tokens"]
+
+    assert cached("plain", instructions=secret) == 0
+    assert cached("plain", instructions=secret) >= 128  # so one would see it
+    fallback = {"be_id": "secretive", "be_fallback": "full"}
+    assert cached("s", **fallback) == 0
+    assert cached("s", **fallback) >= 128
+    assert cached("s", instructions=secret) == 0
+    assert cached("s", **fallback, chat_template_kwargs={"bos_token": "x"}) == 0
+
+
 def test_without_be_fallback_nothing_changes(server, stored):
     assert chat(server, USER, be_id="gone").status_code == 404
     lossy = chat(server, USER, be_id="lossy")

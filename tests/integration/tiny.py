@@ -29,11 +29,42 @@ SHAPE = {
 FAMILIES = {
     "Gemma2ForCausalLM": ("Gemma2Config", "gemma2"),
     "Gemma3ForCausalLM": ("Gemma3TextConfig", "gemma3"),
+    "Idefics3ForConditionalGeneration": ("Idefics3Config", "chatml"),
     "LlamaForCausalLM": ("LlamaConfig", "chatml"),
     "MistralForCausalLM": ("MistralConfig", "mistral-v3"),
     "Qwen2ForCausalLM": ("Qwen2Config", "chatml"),
     "Qwen3ForCausalLM": ("Qwen3Config", "qwen3"),
 }
+
+MEDIA = {"Idefics3ForConditionalGeneration"}
+"""Those of them that take images."""
+_EYES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+_EDGE, _PATCH, _SCALE = 28, 14, 2
+"""Edge of an image and of a patch in pixels, and how many patches in a row and a column become one embedding."""
+
+
+def _vocabulary(tokenizer: Any) -> dict[str, int]:
+    return {"vocab_size": len(tokenizer), "eos_token_id": 0, "pad_token_id": 0, "bos_token_id": 1}
+
+
+def _with_eyes(tokenizer: Any, folder: Path) -> dict[str, Any]:
+    """The shape of an Idefics 3 of SigLIP's eyes and Llama's tongue; its processor of images is saved in `folder`."""
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<global-img>"]})
+    processor = transformers.Idefics3Processor(
+        # vLLM's CPU build runs without torchvision, which the other processors of images need.
+        image_processor=transformers.Idefics3ImageProcessorPil(
+            size={"longest_edge": _EDGE}, max_image_size={"longest_edge": _EDGE}, do_image_splitting=False
+        ),
+        tokenizer=tokenizer,  # which learns the marks around an image
+        image_seq_len=(_EDGE // _PATCH // _SCALE) ** 2,
+    )
+    processor.save_pretrained(folder)
+    return {
+        "text_config": transformers.LlamaConfig(**SHAPE, **_vocabulary(tokenizer)),
+        "vision_config": transformers.Idefics3VisionConfig(**_EYES, image_size=_EDGE, patch_size=_PATCH),
+        "image_token_id": processor.image_token_id,
+        "scale_factor": _SCALE,
+    }
 
 
 @dataclass(frozen=True)
@@ -49,8 +80,11 @@ class TinyModel:
         config_name, template = FAMILIES[architecture]
         tokenizer = make_tokenizer(template)
         torch.manual_seed(0)
+        shape: dict[str, Any] = SHAPE
+        if architecture in MEDIA:
+            shape = _with_eyes(tokenizer, folder)
         config = getattr(transformers, config_name)(
-            **SHAPE, vocab_size=len(tokenizer), eos_token_id=0, pad_token_id=0, bos_token_id=1
+            **shape, **({} if architecture in MEDIA else _vocabulary(tokenizer))
         )
         model = getattr(transformers, architecture)(config).to(torch.float32)
         for parameter in model.parameters():  # far from uniform answers

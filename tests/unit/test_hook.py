@@ -3,62 +3,22 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
 
 from be_serve.core.errors import BEError, NotAuthenticated, UnsupportedRequest
-from be_serve.core.slots import Slot, SlotRenderer
-from be_serve.registry import Registry, TokenIndex
+from be_serve.core.slots import Slot
+from be_serve.registry import TokenIndex
 from be_serve.serving.budget import ByteBudget, OverBudget, TooLarge
-from be_serve.serving.hook import ChatHook
 from be_serve.serving.inject_prompt_embeds import PromptEmbeds
 from be_serve.serving.inject_resident_rows import ResidentRows, salt
 from be_serve.serving.metrics import metrics
-from be_serve.serving.middleware import RequestContext, current
-from be_serve.serving.resolve import Resolver
-from be_serve.serving.rows import RowPool, TooManyVectors
+from be_serve.serving.rows import RowPool
 from be_serve.serving.vectors import prepare
-from tests.conftest import make_tokenizer
-from tests.factories import PROMPT, make_token
-
-USER = [{"role": "user", "content": "Hi"}]
-FULL = [{"role": "system", "content": PROMPT}, *USER]
-
-
-def make_hook(tmp_path, *, keys=(), capacity=10_000, placement="system", injection=None, template="chatml", **manifest):
-    tmp_path.mkdir(exist_ok=True)
-    registry = Registry(f"sqlite:///{tmp_path / 'r.db'}")
-    registry.put(make_token("harbor", placement=placement, **manifest).to_bytes(), match=True)
-    index = TokenIndex(registry, prepare=lambda t: torch.from_numpy(t.vectors), check=lambda t: None)
-    index.refresh()
-    hook = ChatHook(
-        resolver=Resolver(index, lambda: ["tiny"]),
-        index=index,
-        slots=SlotRenderer(make_tokenizer(template)),
-        injection=injection or PromptEmbeds(ByteBudget(capacity)),
-        keys=list(keys),
-        vocab_size=10_000,
-        max_chars=10_000,
-        metrics=metrics(),
-    )
-    return hook, index, registry
-
-
-def request(**extra):
-    known = ("prompt_logprobs", "truncate_prompt_tokens", "model", "n", "background")
-    options = {k: extra.pop(k) for k in known if k in extra}
-    return SimpleNamespace(model_extra=extra, **{"model": "tiny", **options})
-
-
-@pytest.fixture
-def context():
-    made = RequestContext("/v1/chat/completions")
-    reset = current.set(made)
-    yield made
-    current.reset(reset)
+from tests.factories import make_token
+from tests.unit.hooks import FULL, USER, make_hook, request
 
 
 async def test_a_request_takes_and_gives_back_its_memory(tmp_path, context):
@@ -83,8 +43,8 @@ async def test_a_request_takes_and_gives_back_its_memory(tmp_path, context):
     assert hook._injection._budget.used == 0
     with pytest.raises(UnsupportedRequest, match="cut"):
         hook.finish(rendering, {"type": "token", "prompt_token_ids": ids[:-1]})
-    with pytest.raises(UnsupportedRequest, match="images"):
-        hook.check_prompt({"prompt": text, "multi_modal_data": {"image": []}})
+    with pytest.raises(UnsupportedRequest, match="resident-rows"):
+        hook.check_prompt({"prompt": text, "multi_modal_data": {"image": [1]}})
 
 
 async def test_every_choice_of_a_request_takes_its_own_memory(tmp_path, context):
@@ -132,6 +92,48 @@ async def test_a_matched_request_is_never_refused(tmp_path, context):
         await hook.begin(request(be_id="harbor"), USER, None)
     assert str(tmp_path) not in caught.value.message
     assert "x-be-id" not in context.headers
+
+
+def counted(how, path="/v1/chat/completions"):
+    return metrics().requests.labels(path=path, how=how)._value.get()
+
+
+async def test_a_match_that_cannot_be_had_is_counted_as_such(tmp_path, context):
+    hook, _, _ = make_hook(tmp_path, capacity=4000)
+    plain, missed = counted("plain"), counted("match_missed")
+    await hook.begin(request(), USER, None)
+    assert (counted("plain"), counted("match_missed")) == (plain + 1, missed)
+    await hook.give_up(await hook.begin(request(), FULL, None), UnsupportedRequest("no place"))
+    assert (counted("plain"), counted("match_missed")) == (plain + 1, missed + 1)
+    full = ResidentRows(RowPool(range(1), None), first=50_000)  # the token has two vectors
+    crowded, _, _ = make_hook(tmp_path / "crowded", injection=full)
+    assert await crowded.begin(request(), FULL, None) is None
+    assert (counted("plain"), counted("match_missed")) == (plain + 1, missed + 2)
+
+
+async def test_images_stand_beside_rows_where_they_leave_the_slot_alone(tmp_path, context):
+    async def write(rows, vectors):
+        pass
+
+    hook, _, _ = make_hook(tmp_path, injection=ResidentRows(RowPool(range(4), write), first=50_000))
+    rendering = await hook.begin(request(be_id="harbor"), USER, None)
+    text = f"<|im_start|>system\n{rendering.marker}<|im_end|>\n<|im_start|>user\nHi"
+    assert hook.check_prompt({"prompt": text, "multi_modal_data": {"image": [1]}}) == text
+    ids = hook.cut(rendering, text)
+    slot, end = rendering.slot, len(rendering.slot.before) + 2
+    expanded = [*ids[:end], 7, 7, 7, *ids[end:]]  # where the processor put an image
+
+    def given(ids, offset):
+        placeholders = {"image": [SimpleNamespace(offset=offset, length=3)]}
+        return {"type": "multimodal", "prompt_token_ids": ids, "mm_placeholders": placeholders}
+
+    found = hook.finish(rendering, given(expanded, end))
+    rows = sorted(id for id in found["prompt_token_ids"] if id >= 50_000)
+    assert rows == [50_000, 50_001]
+    assert found["prompt_token_ids"] == [*slot.before, *rows, 7, 7, 7, *slot.after]
+    for moved in (given([7, *expanded], end + 1), given(expanded, 1)):
+        with pytest.raises(UnsupportedRequest, match="moved"):
+            hook.finish(rendering, moved)
 
 
 async def test_giving_up_a_match_leaves_no_trace(tmp_path, context):
@@ -282,121 +284,3 @@ async def test_resident_rows_put_ids_in_the_slot(tmp_path, context):
     assert not pool._make_room(3)  # the engine may still embed the request again
     lease.release()
     assert pool._make_room(3)
-
-
-class TestFallback:
-    """`be_fallback: full`."""
-
-    FIELDS: ClassVar = {"be_id": "harbor", "be_fallback": "full"}
-
-    async def test_the_stored_prompt_answers_for_a_removed_token(self, tmp_path, context):
-        hook, index, registry = make_hook(tmp_path)
-        registry.store_prompt("harbor", PROMPT + "\n")
-        registry.remove("harbor")
-        index.refresh()
-        answered = await hook.begin(request(**self.FIELDS), USER, None)
-        assert answered.messages == FULL
-        assert context.headers == {"x-be-fallback": "full"}
-        registry.close()
-        (tmp_path / "r.db").rename(tmp_path / "moved.db")
-        assert (await hook.begin(request(**self.FIELDS), USER, None)).messages == FULL  # read once
-
-    @pytest.mark.parametrize(
-        "option",
-        [
-            {"return_token_ids": True},
-            {"return_prompt_text": True},
-            {"enable_response_messages": True},
-            {"return_token_offsets": True},
-            {"prompt_logprobs": 0},
-            {"echo": True},
-            {"kv_transfer_params": {"do_remote_decode": True}},
-            {"truncate_prompt_tokens": 3},
-        ],
-    )
-    @pytest.mark.parametrize("removed", [True, False])
-    async def test_no_option_shows_a_stored_prompt(self, tmp_path, context, option, removed):
-        """Not even while the token itself could answer: a request must not pass until the day it falls back."""
-        hook, index, registry = make_hook(tmp_path, capacity=10, quality={"verdict": {"status": "failed"}})
-        registry.store_prompt("harbor", PROMPT)
-        if removed:
-            registry.remove("harbor")
-        index.refresh()
-        asked = request(**self.FIELDS)
-        for name, value in option.items():
-            setattr(asked, name, value)
-        with pytest.raises(UnsupportedRequest):
-            await hook.begin(asked, USER, None)
-
-    async def test_tokenize_shows_no_stored_prompt(self, tmp_path, context):
-        hook, index, registry = make_hook(tmp_path)
-        registry.store_prompt("harbor", PROMPT)
-        registry.remove("harbor")
-        index.refresh()
-        context.path = "/tokenize"
-        with pytest.raises(UnsupportedRequest):
-            await hook.begin(request(**self.FIELDS), USER, None)
-
-    @pytest.mark.parametrize("quality", [{"verdict": "lossy"}, {"verdict": {"status": "failed"}}])
-    async def test_a_token_that_is_marked_gives_way(self, tmp_path, context, quality):
-        hook, index, registry = make_hook(tmp_path, quality=quality)
-        assert (await hook.begin(request(be_id="harbor"), USER, None)).tokens.name == "harbor"
-        # Without a text there is nothing better than the token.
-        assert (await hook.begin(request(**self.FIELDS), USER, None)).tokens.name == "harbor"
-        registry.store_prompt("harbor", PROMPT)
-        index.refresh()
-        assert (await hook.begin(request(**self.FIELDS), USER, None)).messages == FULL
-        # Who takes the token as it is wants the prompt only where there is no token.
-        marked = await hook.begin(request(be_id="harbor", be_fallback="unavailable"), USER, None)
-        assert marked.tokens.name == "harbor"
-        registry.remove("harbor")
-        index.refresh()
-        assert (await hook.begin(request(be_id="harbor", be_fallback="unavailable"), USER, None)).messages == FULL
-
-    async def test_no_room_is_seen_when_the_vectors_are_placed(self, tmp_path, context):
-        hook, index, registry = make_hook(tmp_path, capacity=10)
-        registry.store_prompt("harbor", PROMPT)
-        index.refresh()
-        rendering = await hook.begin(request(**self.FIELDS), USER, None)
-        ids = hook.cut(rendering, f"a{rendering.marker}b")
-        with pytest.raises(TooLarge) as caught:
-            hook.finish(rendering, {"type": "token", "prompt_token_ids": ids})
-        assert (await hook.give_up(rendering, caught.value)).messages == FULL
-        assert context.headers == {"x-be-fallback": "full"}
-        await hook.begin(request(be_id="harbor"), USER, None)
-        assert context.headers["x-be-fallback"] == "partial"  # another chat of a batch
-
-    async def test_too_few_rows_is_no_room_and_nobody_waits(self, tmp_path, context):
-        async def write(rows, vectors):
-            pass
-
-        hook, index, registry = make_hook(tmp_path, injection=ResidentRows(RowPool(range(1), write), first=50_000))
-        with pytest.raises(TooManyVectors):
-            await hook.begin(request(**self.FIELDS), USER, None)
-        registry.store_prompt("harbor", PROMPT)
-        index.refresh()
-        assert (await hook.begin(request(**self.FIELDS), USER, None)).messages == FULL
-        pool = RowPool(range(2), write, patience=60)
-        hook, index, registry = make_hook(tmp_path / "b", injection=ResidentRows(pool, first=50_000))
-        registry.store_prompt("harbor", PROMPT)
-        index.refresh()
-        await pool.lease([("other", [0, 1])])
-        assert (await hook.begin(request(**self.FIELDS), USER, None)).messages == FULL
-
-    async def test_templates_without_a_system_role(self, tmp_path, context):
-        hook, index, registry = make_hook(tmp_path, template="gemma2")
-        registry.store_prompt("harbor", PROMPT)
-        registry.remove("harbor")
-        index.refresh()
-        (message,) = (await hook.begin(request(**self.FIELDS), USER, None)).messages
-        assert message == {"role": "user", "content": f"{PROMPT}\n\nHi"}
-
-    async def test_only_the_tokens_own_prompt_counts(self, tmp_path, context):
-        """A text that an older server left under the id, or one of the registry's beside --be-token."""
-        hook, index, registry = make_hook(tmp_path)
-        registry.store_prompt("harbor", PROMPT)
-        index.add_static("harbor", make_token("harbor", prompt="Another.", quality={"verdict": "lossy"}).to_bytes())
-        index.refresh()
-        assert (await hook.begin(request(**self.FIELDS), USER, None)).tokens.name == "harbor"
-        index.add_static("harbor", make_token("harbor", quality={"verdict": "lossy"}, text=PROMPT).to_bytes())
-        assert (await hook.begin(request(**self.FIELDS), USER, None)).messages == FULL  # it stands in the file

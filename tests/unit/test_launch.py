@@ -60,7 +60,8 @@ def test_an_unproven_architecture_takes_prompt_embeds(tmp_path):
     name, reason = choose_injection(str(tmp_path), [])
     assert name == "prompt-embeds"
     assert "OddForCausalLM" in reason
-    assert choose_injection(str(tmp_path / "missing"), [])[0] == "prompt-embeds"
+    with pytest.raises(InputError, match="name the injection: resident-rows or prompt-embeds"):
+        choose_injection(str(tmp_path / "missing"), [])
 
 
 def test_the_engine_is_told_of_its_rows():

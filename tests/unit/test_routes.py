@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from functools import partial
 
 import httpx
@@ -10,10 +11,11 @@ from fastapi import FastAPI, Request
 from fastapi.testclient import TestClient
 
 from be_serve.client import BEClient, ServerRefused
-from be_serve.core.errors import ArtifactTooLarge, BEError, InputError
-from be_serve.serving import routes
+from be_serve.core.errors import ArtifactTooLarge, BEError, InputError, WrongModel
+from be_serve.serving import middleware, routes
 from be_serve.serving.metrics import metrics
 from be_serve.serving.middleware import BEMiddleware, current
+from be_serve.serving.rows import RowsBusy, TooManyVectors
 from be_serve.serving.service import ServedModel, Service
 from be_serve.serving.settings import Settings
 from tests.factories import FINGERPRINT, make_token
@@ -21,7 +23,7 @@ from tests.factories import FINGERPRINT, make_token
 KEY = {"X-BE-Key": "secret"}
 
 
-def make_app(tmp_path, *, admin_key="secret", vllm_key=False, max_upload=100_000) -> FastAPI:
+def make_app(tmp_path, *, admin_key="secret", vllm_key=False, max_upload=100_000, capacity=None) -> FastAPI:
     app = FastAPI()
     app.include_router(routes.router)
     app.add_exception_handler(BEError, routes.be_error_handler)
@@ -30,7 +32,9 @@ def make_app(tmp_path, *, admin_key="secret", vllm_key=False, max_upload=100_000
     )
     settings = Settings(registry=f"sqlite:///{tmp_path / 'r.db'}", admin_key=admin_key, max_upload=max_upload)
     model = ServedModel("tiny", FINGERPRINT, 8, 100, "bfloat16")
-    service = Service(settings, model, metrics(), prepare=lambda t: t.vectors, vllm_has_api_key=vllm_key)
+    service = Service(
+        settings, model, metrics(), prepare=lambda t: t.vectors, vllm_has_api_key=vllm_key, capacity=capacity
+    )
     service.index.refresh()
     app.state.be_serve = service
 
@@ -69,6 +73,43 @@ def test_register_list_show_remove(http):
     assert http.delete("/v1/be/tokens/harbor", headers=KEY).json() == {"id": "harbor", "deleted": True}
     assert http.get("/v1/be/tokens/harbor", headers=KEY).status_code == 404
     assert http.delete("/v1/be/tokens/harbor", headers=KEY).status_code == 404
+
+
+def test_a_token_that_no_request_could_use_is_refused_at_once(tmp_path):
+    app = make_app(tmp_path, capacity=1)
+    refused = TestClient(app).post("/v1/be/tokens", content=make_token(k=2).to_bytes(), headers=KEY)
+    assert refused.status_code == 422
+    assert "2 vectors" in refused.json()["error"]["message"]
+    assert "1 rows" in refused.json()["error"]["message"]
+    # Registered through a larger server on the same registry: refused by its manifest, and not listed here.
+    large = TestClient(make_app(tmp_path))
+    assert large.post("/v1/be/tokens", content=make_token(k=2).to_bytes(), headers=KEY).status_code == 201
+    service = app.state.be_serve
+    service.index.refresh()
+    assert service.listed() == []
+    with pytest.raises(TooManyVectors):
+        service.index.load(service.index.get("harbor"))
+
+
+def test_another_models_token_is_refused_before_it_is_read(tmp_path, monkeypatch):
+    service = make_app(tmp_path).state.be_serve
+    stranger = FINGERPRINT.model_copy(update={"config": "f" * 16})
+    service.registry.put(make_token(fingerprint=stranger).to_bytes())
+    service.index.refresh()
+    monkeypatch.setattr(service.registry, "read_artifact", None)
+    with pytest.raises(WrongModel):
+        service.index.load(service.index.get("harbor"))
+
+
+def test_who_may_try_again_is_told_when(tmp_path):
+    app = make_app(tmp_path)
+
+    @app.get("/busy")
+    async def busy():
+        raise RowsBusy("All rows are in use.")
+
+    answer = TestClient(app).get("/busy")
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
 
 
 def test_refused_uploads_name_the_reason(http):
@@ -158,9 +199,43 @@ def test_headers_come_out_of_the_handler(http):
     assert answer.headers["x-be-id"] == "seen"
 
 
+async def test_a_client_that_takes_nothing_loses_what_it_holds(monkeypatch):
+    """Rows and memory are held until the answer is taken; whoever never reads would keep them from everybody."""
+    monkeypatch.setattr(middleware, "_PATIENCE", 0.1)
+    given_back = []
+
+    async def app(scope, receive, send):
+        if scope["path"] == "/v1/chat/completions":
+            current.get().cleanup.append(lambda: given_back.append(scope["path"]))
+        for _ in range(8):
+            await send({"type": "http.response.body", "body": b"x", "more_body": True})
+
+    async def ask(path, delay):
+        async def send(message):
+            await asyncio.sleep(delay)
+
+        wrapped = BEMiddleware(app, base_models=list, metrics=metrics, is_route=lambda path: False)
+        await wrapped({"type": "http", "method": "POST", "path": path, "headers": []}, None, send)
+
+    await ask("/v1/chat/completions", 0.001)
+    assert len(given_back) == 1
+    for delay in (10, 0.03):  # none of it, or a little now and then
+        with pytest.raises(TimeoutError):
+            await ask("/v1/chat/completions", delay)
+    assert len(given_back) == 3
+    await ask("/v1/responses", 0.03)  # holds nothing, and is vLLM's own affair
+
+
+def test_the_admin_key_goes_by_no_proxy_to_this_machine(monkeypatch):
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    for url, proxied in (("http://localhost:1", 0), ("http://127.0.0.1:1/v1", 0), ("http://models.example", 1)):
+        with BEClient(url, api_key="k") as client:
+            assert bool(client._http._mounts) == bool(proxied), url
+
+
 def test_client_speaks_to_the_routes(tmp_path, monkeypatch):
     app = TestClient(make_app(tmp_path))
-    monkeypatch.setattr(httpx, "Client", lambda base_url, headers, timeout: _bound(app, headers))
+    monkeypatch.setattr(httpx, "Client", lambda base_url, headers, **_: _bound(app, headers))
     file = tmp_path / "harbor.safetensors"
     make_token().save(file)
     with BEClient("http://testserver/v1/", api_key="secret") as client:

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from be_serve.serving.inject_resident_rows import RowIds, salt
-from be_serve.serving.rows import RowsBusy, TooManyVectors
+from be_serve.serving.rows import RowPool, RowsBusy, TooManyVectors
 from be_serve.serving.vllm_rows import _leased
 from tests.unit.rows_table import make_pool, vectors
 
@@ -148,6 +148,23 @@ async def test_who_leased_a_token_that_could_not_be_written_is_told_and_the_next
     assert (pool.resident, pool.writes, len(pool._free)) == (0, 0, 4)
     table.fault = None
     assert len((await pool.lease([("a", vectors("a", 4))])).rows) == 4
+
+
+async def test_who_comes_between_a_failed_write_and_its_end_is_told():
+    """The task is done, and the pool does not know of it yet: rows that hold nothing must not pass for written."""
+
+    async def write(rows, vectors):
+        raise OSError("the engine is gone")
+
+    pool = RowPool(range(4), write)
+    first = asyncio.create_task(pool.lease([("a", vectors("a", 4))]))
+    while "a" not in pool._residents or not pool._residents["a"].written.done():
+        await asyncio.sleep(0)
+    with pytest.raises(OSError, match="gone"):
+        await pool.lease([("a", vectors("a", 4))])
+    with pytest.raises(OSError, match="gone"):
+        await first
+    assert (pool.resident, len(pool._free)) == (0, 4)
 
 
 async def test_a_write_goes_on_for_others_when_the_request_that_began_it_is_gone():

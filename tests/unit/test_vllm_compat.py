@@ -53,6 +53,59 @@ def test_a_server_of_another_shape_is_refused():
         vllm_compat.check_server(object())
 
 
+async def test_the_aliases_are_made_anew_only_when_a_token_changes():
+    class Listed:
+        def __init__(self):
+            self.data = ["tiny"]
+
+    async def original():
+        return Listed()
+
+    models = SimpleNamespace(
+        lora_requests={},
+        base_model_paths=[SimpleNamespace(name="tiny")],
+        is_base_model=lambda name: False,
+        show_available_models=original,
+    )
+    records = [SimpleNamespace(id="harbor", digest="d" * 64)]
+    vllm_compat.install_aliases(SimpleNamespace(openai_serving_models=models), lambda: records)
+    first, second = [(await models.show_available_models()).data for _ in range(2)]
+    assert [first[0], first[1].id, len(first)] == ["tiny", "tiny:harbor", 2]
+    assert second[1] is first[1]
+    records = [*records, SimpleNamespace(id="cook", digest="e" * 64)]
+    assert [one.id for one in (await models.show_available_models()).data[1:]] == ["tiny:harbor", "tiny:cook"]
+
+
+@pytest.mark.parametrize(
+    "changed", [{"tokenizer": "other"}, {"tokenizer_revision": "v2"}, {"hf_overrides": {"rope_theta": 1}}]
+)
+def test_a_server_whose_model_is_not_all_in_its_folder_is_refused(changed):
+    """The fingerprint is of the folder: a token would answer on other ids, or another model."""
+
+    async def preprocess_chat(
+        request,
+        messages,
+        default_template,
+        default_template_content_format,
+        default_template_kwargs,
+        tool_dicts,
+        parser,
+        skip_mm_cache,
+    ): ...
+
+    same = {"model": "m", "tokenizer": "m", "revision": "v1", "tokenizer_revision": None, "hf_overrides": {}}
+    names = ("render_messages_async", "validate_token_ids", "get_tokenizer", "_executor")
+
+    def state(config):
+        base = SimpleNamespace(model_config=SimpleNamespace(**config), **dict.fromkeys(names))
+        online = SimpleNamespace(renderer=base, preprocess_chat=preprocess_chat)
+        return SimpleNamespace(online_renderer=online, openai_serving_models=object())
+
+    vllm_compat.check_server(state(same))
+    with pytest.raises(vllm_compat.IncompatibleVLLM, match="--hf-overrides"):
+        vllm_compat.check_server(state({**same, **changed}))
+
+
 def test_an_adapter_named_like_an_alias_is_refused():
     """vLLM looks among its adapters first: a token's requests would be answered through one."""
     models = SimpleNamespace(lora_requests={"tiny:harbor": object()}, base_model_paths=[SimpleNamespace(name="tiny")])
