@@ -20,6 +20,8 @@ from be_serve.registry.store import Record, Registry
 logger = logging.getLogger("vllm.be_serve.registry")
 V = TypeVar("V")
 _TEXT_BYTES = 16 * 1024 * 1024
+_MOST_UNREAD = 20
+"""How often in a row the registry's mark is believed to say that nothing changed."""
 
 
 class ByteLRU(Generic[V]):
@@ -227,9 +229,17 @@ class TokenIndex(Generic[V]):
             raise TokenConflict(f"Token {be_id!r} was given to this server by --be-token; restart it to change that.")
 
     def _poll(self) -> None:
+        seen: object | None = None
+        unread = 0
         while not self._stop.wait(self._poll_seconds):
             try:
-                self.refresh()
+                mark = self._registry.mark()
+                unread = 0 if mark is None or mark != seen or unread >= _MOST_UNREAD else unread + 1
+                if unread:
+                    self._on_refresh(len(self._records) + len(self._static))
+                else:
+                    self.refresh()
+                    seen = mark
             except Exception as exc:  # whatever it is, the thread must live: it is how removals arrive
                 if self.healthy:
                     logger.error("%s Known tokens go on answering; changes wait for the registry.", exc)

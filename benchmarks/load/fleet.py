@@ -82,7 +82,13 @@ class Fleet:
             for i in range(max(self.options.registered, self.options.active)):
                 manifest = self.token.manifest.model_copy(update={"id": f"bench-load-{i}"})
                 data = Token(manifest, self.token.vectors).to_bytes()
-                await self.clients[name][0].call("POST", "/v1/be/tokens", content=data, headers={"X-BE-Key": self.key})
+                await self.clients[name][0].call(
+                    # A folder that was measured in before has tokens of that run.
+                    "POST",
+                    "/v1/be/tokens?replace=true",
+                    content=data,
+                    headers={"X-BE-Key": self.key},
+                )
 
     async def burst(self, arm: str) -> Burst:
         """One burst of an arm. The server that is not asked rests."""

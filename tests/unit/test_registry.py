@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -138,6 +140,45 @@ def test_index_follows_another_process(url):
         writer.remove("harbor")
         _eventually(lambda: index.records() == [])
         assert index.match(sha) is None
+    finally:
+        index.stop()
+
+
+def test_the_mark_tells_of_every_commit_and_of_nothing_else(tmp_path):
+    file = tmp_path / "r.db"
+    registry, other = Registry(f"sqlite:///{file}"), Registry(f"sqlite:///{file}")
+    marks = [registry.mark(), registry.mark()]
+    registry.changes(0)
+    marks.append(registry.mark())
+    assert marks[0] is not None
+    assert len(set(marks)) == 1
+    for commit in (
+        lambda: other.put(make_token().to_bytes()),
+        lambda: registry.store_prompt("harbor", PROMPT),
+        lambda: other.remove("harbor"),
+        lambda: shutil.copy(file, tmp_path / "copy.db") and os.replace(tmp_path / "copy.db", file),
+    ):
+        commit()
+        marks.append(registry.mark())
+        assert marks[-1] not in marks[:-1]
+    file.unlink()
+    assert registry.mark() is None
+    assert Registry("sqlite://").mark() is None
+
+
+def test_an_idle_registry_is_hardly_read(tmp_path, monkeypatch):
+    registry = Registry(f"sqlite:///{tmp_path / 'r.db'}")
+    index = index_of(registry, poll_seconds=0.01)
+    index.start()
+    reads, marks = [], []
+    changes, mark = registry.changes, registry.mark
+    monkeypatch.setattr(registry, "changes", lambda since: reads.append(since) or changes(since))
+    monkeypatch.setattr(registry, "mark", lambda: marks.append(1) or mark())
+    try:
+        _eventually(lambda: len(marks) > 60)
+        assert 1 <= len(reads) <= 6
+        Registry(registry.url).put(make_token().to_bytes())
+        _eventually(lambda: [r.id for r in index.records()] == ["harbor"])
     finally:
         index.stop()
 
