@@ -22,6 +22,7 @@ from benchmarks.analysis import Run
 from benchmarks.arms import CLOSE, Arm, Case, ServerName, request_body
 from benchmarks.client import Sample, ServerClient
 from benchmarks.prompts import Chat
+from benchmarks.servers import run_alone
 
 GIVE_UP_AFTER = 5
 """Failures of one server in a row that end the run."""
@@ -48,11 +49,8 @@ class Rounds:
 
     async def ask(self, case: Case, arm: Arm, number: int) -> Sample:
         """One request of an arm; `number` counts passes from the first warm-up."""
-        for name, server in self.own.items():
-            if name == arm.server:
-                server.thaw()
-            elif self.freeze:
-                server.freeze()
+        if self.freeze:
+            run_alone(self.own, arm.server)
         if self.pause and self._last not in (None, arm.server):
             await asyncio.sleep(self.pause)
         self._last = arm.server

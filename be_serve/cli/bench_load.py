@@ -61,11 +61,12 @@ def command(
 ) -> None:
     """Bursts of concurrent chats at two servers in turns: what does the plugin cost plain traffic?
 
-    Writes load.json. The last line printed is one JSON object.
+    Writes load.json and load.png. The last line printed is one JSON object.
     """
     from be_serve.core.artifact import write_atomically
     from be_serve.models import resolve_model
     from benchmarks.load import LoadOptions, measure_load
+    from benchmarks.load.chart import draw
     from benchmarks.servers import ServerOptions
 
     found = resolve_model(model)
@@ -88,6 +89,8 @@ def command(
     run = asyncio.run(measure_load(options, lambda line: click.echo(line, err=True)))
     result = run.result()
     write_atomically(options.out / "load.json", f"{json.dumps(result, indent=1)}\n".encode())
+    if result["rounds"]:
+        draw(result, options.out / "load.png")
     click.echo("\n".join(_table(result, beside)))
     click.echo(json.dumps({key: result[key] for key in ("benchmark", "rounds", "failed_chats", "ratios")}))
     if run.interrupted:

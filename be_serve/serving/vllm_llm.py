@@ -43,9 +43,11 @@ class LLM(vllm.LLM):  # type: ignore[misc]
 
     def __init__(self, model: str, *, tokens: Mapping[str, str | Path], **options: Any) -> None:
         check_version()
-        for name in ("chat_template", "tokenizer", "tokenizer_revision"):
+        for name in ("chat_template", "tokenizer", "tokenizer_revision", "hf_overrides"):
             if options.get(name) is not None:
-                raise InputError(f"Tokens are made for the model's own tokenizer and chat template; give no {name}.")
+                raise InputError(
+                    f"Tokens are made for the model's own config, tokenizer and chat template; give no {name}."
+                )
         found = resolve_model(model, revision=options.get("revision"))
         self._tokens = _Files(tokens)
         fingerprint = fingerprint_folder(found.path)
@@ -89,9 +91,13 @@ class LLM(vllm.LLM):  # type: ignore[misc]
         fields = BEFields.parse(given)
         chats: Sequence[Chat] = [messages] if messages and isinstance(messages[0], dict) else messages  # type: ignore
         rendering = {name: options.pop(name) for name in _RENDERING & options.keys()}
-        others = options.keys() - _GENERATION
+        others = {name for name, value in options.items() if value is not None} - _GENERATION
         if others:
-            raise UnsupportedRequest(f"{', '.join(sorted(others))} cannot be used with a token.")
+            raise UnsupportedRequest(
+                f"{', '.join(sorted(others))} cannot be used with a token; beside `be_id` you can give "
+                f"{', '.join(sorted(_RENDERING | _GENERATION))}."
+            )
+        options = {name: options[name] for name in _GENERATION & options.keys()}
         prompts = [self._prompt(fields, chat, rendering) for chat in chats]
         params = self.get_default_sampling_params() if sampling_params is None else sampling_params
         for one in params if isinstance(params, Sequence) else [params]:

@@ -16,6 +16,7 @@ as long as it lives, which no number of bursts would average out.
 
     options.py   what to measure, and on which servers
     figures.py   bursts -> all reported figures             pure
+    chart.py     the picture
     fleet.py     two servers of our own, and their clients
     run.py       starts, warm-up and timed rounds
 """

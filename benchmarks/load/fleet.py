@@ -18,7 +18,7 @@ from benchmarks.client import ServerClient
 from benchmarks.load.figures import HISTOGRAMS, Burst, read_histogram
 from benchmarks.load.options import LoadOptions
 from benchmarks.prompts import Chat, fit_questions, fit_text, handbook
-from benchmarks.servers import ServerOptions, plugin_server, stock_server
+from benchmarks.servers import ServerOptions, plugin_server, run_alone, stock_server
 from benchmarks.tokens import make_token
 
 QUESTIONS = 16
@@ -93,8 +93,7 @@ class Fleet:
     async def burst(self, arm: str) -> Burst:
         """One burst of an arm. The server that is not asked rests."""
         asked = "other" if arm.endswith("_other") else "plugin"
-        for name, server in self.servers.items():
-            server.thaw() if name == asked else server.freeze()
+        run_alone(self.servers, asked)
         server, clients = self.servers[asked], self.clients[asked]
         await asyncio.gather(*(client.healthy() for client in clients))  # open connections
         bodies = [self._body(arm) for _ in clients]

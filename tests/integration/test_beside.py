@@ -125,6 +125,37 @@ def test_adapters_and_tokens_take_turns(tiny, tmp_path):
     assert "sailor" in refused.text
 
 
+def test_reasoning_is_told_apart_and_priorities_are_taken(tmp_path):
+    """A parser reads a token's answer as it reads the prompt's; urgent requests and others come out the same."""
+    tiny = TinyModel.create(tmp_path / "model", "Qwen3ForCausalLM")
+    end = tiny.tokenizer.convert_tokens_to_ids("</think>")
+    with served(tiny, tmp_path, "--reasoning-parser=qwen3", "--scheduling-policy=priority") as server:
+        register(server, tiny)
+
+        def answer(seed, voice=None, **options):
+            system = [{"role": "system", "content": VOICES[voice]}] if voice else []
+            body = {
+                "model": "tiny",
+                "messages": [*system, {"role": "user", "content": QUESTIONS[0]}],
+                "max_tokens": 24,
+                "seed": seed,
+                "logit_bias": {str(end): 4},  # random weights seldom come to an end of their thoughts
+                "skip_special_tokens": False,
+                "priority": seed - 4,
+                **options,
+            }
+            found = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=120)
+            assert found.status_code == 200, found.text
+            message = found.json()["choices"][0]["message"]
+            return message["reasoning"], message["content"]
+
+        with ThreadPoolExecutor(8) as pool:
+            tokens = list(pool.map(lambda seed: answer(seed, be_id="harbor"), range(8)))
+            prompts = list(pool.map(lambda seed: answer(seed, voice="harbor"), range(8)))
+    assert tokens == prompts
+    assert sum(bool(reasoning) and bool(content) for reasoning, content in tokens) >= 4
+
+
 @pytest.mark.parametrize(
     "flags",
     [

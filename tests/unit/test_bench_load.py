@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.client import Sample
-from benchmarks.load import LoadOptions
+from benchmarks.load import LoadOptions, LoadRun
+from benchmarks.load.chart import draw
 from benchmarks.load.figures import Burst, Round, load_figures, read_histogram, shares, within
 from benchmarks.servers import ServerOptions
 
@@ -61,6 +62,17 @@ def test_intervals_are_of_starts_where_there_are_several(tmp_path):
     assert ratio["of_medians_ci95"] == pytest.approx((1 / 1.1, 1 / 0.9))
     assert ratio["of_medians_by_start"] == pytest.approx([1.0, 1 / 1.1, 1 / 0.9])
     assert result["ratios"]["be/be_other"]["tokens_per_s"]["of_medians_ci95"] == pytest.approx((1.0, 1.0))
+
+
+def test_the_chart_is_a_picture(tmp_path):
+    burst = Burst(1.0, [sample()])
+    for other in ("stock", "prompt-embeds"):
+        run = LoadRun(LoadOptions("m", tmp_path, tmp_path, ServerOptions("m"), other=other))
+        run.rounds = [Round(i % 2, dict.fromkeys(run.options.arms, burst)) for i in range(4)]
+        file = tmp_path / f"{other}.png"
+        draw(run.result(), file)
+        assert file.read_bytes().startswith(b"\x89PNG")
+        assert file.stat().st_size > 10_000
 
 
 def test_nothing_measured_is_no_figure(tmp_path):

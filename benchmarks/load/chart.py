@@ -1,0 +1,71 @@
+"""The chart: a panel a metric, a row a ratio; every start of the servers as a dot, the interval as a bar."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+_PANELS = {"tokens_per_s": "tokens per second", "itl_ms": "inter-token latency", "ttft_ms": "time to first token"}
+_SAME = "#7b8794"
+_OURS = "#d1495b"
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """Write the PNG of a result of `LoadRun.result` with at least one whole round."""
+    from matplotlib.figure import Figure  # no pyplot: it needs no display and loads in half the time
+    from matplotlib.ticker import PercentFormatter
+
+    ratios, beside = result["ratios"], result["options"]["other"]
+    figure = Figure(figsize=(11.5, 1.5 + 0.62 * len(ratios)), layout="constrained")
+    axes = figure.subplots(1, len(_PANELS), sharey=True)
+    for axis, (metric, title) in zip(axes, _PANELS.items(), strict=True):
+        for y, (name, metrics) in enumerate(reversed(ratios.items())):
+            ratio = metrics[metric]
+            colour = _SAME if name.startswith("again_other") else _OURS
+            starts = ratio["of_medians_by_start"]
+            axis.scatter(starts, [y] * len(starts), s=22, color=colour, alpha=0.4, linewidths=0, zorder=2)
+            low, high = ratio["of_medians_ci95"]
+            axis.hlines(y, low, high, color=colour, linewidth=2.4, zorder=3)
+            axis.vlines(ratio["of_medians"], y - 0.2, y + 0.2, color=colour, linewidth=2.4, zorder=3)
+            label = f"{ratio['of_medians']:.3f}"
+            axis.annotate(
+                label,
+                (ratio["of_medians"], y + 0.2),
+                xytext=(0, 2),
+                textcoords="offset points",
+                ha="center",
+                color=colour,
+                fontsize=9,
+            )
+        axis.axvline(1.0, color="#9aa5b1", linewidth=0.8, zorder=1)
+        axis.set_title(title, fontsize=10.5, loc="left")
+        axis.xaxis.set_major_formatter(PercentFormatter(1.0))
+        axis.grid(axis="x", color="#e4e7eb", linewidth=0.8, zorder=0)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.margins(x=0.1)
+    names = [_name(name, beside) for name in reversed(ratios)]
+    axes[0].set_yticks(range(len(names)), names, fontsize=9)
+    axes[0].set_ylim(-0.5, len(names) - 0.3)
+    figure.suptitle(_title(result), fontsize=10.5, x=0.01, ha="left")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+
+def _name(ratio: str, beside: str) -> str:
+    other = "stock vLLM" if beside == "stock" else beside
+    return {
+        "plain/plain_other": f"plain chats,\nplugin / {other}",
+        "be/plain": "with a token / plain,\nplugin",
+        "be/be_other": f"with a token,\nplugin / {other}",
+        "again_other/plain_other": f"plain chats twice,\n{other} (no difference)",
+    }[ratio]
+
+
+def _title(result: dict[str, Any]) -> str:
+    hardware, options = result["hardware"], result["options"]
+    device = ", ".join(hardware.get("gpus", [])) or f"{hardware.get('cpu')} ({hardware.get('cores')} cores)"
+    return (
+        f"{options['model']} on {device}, {result['date'][:10]}: {result['rounds']} bursts of {options['concurrency']} "
+        f"chats,\n{options['question_tokens']} tokens in, {options['max_tokens']} out; dots are starts of the servers, "
+        "bars 95 % intervals of the ratio of medians"
+    )
