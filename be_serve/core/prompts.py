@@ -29,7 +29,8 @@ def prompt_sha256(text: str) -> str:
     Two texts with one digest are the same prompt to `register --match`. A text with more than 30 combining
     marks in a row is taken as it is: to put n of them in order takes n^2 steps, and no language has such a word.
     """
-    normal = text if _long_run_of_marks().search(text) else unicodedata.normalize("NFC", text)
+    as_it_is = text.isascii() or _long_run_of_marks().search(text)
+    normal = text if as_it_is else unicodedata.normalize("NFC", text)
     return hashlib.sha256(normal.rstrip().encode("utf-8", "surrogatepass")).hexdigest()
 
 

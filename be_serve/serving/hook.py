@@ -341,7 +341,7 @@ def _slot_is_kept(slot: Slot, k: int, engine_input: Mapping[str, Any]) -> bool:
 
 def check_ids(slot: Slot, vocab_size: int) -> None:
     """Raise UnsupportedRequest for a chat with an id that the model has not: an added marker of the tokenizer."""
-    highest = max((*slot.before, *slot.after), default=0)
+    highest = max(max(slot.before, default=0), max(slot.after, default=0))
     if highest >= vocab_size:
         raise UnsupportedRequest(
             f"The chat contains a marker of the tokenizer with the id {highest}, which the model does not know; "

@@ -8,6 +8,7 @@ from typing import Any
 from be_serve.core.artifact import Manifest, Token, check_vectors, read_limited
 from be_serve.core.errors import WrongModel
 from be_serve.core.fingerprint import Fingerprint
+from be_serve.core.prompts import prompt_sha256
 from be_serve.registry import PutResult, Record, Registry, TokenIndex
 from be_serve.serving.metrics import Metrics
 from be_serve.serving.rows import TooManyVectors, too_many_vectors
@@ -58,6 +59,7 @@ class Service:
 
     def start(self) -> None:
         """Load `--be-token` files and the registry. Raises BEError: a server must not start half right."""
+        prompt_sha256("\u00e9")  # what it needs takes 0.2 s to make, which no request should wait for
         for be_id, path in self.settings.tokens.items():
             self.index.add_static(be_id, read_limited(path))
         self.index.start()
