@@ -74,12 +74,12 @@ def handbook(seed: int) -> str:
 
 
 def question_text(seed: int, label: str) -> str:
-    """A guest's letter, different from its first words on for each label."""
+    """A guest's letter of up to some 10,000 tokens, different from its first words on for each label."""
     rng = random.Random(f"question {seed} {label}")  # noqa: S311
     opening = f"{rng.choice(('Room', 'Cabin', 'Table', 'Berth'))} {rng.randrange(10, 9_999)} here: {rng.choice(_ASK)}?"
     more = list(_MORE)
     rng.shuffle(more)
-    return " ".join([opening, *(" ".join(more) for _ in range(20))])
+    return " ".join([opening, *(" ".join(more) for _ in range(100))])
 
 
 async def fit_text(text: str, target: int, count: Count) -> str:

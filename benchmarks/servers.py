@@ -67,8 +67,7 @@ def _server(name: str, options: ServerOptions, out: Path, max_model_len: int, ex
 def run_alone(servers: Mapping[Any, Server], name: object) -> None:
     """Let one of our servers run while the others rest.
 
-    They are frozen first: thawed beside a worker that still spins, a server begins on a processor that it shares,
-    and was 3 % slower for it in the benchmark's every burst.
+    They are frozen first, so that no server begins beside a worker that still spins.
     """
     for other, server in servers.items():
         if other != name:

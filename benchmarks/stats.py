@@ -78,6 +78,39 @@ def paired_ratio(
     )
 
 
+# Student's t, 97.5 %, by degrees of freedom from 1 on.
+_T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
+
+
+@dataclass(frozen=True)
+class BalancedRatio:
+    """A ratio in which the order of starts cancels: the geometric mean over pairs of starts, one of each order."""
+
+    ratio: float
+    ci95: tuple[float, float] | None
+    """By Student's t over the pairs; None for a single one."""
+    pairs: int
+
+
+def balanced_ratio(by_start: Sequence[float]) -> BalancedRatio | None:
+    """The ratio of two servers over starts that follow each other in opposite orders; None without a pair.
+
+    The repeated measurement is the start, not the burst (Kalibera and Jones, Rigorous benchmarking in
+    reasonable time, 2013): what a process got when it was started it keeps. A last start without its
+    opposite is left out.
+    """
+    pairs = len(by_start) // 2
+    if not pairs:
+        return None
+    logs = np.log(np.asarray(by_start[: 2 * pairs], dtype=np.float64)).reshape(pairs, 2).mean(axis=1)
+    middle = float(logs.mean())
+    if pairs == 1:
+        return BalancedRatio(float(np.exp(middle)), None, 1)
+    t = _T975[pairs - 2] if pairs - 2 < len(_T975) else _T975[-1]
+    reach = t * float(logs.std(ddof=1)) / pairs**0.5
+    return BalancedRatio(float(np.exp(middle)), (float(np.exp(middle - reach)), float(np.exp(middle + reach))), pairs)
+
+
 def _members(rounds: Sequence[int]) -> NDArray[np.int64]:
     """Indices of the pairs of each round, [rounds, most pairs of a round], filled up with -1."""
     groups: dict[int, list[int]] = {}

@@ -98,7 +98,7 @@ def command(
 
 
 def _table(result: dict[str, Any], beside: str) -> list[str]:
-    from benchmarks.load.figures import within
+    from benchmarks.load.figures import shown, within
 
     options = result["options"]
     lines = [
@@ -112,15 +112,13 @@ def _table(result: dict[str, Any], beside: str) -> list[str]:
         lines.append(
             f"{arm:<14}{figures['tokens_per_s']:>10.1f}{figures['median_itl_ms']:>10.1f}{figures['median_ttft_ms']:>10.1f}"
         )
-    lines += ["", f"ratios of medians with 95 % intervals, and of single starts (_other: {beside}):"]
+    lines += ["", f"ratios over pairs of starts with 95 % intervals, and of single starts (_other: {beside}):"]
     for name, ratios in result["ratios"].items():
         for metric, ratio in ratios.items():
-            low, high = ratio["of_medians_ci95"]
+            middle, interval = shown(ratio)
             each = sorted(ratio["of_medians_by_start"])
-            lines.append(
-                f"  {name:<24}{metric:<14}{ratio['of_medians']:.3f}  {low:.3f} to {high:.3f}   "
-                f"({each[0]:.3f} to {each[-1]:.3f})"
-            )
+            reach = f"{interval[0]:.3f} to {interval[1]:.3f}" if interval else "one pair only"
+            lines.append(f"  {name:<24}{metric:<14}{middle:.3f}  {reach:<16} ({each[0]:.3f} to {each[-1]:.3f})")
     for clock, found in result["injection_seconds"].items():
         words = {"wall": "time", "cpu": "processor time"}[clock]
         lines += ["", f"{words} of a token's request in the plugin: p99 within {within(found, 0.99)} s"]

@@ -11,8 +11,9 @@ with another injection, to compare the two; the same one shows what two equal se
 
 A burst is answered whole before the next begins; a server rests while the other is timed.
 Both are asked equally often, and are started anew several times, in turns the one or the
-other first: where a process happens to lie in memory makes it a little faster or slower for
-as long as it lives, which no number of bursts would average out.
+other first: what a process got when it was started it keeps for as long as it lives, which no
+number of bursts would average out. On a small virtual machine the server that was started
+first was 3 to 10 % slower than its rival, whichever it was.
 
     options.py   what to measure, and on which servers
     figures.py   bursts -> all reported figures             pure

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from benchmarks.load.figures import shown
+
 _PANELS = {"tokens_per_s": "tokens per second", "itl_ms": "inter-token latency", "ttft_ms": "time to first token"}
 _SAME = "#7b8794"
 _OURS = "#d1495b"
@@ -24,13 +26,13 @@ def draw(result: dict[str, Any], path: Path) -> None:
             colour = _SAME if name.startswith("again_other") else _OURS
             starts = ratio["of_medians_by_start"]
             axis.scatter(starts, [y] * len(starts), s=22, color=colour, alpha=0.4, linewidths=0, zorder=2)
-            low, high = ratio["of_medians_ci95"]
-            axis.hlines(y, low, high, color=colour, linewidth=2.4, zorder=3)
-            axis.vlines(ratio["of_medians"], y - 0.2, y + 0.2, color=colour, linewidth=2.4, zorder=3)
-            label = f"{ratio['of_medians']:.3f}"
+            middle, interval = shown(ratio)
+            if interval:
+                axis.hlines(y, *interval, color=colour, linewidth=2.4, zorder=3)
+            axis.vlines(middle, y - 0.2, y + 0.2, color=colour, linewidth=2.4, zorder=3)
             axis.annotate(
-                label,
-                (ratio["of_medians"], y + 0.2),
+                f"{middle:.3f}",
+                (middle, y + 0.2),
                 xytext=(0, 2),
                 textcoords="offset points",
                 ha="center",
@@ -67,5 +69,5 @@ def _title(result: dict[str, Any]) -> str:
     return (
         f"{options['model']} on {device}, {result['date'][:10]}: {result['rounds']} bursts of {options['concurrency']} "
         f"chats,\n{options['question_tokens']} tokens in, {options['max_tokens']} out; dots are starts of the servers, "
-        "bars 95 % intervals of the ratio of medians"
+        "bars 95 % intervals"
     )

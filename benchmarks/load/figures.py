@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks.client import Sample
 from benchmarks.load.options import LoadOptions
-from benchmarks.stats import describe, paired_ratio
+from benchmarks.stats import balanced_ratio, describe, paired_ratio
 
 RATIOS = (("plain", "plain_other"), ("be", "plain"), ("be", "be_other"), ("again_other", "plain_other"))
 METRICS = ("tokens_per_s", "itl_ms", "ttft_ms", "http_cpu_ms")
@@ -57,7 +57,8 @@ class Round:
 def load_figures(options: LoadOptions, rounds: Sequence[Round]) -> dict[str, Any]:
     """Medians of each arm, and ratios of arms over the rounds of which no chat failed.
 
-    Intervals draw whole starts, for bursts of the same two processes are no independent witnesses.
+    `balanced` is the ratio to read: bursts of the same two processes are no independent witnesses, and which server
+    was started first cancels in it. The intervals of `paired_ratio` draw whole starts.
     """
     whole: list[tuple[int, dict[str, dict[str, float]]]] = []
     for one in rounds:
@@ -79,9 +80,11 @@ def load_figures(options: LoadOptions, rounds: Sequence[Round]) -> dict[str, Any
             statistics.median(series(above, metric, start)) / statistics.median(series(below, metric, start))
             for start in sorted(set(starts))
         ]
-        return {**asdict(ratio), "of_medians_by_start": each}
+        balanced = balanced_ratio(each)
+        return {**asdict(ratio), "of_medians_by_start": each, "balanced": asdict(balanced) if balanced else None}
 
     return {
+        "bursts": [{"start": start, **found} for start, found in whole],
         "rounds": len(whole),
         "starts": len(set(starts)),
         "failed_chats": len(failed),
@@ -125,3 +128,11 @@ def shares(counts: Counter[str]) -> dict[str, float] | None:
 def within(found: dict[str, float], share: float) -> str:
     """The lowest upper end in seconds that holds so large a share."""
     return next(bound for bound, held in found.items() if held >= share)
+
+
+def shown(ratio: dict[str, Any]) -> tuple[float, tuple[float, float] | None]:
+    """The figure and interval of a ratio to show: the balanced one, where there is any."""
+    balanced = ratio.get("balanced")
+    if balanced:
+        return balanced["ratio"], balanced["ci95"]
+    return ratio["of_medians"], ratio["of_medians_ci95"]
