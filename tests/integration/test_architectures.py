@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 
 import httpx
@@ -23,6 +24,18 @@ def test_all_are_here():
     assert set(FAMILIES) == PROVEN
 
 
+@contextlib.contextmanager
+def served(tiny, folder):
+    """A server of the model that has taken rows by itself, with the token `identity`."""
+    command = be_serve_model(str(tiny.folder), *tiny.flags(folder / "registry.db"))
+    with Server(command, folder / "log", {"BE_ADMIN_KEY": ADMIN_KEY}) as server:
+        assert "injection resident-rows" in server.log.read_text()
+        token = tiny.identity_token("identity", PROMPT)
+        answer = httpx.post(f"{server.url}/v1/be/tokens", content=token.to_bytes(), headers=KEY)
+        assert answer.status_code == 201, answer.text
+        yield server
+
+
 def ask(server, messages, **options):
     """The tokens of a greedy answer, and their log-probabilities."""
     body = {"model": "tiny", "messages": messages, "max_tokens": 12, "temperature": 0, "logprobs": True}
@@ -37,13 +50,7 @@ def ask(server, messages, **options):
 def test_rows_answer_as_the_prompt_does(architecture, tmp_path):
     """The prompt's own embeddings, from Hugging Face, in rows: the same answer, log-probabilities too."""
     tiny = TinyModel.create(tmp_path / "model", architecture)
-    command = be_serve_model(str(tiny.folder), *tiny.flags(tmp_path / "registry.db"))
-    with Server(command, tmp_path / "log", {"BE_ADMIN_KEY": ADMIN_KEY}) as server:
-        assert "injection resident-rows" in server.log.read_text()
-        token = tiny.identity_token("identity", PROMPT)
-        answer = httpx.post(f"{server.url}/v1/be/tokens", content=token.to_bytes(), headers=KEY)
-        assert answer.status_code == 201, answer.text
-
+    with served(tiny, tmp_path) as server:
         user = {"role": "user", "content": "Tell me of the tide."}
         # Without a system role in the template, the prompt heads the first user turn.
         full = ask(server, tiny.slots.with_system_role([{"role": "system", "content": PROMPT}, user]))
@@ -66,13 +73,7 @@ def picture(colour):
 def test_images_stand_beside_a_token(architecture, tmp_path):
     """Rows answer as the prompt does with no image, one and two, and in later turns; another image, another answer."""
     tiny = TinyModel.create(tmp_path / "model", architecture)
-    command = be_serve_model(str(tiny.folder), *tiny.flags(tmp_path / "registry.db"))
-    with Server(command, tmp_path / "log", {"BE_ADMIN_KEY": ADMIN_KEY}) as server:
-        assert "injection resident-rows" in server.log.read_text()
-        token = tiny.identity_token("identity", PROMPT)
-        answer = httpx.post(f"{server.url}/v1/be/tokens", content=token.to_bytes(), headers=KEY)
-        assert answer.status_code == 201, answer.text
-
+    with served(tiny, tmp_path) as server:
         text = {"type": "text", "text": "Tell me of the tide."}
         red, blue = picture("red"), picture("blue")
         first = {"role": "user", "content": [red, text]}

@@ -17,8 +17,8 @@ import pytest
 
 from be_serve.core.errors import InvalidArtifact, RegistryError, SchemaMismatch, TokenConflict, TokenNotFound
 from be_serve.registry import Registry, TokenIndex
+from be_serve.registry.database import use_wal
 from be_serve.registry.index import ByteLRU
-from be_serve.registry.store import _use_wal
 from tests.factories import PROMPT, make_token
 
 
@@ -93,11 +93,11 @@ def test_the_switch_to_the_log_is_tried_again_while_others_switch():
                 raise sqlite3.OperationalError(fault)
 
     connection = Connection()
-    _use_wal(connection)
+    use_wal(connection)
     assert list(connection.answers) == ["disk I/O error"]
     connection.answers = iter(["disk I/O error"])
     with pytest.raises(sqlite3.OperationalError, match="disk"):
-        _use_wal(connection)
+        use_wal(connection)
 
 
 def test_match_is_switched_off_and_left_as_it_is(registry):
