@@ -1,0 +1,99 @@
+"""`python -m benchmarks.gpu`: everything that only a GPU can show."""
+
+from __future__ import annotations
+
+import asyncio
+import shlex
+import sys
+from datetime import datetime
+from pathlib import Path
+
+import click
+
+from be_serve.core.errors import BEError, InputError
+
+
+@click.command("benchmarks.gpu", context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--tiny", is_flag=True, help="Tiny shapes, a few rounds: every step on a CPU, to try the command.")
+@click.option("--steps", default="", help="Only these steps, in this order: parity,ttft-llama-3.1-8b,... [all]")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder of the result. [runs/bench-gpu-DATE]")
+@click.option("--models", type=click.Path(path_type=Path), help="Folder that keeps the models. [OUT/models]")
+@click.option("--tokenizer", type=click.Path(path_type=Path), help="Folder with a tokenizer. [the built-in model's]")
+@click.option("--rounds", type=click.IntRange(1), default=40, show_default=True, help="Rounds of each TTFT step.")
+@click.option("--starts", type=click.IntRange(1), default=4, show_default=True, help="Starts of the step plain.")
+@click.option("--soak-minutes", type=click.FloatRange(min=0.1), default=2.0, show_default=True)
+@click.option("--server-arg", "server_args", multiple=True, help="vLLM flag for every server; repeatable.")
+@click.option("--real", help="Model with real weights for the step quality. [the built-in model]")
+@click.option("--prompt", type=click.Path(exists=True, path_type=Path), help="Its system prompt.")
+@click.option(
+    "--quality-arg", "quality_args", multiple=True, help="Further option of its `be-serve train`; repeatable."
+)
+@click.option("--commit", help="Commit to name in the result, where the sources lie outside a repository.")
+@click.option("--fresh", is_flag=True, help="Forget what OUT holds.")
+def main(
+    tiny: bool,
+    steps: str,
+    out: Path | None,
+    models: Path | None,
+    tokenizer: Path | None,
+    rounds: int,
+    starts: int,
+    soak_minutes: float,
+    server_args: tuple[str, ...],
+    real: str | None,
+    prompt: Path | None,
+    quality_args: tuple[str, ...],
+    commit: str | None,
+    fresh: bool,
+) -> None:
+    """Measure the paper's four model shapes on this machine's GPU: parity, safety, TTFT, plain traffic, training.
+
+    Writes gpu.json, README.md (the table) and ttft.png into OUT after every step; the same command continues.
+    """
+    from be_serve.models import DEFAULT_MODEL, resolve_model
+    from benchmarks.gpu.run import GpuRun
+    from benchmarks.gpu.steps import Plan, small
+    from benchmarks.machine import gpus
+
+    if not tiny and not gpus():
+        raise InputError("nvidia-smi lists no GPU here. --tiny tries every step with tiny shapes on a CPU.")
+    out = (out or Path("runs") / f"bench-gpu-{datetime.now():%Y%m%d-%H%M%S}").resolve()
+    plan = Plan(
+        out=out,
+        models=(models or out / "models").resolve(),
+        tokenizer=(tokenizer or resolve_model(DEFAULT_MODEL).path).resolve(),
+        rounds=rounds,
+        starts=starts,
+        soak_minutes=soak_minutes,
+        server_args=_words(server_args),
+        real=real or DEFAULT_MODEL,
+        prompt=prompt or _PROMPT,
+        quality_args=_words(quality_args),
+    )
+    run = GpuRun.open(
+        small(plan) if tiny else plan, lambda line: click.echo(line, err=True), commit=commit, fresh=fresh
+    )
+    status = asyncio.run(run.run([name for name in steps.split(",") if name]))
+    click.echo((out / "README.md").read_text(encoding="utf-8") if run.state["steps"] else "Nothing was measured.")
+    sys.exit(status)
+
+
+def _words(values: tuple[str, ...]) -> tuple[str, ...]:
+    """`--FLAG VALUE` in one argument, or several, as words."""
+    return tuple(word for value in values for word in shlex.split(value))
+
+
+_PROMPT = Path(__file__).resolve().parents[2] / "examples" / "personas" / "raylan-givens.txt"
+
+if __name__ == "__main__":
+    try:
+        main(standalone_mode=False)
+    except BEError as exc:
+        click.secho(f"benchmarks.gpu: {exc}", fg="red", err=True)
+        sys.exit(2)
+    except click.ClickException as exc:
+        exc.show()
+        sys.exit(exc.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("benchmarks.gpu: interrupted.", err=True)
+        sys.exit(130)

@@ -1,0 +1,193 @@
+"""Do vectors answer as the text whose embeddings they are? Under graphs, alone and in a batch, beside Hugging Face."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from be_serve.child_server import Server
+from benchmarks.client import ServerClient
+from benchmarks.prompts import Chat, fit_text, handbook, question_text
+from benchmarks.servers import ServerOptions, plugin_server, stock_server
+from benchmarks.soak.answers import TIE, Answer, Count, answer_of
+from benchmarks.tokens import make_token
+
+BE_ID = "parity"
+INJECTIONS = ("resident-rows", "prompt-embeds")
+_MAX_MODEL_LEN = 1024
+
+
+@dataclass(frozen=True)
+class ParityOptions:
+    """What is asked, and of which model."""
+
+    name: str
+    folder: Path
+    out: Path
+    server_args: Sequence[str] = ()
+    prompt_tokens: int = 337
+    questions: int = 24
+    max_tokens: int = 32
+    start_timeout: float = 600.0
+
+
+async def measure_parity(options: ParityOptions, say: Callable[[str], None]) -> dict[str, Any]:
+    """Ask the text of stock vLLM, then the vectors of both injections; compare token by token.
+
+    The vectors are the text's own embeddings, so a departure is a fault, unless it goes to a
+    token within `TIE` nats of the likeliest: sums in bfloat16 depend on the batch.
+    Raises ServerError, InputError.
+    """
+    servers = ServerOptions(str(options.folder), options.server_args, start_timeout=options.start_timeout)
+    say("parity: the text, on stock vLLM ...")
+    async with stock_server(servers, options.out, _MAX_MODEL_LEN) as server, ServerClient(server.url) as client:
+        model = await client.model_id()
+        chat = Chat(client, model)
+        await chat.prepare()
+        prompt = await fit_text(handbook(0), options.prompt_tokens, chat.prompt_tokens)
+        token = make_token(options.folder, options.name, None, await chat.plain_ids(prompt), prompt)
+        chat.template_kwargs = token.manifest.template_kwargs
+        asked = [" ".join(question_text(0, f"parity {n}").split()[:24]) for n in range(options.questions)]
+        bodies = [_body(chat, model, prompt, question, options.max_tokens) for question in asked]
+        text = [await _ask(client, body) for body in bodies]
+        none = [await _ask(client, _body(chat, model, None, question, options.max_tokens)) for question in asked]
+        ids = [await _ids(client, body) for body in bodies]
+        together = await _ask_together(server, bodies)
+        starts = {"stock": server.start_seconds}
+    found = {"text again, together": _compare(text, together), "no prompt": _compare(text, none)}
+
+    say("parity: Hugging Face's forward pass ...")
+    found["Hugging Face"] = _compare(text, await _reference(options, ids))
+    token.save(options.out / "token.safetensors")
+    for injection in INJECTIONS:
+        say(f"parity: the vectors, by {injection} ...")
+        servers = ServerOptions(
+            str(options.folder), options.server_args, ("--be-injection", injection), start_timeout=options.start_timeout
+        )
+        folder = options.out / injection
+        given = (BE_ID, options.out / "token.safetensors")
+        async with plugin_server(servers, folder, _MAX_MODEL_LEN, token=given) as server:
+            starts[injection] = server.start_seconds
+            async with ServerClient(server.url) as client:
+                named = [_by_token(body) for body in bodies]
+                alone = [await _ask(client, body) for body in named]
+                plain = [await _ask(client, {**body, "be_match": False}) for body in bodies]
+            found |= {
+                injection: _compare(text, alone),
+                f"{injection}, together": _compare(text, await _ask_together(server, named)),
+                f"text, {injection} server": _compare(text, plain),
+            }
+    faults = sum(one["wrong"] for name, one in found.items() if name != "no prompt")
+    return {
+        "model": options.name,
+        "prompt_tokens": options.prompt_tokens,
+        "k": token.manifest.k,
+        "questions": options.questions,
+        "max_tokens": options.max_tokens,
+        "tie_nats": TIE,
+        "compared": found,
+        "wrong": faults,
+        "start_seconds": {name: round(seconds, 1) for name, seconds in starts.items()},
+    }
+
+
+def _body(chat: Chat, model: str, prompt: str | None, question: str, max_tokens: int) -> dict[str, Any]:
+    body: dict[str, Any] = {
+        "model": model,
+        "messages": chat.messages(prompt, question),
+        "temperature": 0,
+        "max_tokens": max_tokens,
+        "ignore_eos": True,
+        "skip_special_tokens": False,
+        "logprobs": True,
+        "top_logprobs": 8,
+        "return_tokens_as_token_ids": True,  # two tokens may have one text
+    }
+    if chat.template_kwargs:
+        body["chat_template_kwargs"] = chat.template_kwargs
+    return body
+
+
+def _by_token(body: dict[str, Any]) -> dict[str, Any]:
+    return {**body, "messages": body["messages"][-1:], "be_id": BE_ID}
+
+
+@dataclass(frozen=True)
+class _Asked:
+    answer: Answer
+    first: dict[str, float]
+    """Likely first tokens with their log-probabilities."""
+
+
+async def _ask(client: ServerClient, body: dict[str, Any]) -> _Asked:
+    found = await client.call("POST", "/v1/chat/completions", json=body)
+    top = found["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+    return _Asked(answer_of(found), {one["token"]: one["logprob"] for one in top})
+
+
+async def _ask_together(server: Server, bodies: Sequence[dict[str, Any]]) -> list[_Asked]:
+    """All at once, a connection each."""
+
+    async def one(body: dict[str, Any]) -> _Asked:
+        async with ServerClient(server.url) as client:
+            return await _ask(client, body)
+
+    return await asyncio.gather(*(one(body) for body in bodies))
+
+
+async def _ids(client: ServerClient, body: dict[str, Any]) -> list[int]:
+    asked = {key: body[key] for key in ("model", "messages", "chat_template_kwargs") if key in body}
+    return list((await client.call("POST", "/tokenize", json=asked))["tokens"])
+
+
+async def _reference(options: ParityOptions, chats: list[list[int]]) -> list[_Asked]:
+    source, out = options.out / "reference.in.json", options.out / "reference.json"
+    source.write_text(json.dumps({"chats": chats, "max_tokens": options.max_tokens}), encoding="utf-8")
+    command = [sys.executable, "-m", "benchmarks.gpu.reference", str(options.folder), str(source), str(out)]
+    process = await asyncio.create_subprocess_exec(*command)
+    if await process.wait():
+        raise RuntimeError(f"Hugging Face's forward pass failed with status {process.returncode}; see the lines above.")
+    return [_of_reference(places) for places in json.loads(out.read_text(encoding="utf-8"))]
+
+
+def _of_reference(places: list[dict[str, Any]]) -> _Asked:
+    """An answer as the server would tell it."""
+
+    def name(token: object) -> str:
+        return f"token_id:{token}"
+
+    close = [
+        frozenset(name(i) for i, logprob in place["top"].items() if logprob > place["logprob"] - TIE)
+        - {name(place["id"])}
+        for place in places
+    ]
+    answer = Answer(tuple(name(place["id"]) for place in places), tuple(close))
+    return _Asked(answer, {name(i): logprob for i, logprob in places[0]["top"].items()})
+
+
+def _compare(reference: Sequence[_Asked], others: Sequence[_Asked]) -> dict[str, Any]:
+    """Answers that are equal, that part at a tie, and that are wrong; and how far first tokens' log-probabilities lie.
+
+    `first_logprob_difference`: most nats between the two, over the likely first tokens of both.
+    """
+    count = Count()
+    for number, (right, got) in enumerate(zip(reference, others, strict=True)):
+        count.judge("answer", right.answer, got.answer, {"question": number})
+    apart = [
+        abs(right.first[token] - got.first[token])
+        for right, got in zip(reference, others, strict=True)
+        for token in right.first.keys() & got.first.keys()
+    ]
+    return {
+        "answers": len(reference),
+        "equal": count.right["answer"],
+        "ties": count.ties["answer"],
+        "wrong": len(count.wrong),
+        "first_logprob_difference": max(apart, default=None),
+        "examples": count.wrong[:3],
+    }

@@ -1,0 +1,114 @@
+"""One step after the other, each kept as soon as it ends; what is finished is not repeated."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+from typing import Any
+
+from be_serve.core.artifact import write_atomically
+from be_serve.core.errors import BEError, InputError
+from benchmarks.gpu.chart import draw
+from benchmarks.gpu.report import report
+from benchmarks.gpu.shapes import SHAPES
+from benchmarks.gpu.steps import Interrupted, Plan, Say, Step, chosen, ensure_model
+from benchmarks.machine import hardware, redact, versions
+
+
+@dataclass
+class GpuRun:
+    """The steps of a plan, and what is known of them."""
+
+    plan: Plan
+    say: Say
+    state: dict[str, Any]
+
+    @classmethod
+    def open(cls, plan: Plan, say: Say, *, commit: str | None = None, fresh: bool = False) -> GpuRun:
+        """A run in `plan.out`, continued where it holds one. Raises InputError where that is one of another kind."""
+        path = plan.out / "gpu.json"
+        state: dict[str, Any] = {}
+        if path.exists() and not fresh:
+            try:
+                state = json.loads(path.read_text(encoding="utf-8"))
+            except ValueError as exc:
+                raise InputError(f"{path} is damaged ({exc}); name another --out, or --fresh.") from exc
+            if state.get("tiny") != plan.tiny:
+                raise InputError(f"{path} is of a run with{'out' if plan.tiny else ''} --tiny; name another --out.")
+        found = versions() | ({"git_commit": commit} if commit else {})
+        state = {
+            "benchmark": "gpu",
+            "tiny": plan.tiny,
+            "steps": {},
+            "commands": [],
+            **state,
+            "hardware": hardware(),
+            "versions": found,
+            "shapes": {name: vars(plan.shape(name)) | {"paper": None} for name in SHAPES},
+        }
+        state["commands"] = [*state["commands"], redact(sys.argv)]
+        return cls(plan, say, state)
+
+    def done(self, name: str) -> bool:
+        return bool(self.state["steps"].get(name, {}).get("status") == "done")
+
+    async def run(self, names: Sequence[str] = ()) -> int:
+        """Do the steps; the exit status: 0, 1 where one failed, 130 after Ctrl-C."""
+        steps = [step for step in chosen(tuple(names)) if not self.done(step.name)]
+        if any(step.serves for step in steps) and not self.done("start") and "start" not in {s.name for s in steps}:
+            steps = [*chosen(("start",)), *steps]
+        minutes = sum(step.about_seconds(self.plan.tiny) for step in steps) / 60
+        self.say(f"{len(steps)} steps, about {minutes:.0f} minutes, models to be made not counted: {_names(steps)}")
+        failed = False
+        for number, step in enumerate(steps, 1):
+            self.say(f"[{number}/{len(steps)}] {step.name}: {step.about}")
+            status = await self._one(step)
+            failed = failed or status == "failed"
+            if status == "interrupted":
+                self.say(f"Stopped; what is measured is in {self.plan.out}. The same command continues.")
+                return 130
+        return int(failed)
+
+    async def _one(self, step: Step) -> str:
+        began, started = time.monotonic(), datetime.now().astimezone()
+        out = self.plan.out / step.name
+        out.mkdir(parents=True, exist_ok=True)
+        entry: dict[str, Any] = {"started": started.isoformat(timespec="seconds")}
+        try:
+            if step.model:
+                await ensure_model(self.plan, step.model, self.say)
+                began = time.monotonic()
+            plan = self.plan
+            if step.serves:
+                mode = self.state["steps"].get("start", {}).get("figures")
+                if mode is None:
+                    raise InputError("vLLM did not start (step `start`), so there is nothing to measure.")
+                plan = replace(plan, server_args=(*mode["server_args"], *plan.server_args))
+            entry["figures"] = await step.run(plan, out, self.say)
+            entry["status"] = "done"
+        except (Interrupted, asyncio.CancelledError):
+            entry["status"] = "interrupted"
+        except (BEError, RuntimeError, OSError, ValueError, LookupError) as exc:  # the next step may still succeed
+            entry |= {"status": "failed", "error": f"{type(exc).__name__}: {exc}"}
+            self.say(f"  failed: {exc}")
+        entry["seconds"] = round(time.monotonic() - began, 1)
+        self.state["steps"][step.name] = entry
+        self.keep()
+        self.say(f"  {entry['status']} after {entry['seconds']:.0f} s")
+        return str(entry["status"])
+
+    def keep(self) -> None:
+        """Write what is known: gpu.json, the table, the pictures."""
+        out = self.plan.out
+        write_atomically(out / "gpu.json", (json.dumps(self.state, indent=1) + "\n").encode())
+        write_atomically(out / "README.md", (report(self.state) + "\n").encode())
+        draw(self.state, out / "ttft.png")
+
+
+def _names(steps: Sequence[Step]) -> str:
+    return ", ".join(step.name for step in steps) or "none is left"

@@ -1,0 +1,319 @@
+"""The steps in the order of their worth: what each does, and on which model."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import shlex
+import sys
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from be_serve.child_server import ServerError
+from be_serve.core.errors import BEError, InputError
+from benchmarks.client import ServerClient
+from benchmarks.gpu.parity import ParityOptions, measure_parity
+from benchmarks.gpu.shapes import PAPER_CASES, SHAPES, Case, Shape, tiny
+from benchmarks.machine import gpus
+from benchmarks.servers import ServerOptions, stock_server
+
+Say = Callable[[str], None]
+
+
+class StepFailed(BEError):
+    """A step could not be done; the message says why."""
+
+    code = "be_step_failed"
+
+
+class Interrupted(StepFailed):
+    """The user ended the step."""
+
+    code = "be_step_interrupted"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the command line asks for."""
+
+    out: Path
+    models: Path
+    """Folder that keeps the random-weight models."""
+    tokenizer: Path
+    tiny: bool = False
+    rounds: int = 40
+    starts: int = 4
+    """Of the two servers that the step `plain` compares."""
+    soak_minutes: float = 2.0
+    server_args: tuple[str, ...] = ()
+    real: str | None = None
+    """A model with real weights, for the step `quality`."""
+    prompt: Path | None = None
+    """The system prompt of `quality`."""
+    quality_args: tuple[str, ...] = ()
+    """Further options of its `be-serve train`."""
+
+    def shape(self, name: str) -> Shape:
+        return tiny(SHAPES[name]) if self.tiny else SHAPES[name]
+
+    def folder(self, name: str) -> Path:
+        return self.models / (f"{name}-tiny" if self.tiny else name)
+
+    def servers(self, name: str) -> ServerOptions:
+        return ServerOptions(str(self.folder(name)), self.server_args)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One measurement. `run` gives its figures as plain data."""
+
+    name: str
+    about: str
+    seconds: float
+    """About how long it takes on an H100."""
+    run: Callable[[Plan, Path, Say], Awaitable[dict[str, Any]]]
+    model: str | None = None
+    """Shape whose model it needs."""
+    serves: bool = True
+    """Whether it starts servers, in the mode that `start` found."""
+
+    def about_seconds(self, tiny: bool) -> float:
+        """How long to expect, in its tiny form on two cores."""
+        return 30.0 if tiny else self.seconds
+
+
+async def ensure_model(plan: Plan, name: str, say: Say) -> Path:
+    """The folder of a shape's model, made where it is missing."""
+    folder = plan.folder(name)
+    if not (folder / "config.json").exists():
+        size = plan.shape(name).parameters * 2 / 1e9
+        say(f"making {folder.name} with random weights ({size:.1f} GB) ...")
+        command = ["benchmarks.gpu.weights", name, str(folder), "--tokenizer", str(plan.tokenizer)]
+        await call([*command, *(["--tiny"] if plan.tiny else [])], log=plan.out / "models.log")
+    return folder
+
+
+async def call(arguments: list[str], *, log: Path) -> str:
+    """`python -m ARGUMENTS`: its standard output. Raises StepFailed with the log's last lines."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as sink:
+        process = await asyncio.create_subprocess_exec(
+            *[sys.executable, "-m", *arguments], stdout=asyncio.subprocess.PIPE, stderr=sink
+        )
+        try:
+            out, _ = await process.communicate()
+        except asyncio.CancelledError:
+            with contextlib.suppress(ProcessLookupError):
+                process.terminate()
+            await process.wait()
+            raise
+    if process.returncode:
+        tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:]
+        raise StepFailed(f"{shlex.join(arguments)} ended with status {process.returncode}:\n" + "\n".join(tail))
+    return out.decode("utf-8", "replace")
+
+
+_GRAPHS_ALONE = json.dumps({"mode": 0, "cudagraph_mode": "FULL"})
+MODES: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("vLLM's defaults", ()),
+    ("CUDA graphs without torch.compile", ("--compilation-config", _GRAPHS_ALONE)),
+    ("eager", ("--enforce-eager",)),
+)
+"""What a server is started with, the best first: a machine's PyTorch may not be the one that vLLM was made for."""
+
+
+async def start(plan: Plan, out: Path, say: Say) -> dict[str, Any]:
+    """The first of `MODES` in which stock vLLM starts and answers."""
+    name = "llama-3.2-1b"
+    tried: dict[str, str] = {}
+    for mode, arguments in MODES if gpus() else (("eager, on a CPU", ()),):
+        say(f"starting stock vLLM: {mode} ...")
+        options = ServerOptions(str(plan.folder(name)), (*plan.server_args, *arguments))
+        try:
+            async with stock_server(options, out, 1024) as server, ServerClient(server.url) as client:
+                body = {"model": await client.model_id(), "prompt": "Hello", "max_tokens": 4}
+                await client.call("POST", "/v1/completions", json=body)
+                return {"mode": mode, "server_args": list(arguments), "seconds": server.start_seconds, "failed": tried}
+        except ServerError as exc:
+            tried[mode] = str(exc)
+            (out / "stock.log").rename(out / f"stock-{len(tried)}.log")
+    raise StepFailed("vLLM started in no mode: " + "; ".join(f"{mode}: {why}" for mode, why in tried.items()))
+
+
+async def parity(plan: Plan, out: Path, say: Say) -> dict[str, Any]:
+    few = {"questions": 4, "max_tokens": 8, "prompt_tokens": 64} if plan.tiny else {}
+    name = "llama-3.2-1b"
+    return await measure_parity(ParityOptions(name, plan.folder(name), out, plan.server_args, **few), say)
+
+
+async def soak(plan: Plan, out: Path, say: Say) -> dict[str, Any]:
+    from benchmarks.soak import SoakOptions
+    from benchmarks.soak import soak as measure_soak
+
+    name = "llama-3.2-1b"
+    options = SoakOptions(name, plan.folder(name), out, plan.servers(name), minutes=plan.soak_minutes)
+    run = await measure_soak(options, say)
+    result = run.result()
+    (out / "soak.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    if run.interrupted:
+        raise Interrupted("interrupted")
+    kept = ("seconds", "answers", "wrong", "shown", "requests", "failures", "attempts", "metrics", "faults")
+    return {key: result[key] for key in kept}
+
+
+def ttft(name: str, cases: tuple[Case, ...]) -> Callable[[Plan, Path, Say], Awaitable[dict[str, Any]]]:
+    """The step that measures a shape's time to first token at the given lengths."""
+
+    async def step(plan: Plan, out: Path, say: Say) -> dict[str, Any]:
+        from benchmarks.analysis import analyse
+        from benchmarks.plot import draw
+        from benchmarks.report import table, write_json
+        from benchmarks.ttft import TTFTOptions, measure_ttft
+
+        lengths = PAPER_CASES[:1] if plan.tiny else cases
+        options = TTFTOptions(
+            model=name, out=out, servers=plan.servers(name), folder=plan.folder(name), cases=lengths, rounds=plan.rounds
+        )
+        run = await measure_ttft(options, say)
+        figures = analyse(run)
+        write_json(run, figures, out / "ttft.json")
+        (out / "ttft.txt").write_text(table(run, figures) + "\n", encoding="utf-8")
+        if run.samples:
+            draw(run, figures, out / "ttft.png")
+        if run.interrupted:
+            raise Interrupted("interrupted")
+        if run.stopped:
+            raise StepFailed(run.stopped)
+        return {"cases": [_shown(case) for case in figures["cases"]], "fit": figures["fit"], "rounds": plan.rounds}
+
+    return step
+
+
+def _shown(case: dict[str, Any]) -> dict[str, Any]:
+    """Of a case's figures, what the table holds; the rest is in ttft.json."""
+    arms = {
+        name: {key: arm[key] for key in ("p50_ttft_ms", "p99_ttft_ms", "cached_tokens", "failed")}
+        for name, arm in case["arms"].items()
+    }
+    return {**{key: case[key] for key in ("prompt_tokens", "question_tokens", "ratios", "model")}, "arms": arms}
+
+
+async def plain(plan: Plan, out: Path, say: Say) -> dict[str, Any]:
+    from benchmarks.load import LoadOptions, measure_load
+    from benchmarks.load.chart import draw
+
+    name = "llama-3.2-1b"
+    concurrency, registered = (4, 20) if plan.tiny else (16, 1000)
+    options = LoadOptions(
+        model=name,
+        folder=plan.folder(name),
+        out=out,
+        servers=plan.servers(name),
+        rounds=plan.rounds * 2,
+        starts=plan.starts,
+        max_tokens=16 if plan.tiny else 64,
+        concurrency=concurrency,
+        registered=registered,
+    )
+    run = await measure_load(options, say)
+    if run.interrupted:
+        raise Interrupted("interrupted")
+    result = run.result()
+    if not result["rounds"]:
+        raise StepFailed(f"No round was whole: {'; '.join(result['errors'])}")
+    (out / "load.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    draw(result, out / "load.png")
+    return {key: value for key, value in result.items() if key != "bursts"}
+
+
+def train(name: str) -> Callable[[Plan, Path, Say], Awaitable[dict[str, Any]]]:
+    """The step that times a training step of a shape, and its peak memory."""
+
+    async def step(plan: Plan, out: Path, say: Say) -> dict[str, Any]:
+        from benchmarks.prompts import fit_text, handbook, question_text
+
+        count = _local_count(plan.tokenizer)
+        prompt, queries = out / "prompt.txt", out / "queries.jsonl"
+        tokens = 64 if plan.tiny else PAPER_CASES[0][0]
+        prompt.write_text(await fit_text(handbook(0), tokens, count), encoding="utf-8")
+        asked = [" ".join(question_text(0, f"train {n}").split()[:20]) for n in range(8 if plan.tiny else 32)]
+        queries.write_text("".join(json.dumps({"query": text}) + "\n" for text in asked), encoding="utf-8")
+        size = ["--steps", "2", "--examples", "8", "--response-tokens", "8"] if plan.tiny else ["--examples", "32"]
+        say(f"timing training steps of {name} ...")
+        printed = await call(
+            [
+                *("be_serve.cli.main", "bench", "train", str(prompt), "--model", str(plan.folder(name))),
+                *("--queries", str(queries), *size),
+            ],
+            log=out / "train.log",
+        )
+        return dict(json.loads(printed.strip().splitlines()[-1]))
+
+    return step
+
+
+def _local_count(tokenizer: Path) -> Callable[[str], Awaitable[int]]:
+    from transformers import AutoTokenizer
+
+    words = AutoTokenizer.from_pretrained(tokenizer)
+
+    async def count(text: str) -> int:
+        return len(words.encode(text, add_special_tokens=False))
+
+    return count
+
+
+async def quality(plan: Plan, out: Path, say: Say) -> dict[str, Any]:
+    """Train and evaluate a token on real weights; the figures are those of the run's own report."""
+    if plan.real is None or plan.prompt is None:
+        raise InputError("quality needs real weights and a prompt: --real MODEL --prompt FILE.")
+    token = out / "token.safetensors"
+    say(f"training a token of {plan.real} ...")
+    few = ["--steps", "2", "--response-tokens", "8"] if plan.tiny else []
+    printed = await call(
+        [
+            *("be_serve.cli.main", "train", str(plan.prompt), "--model", plan.real, "-o", str(token)),
+            *("--run-dir", str(out / "run"), "--json", *few, *plan.quality_args),
+        ],
+        log=out / "train.log",
+    )
+    return dict(json.loads(printed.strip().splitlines()[-1]))
+
+
+_LONGER: tuple[Case, ...] = ((8_000, 58),)
+STEPS = (
+    Step("start", "does vLLM start, and in which mode", 90, start, "llama-3.2-1b", serves=False),
+    Step("parity", "vectors answer as their text does, under graphs", 150, parity, "llama-3.2-1b"),
+    Step(
+        "ttft-llama-3.1-8b",
+        "time to first token, 8B",
+        180,
+        ttft("llama-3.1-8b", (*PAPER_CASES, *_LONGER, (16_000, 58))),
+        "llama-3.1-8b",
+    ),
+    Step("plain", "plain chats beside stock vLLM", 330, plain, "llama-3.2-1b"),
+    Step("train-llama-3.1-8b", "a training step, 8B", 90, train("llama-3.1-8b"), "llama-3.1-8b", serves=False),
+    Step("train-qwen3-4b", "a training step, 4B", 60, train("qwen3-4b"), "qwen3-4b", serves=False),
+    *(
+        Step(f"ttft-{name}", f"time to first token, {name}", 130, ttft(name, (*PAPER_CASES, *_LONGER)), name)
+        for name in ("qwen3-4b", "llama-3.2-3b", "llama-3.2-1b")
+    ),
+    Step("soak", "abuse at saturation, every answer compared", 200, soak, "llama-3.2-1b"),
+    Step("quality", "a token trained on real weights", 300, quality, serves=False),
+)
+
+
+def chosen(names: tuple[str, ...]) -> tuple[Step, ...]:
+    """The steps named, in the order given; all without a name. Raises InputError for a name that is none."""
+    known = {step.name: step for step in STEPS}
+    if unknown := [name for name in names if name not in known]:
+        raise InputError(f"There is no step {unknown[0]!r}; there are {', '.join(known)}.")
+    return tuple(known[name] for name in names) if names else STEPS
+
+
+def small(plan: Plan) -> Plan:
+    """The plan in its tiny form: every step in a minute or less on two cores."""
+    return replace(plan, tiny=True, rounds=2, starts=1, soak_minutes=0.2)

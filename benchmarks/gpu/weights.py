@@ -1,0 +1,134 @@
+"""A model of a shape with random weights: `python -m benchmarks.gpu.weights SHAPE OUT --tokenizer FOLDER`.
+
+The weights are drawn so that the model is fit to be compared with itself: each layer
+adds as much as the residual carries, so that every answer depends on the whole prompt;
+the ids that the tokenizer cannot write as text are made unlikely, so that every
+sampled token is text to a streaming client. Neither changes what a step costs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu.shapes import SHAPES, Shape, tiny
+
+_SHARD_BYTES = 4 * 1024**3
+_SHARP = 1.5
+"""Factor on queries' and keys' weights: attention that tells positions apart."""
+_CLEAR = 4.0
+"""Factor on the vocabulary's rows: logits so far apart that rounding seldom changes their order."""
+_UNLIKELY = 0.02
+"""Factor on the output rows of ids that are not text by themselves."""
+
+
+def make_model(shape: Shape, out: Path, tokenizer: Path, *, seed: int = 0) -> None:
+    """Write a bfloat16 Hugging Face folder; it appears in one rename.
+
+    The tokenizer's ids must lie inside the shape's vocabulary.
+    """
+    import torch
+    import transformers
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    words = AutoTokenizer.from_pretrained(tokenizer)
+    config = getattr(transformers, shape.config)(
+        hidden_size=shape.hidden,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        intermediate_size=shape.mlp,
+        vocab_size=shape.vocabulary,
+        tie_word_embeddings=shape.tied,
+        max_position_embeddings=131_072,
+        bos_token_id=words.bos_token_id,
+        eos_token_id=words.eos_token_id,
+        pad_token_id=words.pad_token_id,
+        dtype="bfloat16",
+    )
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    rng = torch.Generator(device).manual_seed(seed)
+    scale_V1 = _likelihood(words, shape.vocabulary).to(device)[:, None]
+
+    work = out.with_name(f".{out.name}-{os.getpid()}")
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    shard: dict[str, Any] = {}
+    files: dict[str, str] = {}
+    held = total = 0
+
+    def flush() -> None:
+        nonlocal held
+        if shard:
+            name = f"model-{len(set(files.values())) + 1:05d}.safetensors"
+            save_file(shard, work / name, metadata={"format": "pt"})
+            files.update(dict.fromkeys(shard, name))
+            shard.clear()
+            held = 0
+
+    for name, parameter in model.named_parameters():  # a tied head is named once
+        value = _draw(name, tuple(parameter.shape), rng, device, scale_V1)
+        shard[name] = value.to("cpu").contiguous()
+        held += shard[name].nbytes
+        total += shard[name].nbytes
+        if held >= _SHARD_BYTES:
+            flush()
+    flush()
+    index = {"metadata": {"total_size": total}, "weight_map": files}
+    (work / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(work)
+    model.generation_config.save_pretrained(work)
+    words.save_pretrained(work)
+    work.rename(out)
+
+
+def _draw(name: str, shape: tuple[int, ...], rng: Any, device: str, scale_V1: Any) -> Any:
+    """Values [shape] in bfloat16; unit variance in gives about unit variance out."""
+    import torch
+
+    if len(shape) == 1:
+        return torch.full(shape, _SHARP if name.endswith(("q_norm.weight", "k_norm.weight")) else 1.0).bfloat16()
+    words = shape[0] == len(scale_V1)
+    factor = _CLEAR if words else _SHARP if name.endswith(("q_proj.weight", "k_proj.weight")) else 1.0
+    value = torch.empty(shape, dtype=torch.bfloat16, device=device)
+    value.normal_(0.0, factor * shape[1] ** -0.5, generator=rng)
+    return value * scale_V1.to(value.dtype) if words else value
+
+
+def _likelihood(words: Any, vocabulary: int) -> Any:
+    """A factor for each id [vocabulary]: 1 for what is text by itself, a small one for the rest."""
+    import torch
+
+    special = set(words.all_special_ids)
+    texts = words.batch_decode([[i] for i in range(len(words))])
+    plain = [bool(text) and "\ufffd" not in text and i not in special for i, text in enumerate(texts)]
+    found = torch.full((vocabulary,), _UNLIKELY)
+    found[: len(plain)][torch.tensor(plain)] = 1.0
+    # What a chat holds keeps its full length, as an input: special ids stand in every template.
+    found[sorted(special)] = 1.0
+    return found
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("shape", choices=sorted(SHAPES))
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--tokenizer", type=Path, required=True)
+    parser.add_argument("--tiny", action="store_true")
+    given = parser.parse_args()
+    shape = SHAPES[given.shape]
+    make_model(tiny(shape) if given.tiny else shape, given.out, given.tokenizer)
+
+
+if __name__ == "__main__":
+    main()
