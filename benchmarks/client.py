@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 
 from be_serve.child_server import ServerError
+from be_serve.core.addresses import warn_of_clear_text
 from be_serve.core.errors import InputError
 from be_serve.core.redaction import hide, safe_url
 
@@ -56,13 +57,15 @@ class ServerClient:
         if api_key:
             headers["Authorization"] = f"Bearer {api_key}"
         limits = httpx.Limits(max_connections=1, max_keepalive_connections=1, keepalive_expiry=None)
-        # `trust_env=False`: a proxy in the environment must not stand between client and server.
+        # Wherever the server is: a proxy in the environment would be part of what is timed.
         try:
             self._http = httpx.AsyncClient(
                 base_url=base, headers=headers, timeout=_TIMEOUT, limits=limits, trust_env=False
             )
         except httpx.InvalidURL:  # its text quotes the URL
             raise InputError("A server's URL is no URL. Use http://HOST:PORT.") from None
+        if api_key:
+            warn_of_clear_text(self._http.base_url.scheme, self._http.base_url.host)
 
     async def __aenter__(self) -> ServerClient:
         return self

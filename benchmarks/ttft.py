@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 from uuid import uuid4
 
 from be_serve.child_server import Server, ServerError
+from be_serve.core.addresses import warn_of_clear_text
 from be_serve.core.artifact import Token
 from be_serve.core.errors import InputError
 from be_serve.core.fingerprint import chat_template_text
@@ -226,6 +227,8 @@ async def _registered(client: ServerClient, token: Token, admin_key: str | None)
             "(--admin-key or BE_ADMIN_KEY) so that one can be registered."
         )
     be_id, headers = f"{BENCH_ID}-{uuid4().hex[:8]}", {"X-BE-Key": admin_key}
+    address = urlsplit(client.url)
+    warn_of_clear_text(address.scheme, address.hostname or "")
     data = Token(token.manifest.model_copy(update={"id": be_id}), token.vectors).to_bytes()
     await client.call("POST", "/v1/be/tokens", params={"id": be_id}, content=data, headers=headers)
     try:

@@ -17,6 +17,7 @@ import httpx
 
 from be_serve.batch.journal import BatchStopped, Journal, json_object
 from be_serve.batch.rows import BatchRow
+from be_serve.core.addresses import warn_of_clear_text
 from be_serve.core.errors import InputError
 from be_serve.core.redaction import hide, safe_url
 
@@ -52,6 +53,8 @@ async def connect(
         raise InputError("--url holds a name or password: give the server's key by VLLM_API_KEY.")
     if parsed.scheme not in ("http", "https") or not parsed.host:
         raise InputError("--url must begin with http:// or https://.")
+    if key:
+        warn_of_clear_text(parsed.scheme, parsed.host)
     headers = {}
     if key and (key := key.strip()):
         if not key.isascii() or not key.isprintable():

@@ -45,6 +45,7 @@ _PAIR_IN_TEXT = re.compile(
 _HEADER = re.compile(r"(?i)\b(authorization|x-be-key|x-api-key|cookie)(['\"]?\s*[:=]\s*)(\S.*)")
 _SHAPES = re.compile(
     r"(?i:\bbearer\s+)[^\s'\",;]{4,}|\b(?:hf_|sk-|gh[pousr]_|github_pat_|xox[a-z]-|glpat-)[\w-]{10,}|\bAKIA[0-9A-Z]{12,}"
+    r"|(?<=Illegal header value )\S.*"  # h11's, of a key with a line's end in it
     r"|\beyJ[\w-]{8,}\.[\w-]+\.[\w-]*"
 )
 _BEHIND_A_URL = ".,;:!?)>]}'\"`"
@@ -146,7 +147,8 @@ def holds_credentials(url: str) -> bool:
 
 def hide(text: str, known: Iterable[str] = ()) -> str:
     """A text, such as an error's, with the `known` secrets hidden, and what else is one by its name, place or shape."""
-    for secret in sorted({*known} - {""}, key=len, reverse=True):
+    forms = {form for secret in known for form in _forms(secret) if form}
+    for secret in sorted(forms, key=len, reverse=True):
         pattern = re.escape(secret)
         text = re.sub(pattern if len(secret) >= _REPLACED_ANYWHERE else rf"(?<!\w){pattern}(?!\w)", MASK, text)
     text = _without_bare_user_info(_URL_IN_TEXT.sub(_hide_url_in_text, text))
@@ -185,6 +187,12 @@ def secrets_of(command: Iterable[str], env: Mapping[str, str]) -> set[str]:
         elif shown != word and "://" in word:
             found |= credentials_in(word)
     return {secret for secret in found if len(secret) >= _REPLACED_ANYWHERE}
+
+
+def _forms(secret: str) -> tuple[str, ...]:
+    """A secret as errors write it: as it is, without a line's end, and with escapes."""
+    bare = secret.strip()
+    return secret, bare, repr(bare)[1:-1], repr(bare.encode())[2:-1]
 
 
 def _is_secret_option(name: str) -> bool:
