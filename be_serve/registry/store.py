@@ -331,5 +331,7 @@ def _readable(row: TokenRow, version: VersionRow | None, prompt: str | None) -> 
     try:
         return _record(row, version, prompt)
     except ValidationError as exc:
-        logger.error("Token %s has a manifest that this be-serve cannot read; it is left out: %s", row.id, exc)
+        # The error's own text quotes what it read, the prompt's among it.
+        faults = "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in exc.errors())
+        logger.error("Token %s has a manifest that this be-serve cannot read; it is left out: %s", row.id, faults)
         return None

@@ -344,6 +344,15 @@ def test_the_log_of_a_failing_registry_shows_no_password(registry, caplog, monke
     assert "hun" not in caplog.text
 
 
+def test_the_log_of_a_manifest_that_cannot_be_read_shows_no_prompt(registry, url, caplog):
+    registry.put(make_token().to_bytes())
+    with sqlite3.connect(url.removeprefix("sqlite:///")) as database:
+        database.execute("""UPDATE be_version SET manifest = '{"prompt": {"text": ["You are a pirate."]}}'""")
+    assert registry.changes()[1][0].record is None
+    assert "prompt.text: " in caplog.text
+    assert "pirate" not in caplog.text
+
+
 def test_settings_shown_by_chance_hold_no_secret():
     shown = repr(Settings.from_env({"BE_ADMIN_KEY": "hunter2", "BE_REGISTRY": "postgresql://user:hunter2@host/db"}))
     assert "hunter2" not in shown
