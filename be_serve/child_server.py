@@ -21,6 +21,7 @@ from pathlib import Path
 import httpx
 
 from be_serve.core.errors import BEError
+from be_serve.core.redaction import hide, redact, secrets_of
 
 _STOP_SECONDS = 20.0
 _TAIL_LINES = 25
@@ -77,7 +78,7 @@ class Server:
             if self.log is not None:
                 self.log.parent.mkdir(parents=True, exist_ok=True)
                 file = files.enter_context(self.log.open("wb"))
-                file.write(f"$ {shlex.join(self.command)}\n".encode())
+                file.write(f"$ {shlex.join(redact(self.command))}\n".encode())
                 file.flush()
                 sink = file.fileno()
             # A group of its own: the terminal's Ctrl-C reaches this process alone, which then stops the server.
@@ -118,14 +119,18 @@ class Server:
                 await asyncio.sleep(0.5)
 
     def tail(self) -> str:
-        """The last lines of the server's log on lines of their own, with its path; empty without a log."""
+        """The last lines of the server's log on lines of their own, with its path; empty without a log.
+
+        What the server was given as a secret is hidden: it may have printed its command or settings.
+        """
         if self.log is None:
             return ""
         try:
             lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-_TAIL_LINES:]
         except OSError:
             lines = []
-        return "\n".join([f"\nLast lines of {self.log}:", *(f"  {line}" for line in lines)])
+        secrets = secrets_of(self.command, self.env)
+        return "\n".join([f"\nLast lines of {self.log}:", *(f"  {hide(line, secrets)}" for line in lines)])
 
     @property
     def pid(self) -> int:

@@ -8,10 +8,12 @@ from typing import Any
 
 import httpx
 
+from be_serve.core.addresses import is_local, warn_of_clear_text
 from be_serve.core.artifact import Token, read_limited
 from be_serve.core.errors import BEError, InputError
 from be_serve.core.ids import validate_be_id
 from be_serve.core.prompts import prompt_sha256
+from be_serve.core.redaction import hide, safe_url
 
 
 class ServerRefused(BEError):
@@ -24,30 +26,31 @@ class ServerRefused(BEError):
         self.http_status = status
 
 
-_LOCAL = frozenset({"localhost", "127.0.0.1", "::1"})
-
-
 class BEClient:
     """Administer a server's tokens.
 
         with BEClient("http://127.0.0.1:8000", api_key="...") as client:
             client.register("captain.safetensors", match=True)
 
-    `api_key` is the server's admin key. Raises ServerRefused for any refusal and
-    InputError where the server cannot be reached.
+    `api_key` is the server's admin key. A redirect is not followed, for the key would go with it.
+    Raises ServerRefused for any refusal and InputError where the server cannot be reached.
     """
 
     def __init__(self, url: str, *, api_key: str, vllm_api_key: str | None = None, timeout: float = 60.0) -> None:
         headers = {"X-BE-Key": api_key}
         if vllm_api_key:
             headers["Authorization"] = f"Bearer {vllm_api_key}"
-        self._url = url.rstrip("/").removesuffix("/v1")
+        base = url.rstrip("/").removesuffix("/v1")
+        self._url = safe_url(base)
+        self._secrets = {key for key in (api_key, vllm_api_key) if key}
         try:
-            # A proxy of the environment must not see the key on its way to this very machine.
-            local = httpx.URL(self._url).host in _LOCAL
-            self._http = httpx.Client(base_url=self._url, headers=headers, timeout=timeout, trust_env=not local)
-        except httpx.InvalidURL as exc:
-            raise InputError(f"--url {url!r} is no URL: {exc}.") from exc
+            server = httpx.URL(base)
+            # A transport of its own reads no proxy from the environment; certificates it still does.
+            direct = httpx.HTTPTransport() if is_local(server.host) else None
+            self._http = httpx.Client(base_url=base, headers=headers, timeout=timeout, transport=direct)
+        except httpx.InvalidURL:  # its text quotes the URL
+            raise InputError(f"--url {self._url} is no URL. Use http://HOST:PORT.") from None
+        warn_of_clear_text(server.scheme, server.host)
 
     def register(
         self,
@@ -111,10 +114,11 @@ class BEClient:
         try:
             response = self._http.request(method, path, **options)
         except httpx.TransportError as exc:
-            raise InputError(f"No answer from {self._url}: {exc}. Is the server up, and the URL right?") from exc
+            why = hide(str(exc), self._secrets)
+            raise InputError(f"No answer from {self._url}: {why}. Is the server up, and the URL right?") from None
         if response.is_success:
             return response
-        message = _message(response)
+        message = hide(_message(response), self._secrets)
         if response.status_code == 401 and "Authorization" not in self._http.headers:
             message += " If vLLM itself was started with --api-key, give that key too (--vllm-api-key, VLLM_API_KEY)."
         raise ServerRefused(response.status_code, message)

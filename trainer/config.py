@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from be_serve.core.artifact import Placement
 from be_serve.core.errors import InputError
+from be_serve.core.redaction import holds_credentials
 
 MAX_TOKENS = 16
 BUILTIN_AE = "builtin"
@@ -129,8 +130,10 @@ class TrainConfig(BaseModel):
             )
         if not all(self.stop):
             raise ValueError("stop: a text that ends a response cannot be empty")
-        if self.teacher_url and "@" in self.teacher_url:
-            raise ValueError("teacher_url: leave user and password out of the URL; a key comes from BE_TEACHER_KEY")
+        if self.teacher_url and holds_credentials(self.teacher_url):  # it is written into run.yaml
+            raise ValueError(
+                "teacher_url: leave user, password and key out of the URL; a key comes from BE_TEACHER_KEY"
+            )
         if self.gold and self.teacher_url:
             raise ValueError("gold answers and a teacher's server (--teacher-url) exclude each other")
         if self.teacher == "vllm" and (self.gold or self.teacher_url):

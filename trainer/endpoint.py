@@ -11,7 +11,9 @@ from typing import Any, NamedTuple, TypeVar
 
 import httpx
 
+from be_serve.core.addresses import is_local, warn_of_clear_text
 from be_serve.core.errors import InputError
+from be_serve.core.redaction import hide, holds_credentials
 from trainer.generate import Progress
 from trainer.queries import Query
 
@@ -35,21 +37,30 @@ class Endpoint:
     """A server's chat completions. `role` (teacher, judge) names it in errors.
 
     The key, where one is needed, is read from the environment variable `key_variable`:
-    it must stand in no file and in no process list. A busy server is asked again.
+    it must stand in no file and in no process list. A server on this machine is asked directly,
+    past a proxy of the environment. A busy server is asked again; a redirect is not followed.
     """
 
     def __init__(self, url: str, model: str, *, role: str, key_variable: str) -> None:
+        if holds_credentials(url):
+            raise InputError(
+                f"--{role}-url: leave user, password and key out of the URL; a key comes from {key_variable}."
+            )
         self.base = url.rstrip("/").removesuffix("/v1")
         self.model = model
         self.role = role
         key = os.environ.get(key_variable)
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        if "@" in url:
-            raise InputError(f"--{role}-url: leave user and password out; a key comes from {key_variable}.")
+        self._secrets = {key} if key else set()
         try:
-            self._client = httpx.Client(base_url=self.base, headers=headers, timeout=600)
+            server = httpx.URL(self.base)
+            # A transport of its own reads no proxy from the environment; certificates it still does.
+            direct = httpx.HTTPTransport() if is_local(server.host) else None
+            self._client = httpx.Client(base_url=self.base, headers=headers, timeout=600, transport=direct)
         except httpx.InvalidURL as exc:
             raise InputError(f"--{role}-url {url!r} is no URL: {exc}.") from exc
+        if key:
+            warn_of_clear_text(server.scheme, server.host)
 
     def chat(self, messages: Sequence[Mapping[str, str]], settings: Mapping[str, Any]) -> Answer:
         """The answer to a chat. Raises InputError where the server cannot be reached, or refuses."""
@@ -58,17 +69,20 @@ class Endpoint:
             try:
                 response = self._client.post("/v1/chat/completions", json=body)
             except (httpx.TransportError, httpx.UnsupportedProtocol) as exc:
-                raise InputError(f"No answer from the {self.role} at {self.base}: {exc}.") from exc
+                why = hide(str(exc), self._secrets)
+                raise InputError(f"No answer from the {self.role} at {self.base}: {why}.") from None
             if response.status_code not in _BUSY or attempt == _TRIES:
                 break
             time.sleep(2.0**attempt)
         if not response.is_success:
-            raise InputError(f"The {self.role} at {self.base} answered {response.status_code}: {response.text[:300]}")
+            said = hide(response.text, self._secrets)[:300]
+            raise InputError(f"The {self.role} at {self.base} answered {response.status_code}: {said}")
         try:
             choice = response.json()["choices"][0]
             return Answer(choice["message"]["content"] or "", choice.get("finish_reason") == "length")
         except (ValueError, KeyError, IndexError, TypeError) as exc:
-            raise InputError(f"The {self.role} at {self.base} sent no chat completion: {response.text[:300]}") from exc
+            said = hide(response.text, self._secrets)[:300]
+            raise InputError(f"The {self.role} at {self.base} sent no chat completion: {said}") from exc
 
     def each(self, ask: Callable[[_In], _Out], items: Iterable[_In]) -> list[_Out]:
         """`ask` of each item, in order, several at a time; the connections are closed behind them."""

@@ -17,7 +17,9 @@ import httpx
 
 from be_serve.batch.journal import BatchStopped, Journal, json_object
 from be_serve.batch.rows import BatchRow
+from be_serve.core.addresses import warn_of_clear_text
 from be_serve.core.errors import InputError
+from be_serve.core.redaction import hide, safe_url
 
 _ROWS_FAULT = (400, 404, 413, 422)
 _BUSY = (408, 429, 502, 503, 504)
@@ -45,12 +47,14 @@ async def connect(
     """
     try:
         parsed = httpx.URL(url)
-    except httpx.InvalidURL as exc:
-        raise InputError("--url is no URL.") from exc
+    except httpx.InvalidURL:
+        raise InputError("--url is no URL.") from None  # its text quotes the URL
     if parsed.userinfo:
         raise InputError("--url holds a name or password: give the server's key by VLLM_API_KEY.")
     if parsed.scheme not in ("http", "https") or not parsed.host:
         raise InputError("--url must begin with http:// or https://.")
+    if key:
+        warn_of_clear_text(parsed.scheme, parsed.host)
     headers = {}
     if key and (key := key.strip()):
         if not key.isascii() or not key.isprintable():
@@ -74,7 +78,7 @@ async def served_models(client: httpx.AsyncClient) -> str:
     try:
         answer = await client.get("/v1/models")
     except httpx.RequestError as exc:
-        raise BatchStopped(f"The server does not answer: {type(exc).__name__} {exc}".rstrip()) from exc
+        raise BatchStopped(f"The server does not answer: {type(exc).__name__} {hide(str(exc))}".rstrip()) from exc
     found = (json_object(answer.content) or {}).get("data")
     if not answer.is_success or not isinstance(found, list):
         raise BatchStopped(f"GET /v1/models answered {answer.status_code}: {_message(answer)} {_WRONG_SERVER}")
@@ -177,7 +181,7 @@ async def _ask(
                     await _until_there(client, clock, alive, since)
                 answer = await client.post(row.url, content=row.content, headers={"Content-Type": "application/json"})
         except httpx.RequestError as exc:
-            why = f"The server does not answer: {type(exc).__name__} {exc}".rstrip() + "."
+            why = f"The server does not answer: {type(exc).__name__} {hide(str(exc))}".rstrip() + "."
             cut = cut or isinstance(exc, _CUT)
             broken += isinstance(exc, (httpx.ReadTimeout, httpx.DecodingError, *_CUT))
         else:
@@ -189,7 +193,7 @@ async def _ask(
             if status not in (*_BUSY, httpx.codes.INTERNAL_SERVER_ERROR):
                 if not proven() or status == httpx.codes.UNAUTHORIZED or not answer.is_error:
                     where = answer.headers.get("location")
-                    raise BatchStopped(f"{why}{f' (it points to {where})' if where else ''} {_WRONG_SERVER}")
+                    raise BatchStopped(f"{why}{f' (it points to {safe_url(where)})' if where else ''} {_WRONG_SERVER}")
                 return _as_row(row, answer), False
             named = answer.headers.get("retry-after", "")
         if not alive():

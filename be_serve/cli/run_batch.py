@@ -16,6 +16,7 @@ from typing import Any
 import click
 
 from be_serve.cli._serving import PassOnCommand, takes_plugin_options, variables
+from be_serve.core.redaction import redact, redact_word
 
 _FAULTY, _STOPPED = 2, 3
 _NO_PORT = ("--host", "--port", "--uds", "--api-key", "--root-path", "--ssl-keyfile", "--ssl-certfile", "--headless")
@@ -128,8 +129,10 @@ def command(
 
 
 def _made_by(model: str, arguments: Sequence[str], settings: Mapping[str, str]) -> dict[str, str]:
-    """What the answers of a model that is loaded here depend on. Options may be secret: their digest only."""
+    """What the answers of a model that is loaded here depend on. Of its options the digest, without the secrets."""
     settings = {k: v for k, v in {**os.environ, **settings}.items() if k.startswith("BE_") and "KEY" not in k}
+    # A digest of a short password would tell it to who tries them all, and answers do not depend on one.
+    told = [redact(arguments), sorted((name, redact_word(value)) for name, value in settings.items())]
     entries = [entry.partition("=") for entry in settings.get("BE_TOKEN", "").splitlines()]
     files = [Path(path) for _, _, path in entries]
     for given, value in zip(arguments, [*arguments[1:], ""], strict=True):
@@ -139,7 +142,7 @@ def _made_by(model: str, arguments: Sequence[str], settings: Mapping[str, str]) 
     contents = [file.read_bytes() if file.is_file() else b"" for file in files]  # the server says what is wrong
     return {
         "model": model,
-        "options": _digest(json.dumps([list(arguments), sorted(settings.items())]).encode()),
+        "options": _digest(json.dumps(told).encode()),
         "files": _digest(*contents),
     }
 

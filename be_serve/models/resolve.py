@@ -9,6 +9,7 @@ from pathlib import Path
 import platformdirs
 
 from be_serve.core.errors import InputError
+from be_serve.core.redaction import hide
 from be_serve.models.builtin import BUILTIN, prepare_builtin
 
 DEFAULT_MODEL = "builtin:smollm2-135m-instruct"
@@ -45,10 +46,12 @@ def resolve_model(name: str, *, revision: str | None = None) -> ResolvedModel:
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
-        raise InputError(f"No folder {name!r}; for a Hugging Face name install the extra [train] or [serve].") from None
+        raise InputError(
+            f"No folder {hide(name)!r}; for a Hugging Face name install the extra [train] or [serve]."
+        ) from None
     try:
         path = Path(snapshot_download(name, revision=revision, allow_patterns=_PATTERNS))
     except Exception as exc:  # the hub's errors share no base class
-        raise InputError(f"No local folder {name!r}, and the Hugging Face hub gave: {exc}") from exc
+        raise InputError(f"No local folder {hide(name)!r}, and the Hugging Face hub gave: {hide(str(exc))}") from None
     # .../snapshots/<commit>: the commit that was really taken.
     return ResolvedModel(name, path, path.name if path.parent.name == "snapshots" else revision)

@@ -8,11 +8,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Engine, create_engine, event
+from sqlalchemy import URL, Engine, create_engine, event
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from be_serve.core.errors import RegistryError
+from be_serve.core.redaction import credentials_in, hide, safe_url
 
 _TIMEOUT = 15.0  # seconds that a connection waits for another's lock on SQLite, or for a free one
 # A database whose packets get lost is noticed within some ten seconds, not by the kernel's quarter of an hour.
@@ -23,11 +24,15 @@ _PSYCOPG = {
     "keepalives_count": 3,
     "tcp_user_timeout": 10_000,
 }
+_ENCODE = "In a user name or password write @ as %40, : as %3A, / as %2F, ? as %3F, # as %23 and % as %25."
 
 
-def safe(url: str) -> str:
-    """The URL without its password and its query, which may hold one."""
-    return make_url(url).set(query={}).render_as_string(hide_password=True)
+def what_failed(exc: Exception, url: str) -> str:
+    """An error's text without any part of the URL's user-info, which drivers quote, and without data of rows."""
+    text = str(getattr(exc, "orig", None) or exc)
+    # PostgreSQL's DETAIL quotes the row at fault, which may hold a prompt.
+    text = text.partition("\nDETAIL:")[0].strip().rstrip(".")
+    return hide(text, credentials_in(url))
 
 
 def use_wal(connection: Any) -> None:
@@ -44,20 +49,41 @@ def use_wal(connection: Any) -> None:
             return
 
 
-def create_registry_engine(url: str) -> Engine:
+def _parsed(url: str) -> URL:
+    """The URL's parts. Raises RegistryError, of which nothing shows the URL: a mistyped one may hold a password."""
     try:
         parsed = make_url(url)
-    except ArgumentError as exc:
-        # The text is not shown: a mistyped URL may hold a password.
+        backend = parsed.get_backend_name()
+    except (ArgumentError, ValueError):  # the second: a port that is no number, quoted
         raise RegistryError(
-            "BE_REGISTRY is no database URL. Use sqlite:////absolute/path.db or postgresql+psycopg://user@host/db."
-        ) from exc
+            "BE_REGISTRY is no database URL. Use sqlite:////absolute/path.db or postgresql+psycopg://user@host/db. "
+            f"{_ENCODE}"
+        ) from None
+    on_disk = backend == "sqlite"
+    if on_disk and parsed.get_driver_name() != "pysqlcipher" and (parsed.host or parsed.username or parsed.password):
+        raise RegistryError("BE_REGISTRY names a host for SQLite. Use sqlite:////absolute/path.db, with four slashes.")
+    # The host would be looked up, in DNS too, with the end of the password before it.
+    if not on_disk and "@" in f"{parsed.host}{parsed.database}":
+        raise RegistryError(f"BE_REGISTRY has an @ in its user name, password or database: {safe_url(url)}. {_ENCODE}")
+    return parsed
+
+
+def create_registry_engine(url: str) -> Engine:
+    """An engine for the registry's database. Raises RegistryError.
+
+    The errors are raised without their causes: a traceback would show the texts of those.
+    """
+    parsed = _parsed(url)
     if parsed.get_backend_name() != "sqlite":
         try:
             timeouts = _PSYCOPG if parsed.get_driver_name() in ("psycopg", "psycopg2") else {}
-            return create_engine(parsed, pool_pre_ping=True, pool_timeout=_TIMEOUT, connect_args=timeouts)
+            return create_engine(
+                parsed, pool_pre_ping=True, pool_timeout=_TIMEOUT, connect_args=timeouts, hide_parameters=True
+            )
         except (ModuleNotFoundError, SQLAlchemyError) as exc:
-            raise RegistryError(f"Cannot use {safe(url)}: {exc}. For PostgreSQL install the extra [postgres].") from exc
+            raise RegistryError(
+                f"Cannot use {safe_url(url)}: {what_failed(exc, url)}. For PostgreSQL install the extra [postgres]."
+            ) from None
     if parsed.database and parsed.database != ":memory:":
         try:
             Path(parsed.database).parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -65,7 +91,10 @@ def create_registry_engine(url: str) -> Engine:
             os.close(os.open(parsed.database, os.O_CREAT | os.O_RDWR, 0o600))
         except OSError as exc:
             raise RegistryError(f"Cannot create {parsed.database}: {exc.strerror}.") from exc
-    engine = create_engine(parsed, connect_args={"timeout": _TIMEOUT})
+    try:
+        engine = create_engine(parsed, connect_args={"timeout": _TIMEOUT}, hide_parameters=True)
+    except (ModuleNotFoundError, SQLAlchemyError) as exc:
+        raise RegistryError(f"Cannot use {safe_url(url)}: {what_failed(exc, url)}.") from None
 
     @event.listens_for(engine, "connect")
     def _configure(connection: Any, _record: Any) -> None:

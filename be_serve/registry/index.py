@@ -15,6 +15,7 @@ from typing import Generic, TypeVar
 from be_serve.core.artifact import Token, file_digest
 from be_serve.core.errors import TokenConflict, TokenNotFound
 from be_serve.core.prompts import prompt_sha256
+from be_serve.core.redaction import hide
 from be_serve.registry.store import Record, Registry
 
 logger = logging.getLogger("vllm.be_serve.registry")
@@ -242,7 +243,7 @@ class TokenIndex(Generic[V]):
                     seen = mark
             except Exception as exc:  # whatever it is, the thread must live: it is how removals arrive
                 if self.healthy:
-                    logger.error("%s Known tokens go on answering; changes wait for the registry.", exc)
+                    logger.error("%s Known tokens go on answering; changes wait for the registry.", hide(str(exc)))
                 self.healthy = False
             else:
                 if not self.healthy:

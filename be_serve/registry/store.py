@@ -19,7 +19,8 @@ from be_serve.core.artifact import Manifest, Token, file_digest
 from be_serve.core.errors import InvalidArtifact, RegistryError, SchemaMismatch, TokenConflict, TokenNotFound
 from be_serve.core.ids import validate_be_id
 from be_serve.core.prompts import prompt_sha256
-from be_serve.registry.database import create_registry_engine, safe
+from be_serve.core.redaction import safe_url
+from be_serve.registry.database import create_registry_engine, what_failed
 from be_serve.registry.schema import SCHEMA_VERSION, Base, Meta, PromptRow, TokenRow, VersionRow
 
 logger = logging.getLogger("vllm.be_serve.registry")
@@ -275,7 +276,7 @@ class Registry:
             found = session.get_one(Meta, 1).schema_version
         if found != SCHEMA_VERSION:
             raise SchemaMismatch(
-                f"The registry {safe(self.url)} has schema version {found}, this be-serve reads {SCHEMA_VERSION}. "
+                f"The registry {safe_url(self.url)} has schema version {found}, this be-serve reads {SCHEMA_VERSION}. "
                 + (
                     "Upgrade be-serve."
                     if found > SCHEMA_VERSION
@@ -312,8 +313,8 @@ class Registry:
         try:
             yield
         except SQLAlchemyError as exc:
-            cause = getattr(exc, "orig", None) or exc
-            raise RegistryError(f"The registry {safe(self.url)} failed: {cause}.") from exc
+            text = f"The registry {safe_url(self.url)} failed: {what_failed(exc, self.url)}."
+            raise RegistryError(text) from None  # a traceback would show the driver's own text
 
 
 def _record(row: TokenRow, version: VersionRow, prompt: str | None) -> Record:
@@ -330,5 +331,7 @@ def _readable(row: TokenRow, version: VersionRow | None, prompt: str | None) -> 
     try:
         return _record(row, version, prompt)
     except ValidationError as exc:
-        logger.error("Token %s has a manifest that this be-serve cannot read; it is left out: %s", row.id, exc)
+        # The error's own text quotes what it read, the prompt's among it.
+        faults = "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in exc.errors())
+        logger.error("Token %s has a manifest that this be-serve cannot read; it is left out: %s", row.id, faults)
         return None

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from be_serve.core.errors import InputError
+from be_serve.core.redaction import hide, redact_word
 
 PROVEN = frozenset(
     {
@@ -92,7 +93,7 @@ def _with_rows(text: str, rows: int) -> str:
     except ValueError:
         config = None
     if not isinstance(config, dict):
-        raise InputError(f"{_ADDITIONAL} takes a JSON object, not {text!r}.")
+        raise InputError(f"{_ADDITIONAL} takes a JSON object, not {redact_word(text)!r}.")
     return json.dumps({**config, "be_rows": rows})
 
 
@@ -128,7 +129,7 @@ def _architectures(model: str, arguments: Sequence[str]) -> list[str]:
         config, _ = PretrainedConfig.get_config_dict(model, revision=revision)
     except (OSError, ValueError) as exc:
         raise InputError(
-            f"--be-injection auto reads the config.json of {model}, and cannot: {exc} "
+            f"--be-injection auto reads the config.json of {model}, and cannot: {hide(str(exc))} "
             "If vLLM can, name the injection: resident-rows or prompt-embeds."
         ) from exc
     return list(config.get("architectures") or [])

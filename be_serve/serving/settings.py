@@ -20,11 +20,11 @@ _INJECTIONS = ("auto", *INJECTIONS)
 class Settings:
     """What an operator can choose. `from_env` reads it in every server process alike."""
 
-    registry: str
+    registry: str = field(repr=False)  # its URL may hold a password
     """Database URL of the registry (BE_REGISTRY). Default: a SQLite file in the cache folder."""
     tokens: dict[str, Path] = field(default_factory=dict)
     """Tokens in memory, id to file (BE_TOKEN: `ID=FILE`, separated by line ends)."""
-    admin_key: str | None = None
+    admin_key: str | None = field(default=None, repr=False)
     """Key of the /v1/be routes (BE_ADMIN_KEY). None: they answer 403."""
     injection: str = "auto"
     """How vectors reach the engine (BE_INJECTION). `auto`: as the engine was started."""

@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 
 from be_serve.core.artifact import Token
+from be_serve.core.redaction import hide
 from benchmarks.soak.answers import LONG, LONG_TOKENS, Answer, answer_of, long_message
 from benchmarks.soak.asking import Asker
 from benchmarks.soak.attacks import Attacks
@@ -42,7 +43,7 @@ class Crowd:
             try:
                 await do[name](rng)
             except Exception as exc:  # whatever it is, it is no right answer, and the others go on
-                asker.count.failures[f"{name}: {type(exc).__name__}: {exc}"[:200]] += 1
+                asker.count.failures[f"{name}: {type(exc).__name__}: {hide(str(exc))}"[:200]] += 1
                 if isinstance(exc, httpx.ConnectError):
                     return  # the server is gone; the count says so
 

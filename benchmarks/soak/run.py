@@ -17,7 +17,8 @@ from typing import Any
 
 import httpx
 
-from benchmarks.machine import gpus, hardware, redact, resident, versions
+from be_serve.core.redaction import redact
+from benchmarks.machine import gpus, hardware, resident, versions
 from benchmarks.servers import ServerOptions, engine_settings, plugin_server
 from benchmarks.soak.answers import MAX_MODEL_LEN, Count, right_answers, shown
 from benchmarks.soak.asking import Asker

@@ -30,7 +30,9 @@ async def start(tmp_path: Path, ours: FakeServer, stock: FakeServer, *options: s
 @pytest.mark.parametrize(("options", "status"), [((), 0), (("--check",), 1)])
 async def test_a_whole_run(tmp_path, options, status):
     async with FakeServer(plugin=True, tokens={"x": 1}) as ours, FakeServer() as stock:
-        process = await start(tmp_path, ours, stock, "--rounds", "2", *options)
+        secret = ["--server-arg=--hf-token hidden-value", "--admin-key", "hidden-value"]
+        ours.url = ours.url.replace("http://", "http://me:hidden-value@")
+        process = await start(tmp_path, ours, stock, "--rounds", "2", *secret, *options)
         out, err = await process.communicate()
     assert process.returncode == status, err.decode()  # 1: the bounds at 1,584 tokens were not measured
     *table, last = out.decode().strip().splitlines()
@@ -42,7 +44,7 @@ async def test_a_whole_run(tmp_path, options, status):
     }  # fmt: skip
     assert Path(summary["png"]).stat().st_size > 1000
     result = Path(summary["json"]).read_text()
-    assert "hidden-value" not in result
+    assert "hidden-value" not in result + out.decode() + err.decode()
     assert json.loads(result)["passes_per_round"] == 3
 
 

@@ -98,3 +98,11 @@ y_seconds_bucket{le="0.001"} 9.0
     assert found == {"0.001": 0.75, "0.01": 1.0, "+Inf": 1.0}
     assert (within(found, 0.5), within(found, 0.99)) == ("0.001", "0.01")
     assert shares(read_histogram(text, "z_seconds")) is None
+
+
+def test_the_result_holds_no_secret_of_the_command(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["be-serve", "bench", "load", "--server-arg=--hf-token hunter2 --port 1"])
+    options = LoadOptions("m", tmp_path, tmp_path, ServerOptions("m", ("--hf-token", "hunter2")))
+    result = LoadRun(options).result()
+    assert result["command"][-1] == "--server-arg=--hf-token *** --port 1"
+    assert "hunter2" not in str(result)

@@ -95,6 +95,24 @@ async def test_a_server_that_ends_shows_its_log(tmp_path):
             pass
 
 
+async def test_neither_log_nor_error_shows_what_the_server_was_given_as_a_secret(tmp_path):
+    """It may print its command and its environment itself."""
+    script = "import os, sys; print(sys.argv[1:], os.environ['HF_TOKEN']); sys.exit(3)"
+    given = ["--api-key", "first-key", "second-key", "--x", "http://me:fourth-key@host/", "--hf-token=third-key"]
+    env = {**os.environ, "HF_TOKEN": "fifth-key"}
+    command = [sys.executable, "-c", script, *given]
+    server = Server("test", command, log=tmp_path / "log", env=env, at=free_port(), timeout=30)
+    with pytest.raises(ServerError) as caught:
+        await server.__aenter__()
+    assert "Last lines of" in str(caught.value)
+    header = (tmp_path / "log").read_text().splitlines()[0]
+    assert header.startswith("$ ")
+    for shown in (str(caught.value), header):
+        assert "-key'" not in shown.replace("--api-key'", "")
+        for key in ("first-key", "second-key", "third-key", "fourth-key", "fifth-key"):
+            assert key not in shown
+
+
 async def test_a_server_that_never_answers_is_stopped(tmp_path):
     server = make_server(tmp_path, "import time; print('loading', flush=True); time.sleep(600)", timeout=1.5)
     with pytest.raises(ServerError, match=r"(?s)did not answer within 2 s.*loading"):
@@ -133,10 +151,14 @@ def test_environment(monkeypatch):
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0-3")
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     monkeypatch.setenv("VLLM_API_KEY", "hidden")
+    monkeypatch.setenv("VLLM_USAGE_STATS_SERVER", "https://me:hidden@host/x")
+    monkeypatch.setenv("VLLM_MAX_TOKENS_PER_EXPERT_FP4_MOE", "4")
     env = server_env(2)
     shown = engine_settings(env)
     assert shown["OMP_NUM_THREADS"] == "2"
-    assert "hidden" not in shown.values()
+    assert "hidden" not in str(shown)
+    assert shown["VLLM_USAGE_STATS_SERVER"] == "https://***@host/x"
+    assert shown["VLLM_MAX_TOKENS_PER_EXPERT_FP4_MOE"] == "4"
     assert "BE_TOKEN" not in env
     assert env["BE_HOME"] == "/models"
     assert env["VLLM_CPU_OMP_THREADS_BIND"] == "0-3"

@@ -223,6 +223,12 @@ async def test_an_answer_of_another_form_is_a_failure_and_the_client_goes_on():
     assert any("TypeError" in error for error in clients.asker.count.failures)
 
 
+def test_the_result_holds_no_secret_of_the_command(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["be-serve", "bench", "soak", "--server-arg", "--api-key hunter2 hunter3"])
+    result = clean_run().result()
+    assert result["command"][-1] == "--api-key *** ***"
+
+
 def test_the_summary_names_what_went_wrong():
     run = clean_run()
     assert summary(run.result())[-1] == "clean"

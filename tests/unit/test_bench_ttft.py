@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import json
 import os
+import shlex
 import signal
 from contextlib import asynccontextmanager
 
@@ -16,13 +17,13 @@ from be_serve.child_server import ServerError
 from be_serve.cli.bench import command
 from be_serve.core.errors import InputError
 from benchmarks.analysis import analyse
-from benchmarks.machine import hardware, redact, versions
+from benchmarks.machine import hardware, versions
 from benchmarks.plot import draw
 from benchmarks.report import summary, table, write_json
 from benchmarks.rounds import GIVE_UP_AFTER
 from benchmarks.servers import ServerOptions
 from benchmarks.tokens import make_token
-from benchmarks.ttft import TTFTOptions, max_model_len, measure_ttft, rest
+from benchmarks.ttft import TTFTOptions, max_model_len, measure_ttft, new_run, rest
 from tests.unit.bench_fake import MODEL, FakeServer
 
 CASES = ((120, 26), (400, 30))
@@ -300,8 +301,24 @@ def test_max_model_len(tmp_path):
 def test_where_it_was_measured():
     assert hardware()["cores"] >= 1
     assert "python" in versions()
-    words = ["x", "--api-key", "s3cret", "--admin-key=s3cret", "--api-key s3cret", "--k", "1"]
-    assert redact(words) == ["x", "--api-key", "***", "--admin-key=***", "--api-key ***", "--k", "1"]
+
+
+def test_the_settings_in_a_result_hold_no_secret(tmp_path, monkeypatch):
+    flags = ("--hf-token", "hunter2", "--additional-config", '{"api_key": "hunter2"}', "--port", "1")
+    command = ["be-serve", "bench", "ttft", "--api-key", "hunter2", f"--server-arg={shlex.join(flags)}"]
+    monkeypatch.setattr("sys.argv", command)
+    options = make_options(
+        tmp_path,
+        url="http://me:hunter2@host:8000/v1",
+        baseline_url="http://host:8001/v1?api_key=hunter2",
+        admin_key="hunter2",
+        api_key="hunter2",
+        servers=ServerOptions("m", flags, ("--be-admin-key=hunter2",)),
+    )
+    run = new_run(options)
+    assert "hunter2" not in f"{run.command} {run.settings}"
+    assert run.settings["url"] == "http://***@host:8000/v1"
+    assert run.settings["server_args"][-2:] == ["--port", "1"]
 
 
 def test_the_token_for_a_server_of_ours_names_its_model(tiny_model_dir):

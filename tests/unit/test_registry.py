@@ -11,6 +11,7 @@ import sys
 import textwrap
 import threading
 import time
+import traceback
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -19,6 +20,7 @@ from be_serve.core.errors import InvalidArtifact, RegistryError, SchemaMismatch,
 from be_serve.registry import Registry, TokenIndex
 from be_serve.registry.database import use_wal
 from be_serve.registry.index import ByteLRU
+from be_serve.serving.settings import Settings
 from tests.factories import PROMPT, make_token
 
 
@@ -255,10 +257,105 @@ def test_bad_urls_say_so(bad):
         Registry(bad)
 
 
-def test_passwords_stay_out_of_messages():
+@pytest.mark.parametrize(
+    "user_info",
+    [
+        "user:hunter2",
+        "user:hun@ter2",
+        "user:hun@ter2:x",
+        "user:hun/ter2",
+        "user:hun:ter2",
+        "user:hun#ter2",
+        "user:hun?ter2",
+        "user:hun%ter2",
+        "user:hun%40ter2",
+        "user:hun@ter2/x",
+        "user:hun ter2",
+        "user:hun'ter2",
+        "hunter2@user",
+        "user@hun:ter2@x",
+        "user:[hun]ter2",
+        "//user:hunter2",
+    ],
+)
+@pytest.mark.parametrize(
+    "rest", ["@127.0.0.1:1/db", "@127.0.0.1:hun/db", "@/db", "@host.invalid/db?sslmode=hunter2", "/db"]
+)
+def test_no_part_of_a_password_stands_in_a_message_or_traceback(user_info, rest):
+    drivers = ("postgresql+psycopg", "postgresql", "nonsense", *(() if user_info.startswith("/") else ("sqlite",)))
+    for driver in drivers:  # sqlite:////user: is a file's name
+        if rest == "/db" and "@" in user_info:
+            continue  # what stands behind a single @ is a host to everyone
+        with pytest.raises(RegistryError) as caught:
+            Registry(f"{driver}://{user_info}{rest}")
+        _tells_nothing(caught.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql+psycopg://127.0.0.1:1/db?user=me&password=hunter2",
+        "postgresql+psycopg://127.0.0.1:1/db?password=hun&ter2=x",
+        "postgresql+psycopg://127.0.0.1:1/db?pass%77ord=hun@ter2",
+        "postgresql+psycopg://127.0.0.1:1/db?sslpassword=hunter2&sslmode=require",
+        "postgresql+psycopg:///?service=mine&password=hun@ter2",
+        "host=127.0.0.1 port=1 password=hunter2",
+        "service=hunter2",
+        "user:hunter2@host/db",
+        "postgresql:/user:hunter2@host/db",
+    ],
+)
+def test_no_part_of_a_password_in_a_parameter_stands_in_a_message_or_traceback(url):
     with pytest.raises(RegistryError) as caught:
-        Registry("postgresql+psycopg://user:s3cret@127.0.0.1:1/db?connect_timeout=1")
-    assert "s3cret" not in caught.value.message
+        Registry(url)
+    _tells_nothing(caught.value)
+
+
+def _tells_nothing(exc: RegistryError) -> None:
+    told = f"{exc} {exc.message} {''.join(traceback.format_exception(exc))}"
+    # This file's own lines stand in the traceback, with the test's parameters by their names alone.
+    assert "hun" not in told, told
+    assert "ter2" not in told, told
+
+
+def test_a_refused_url_says_what_to_write():
+    with pytest.raises(RegistryError, match=r"postgresql://\*\*\*@host/db\. .*write @ as %40"):
+        Registry("postgresql://user:p@ss@host/db")
+
+
+def test_the_texts_of_a_failing_database_are_kept(tmp_path):
+    with pytest.raises(
+        RegistryError, match=r"postgresql\+psycopg://\*\*\*@127.0.0.1:1/db failed: .*Connection refused"
+    ):
+        Registry("postgresql+psycopg://user:hunter2@127.0.0.1:1/db")
+
+
+def test_the_log_of_a_failing_registry_shows_no_password(registry, caplog, monkeypatch):
+    index = index_of(registry, poll_seconds=0.01)
+    index.start()
+
+    def mark():
+        raise OSError("connection to postgresql://user:hun@ter2@host/db failed, password=hunter2")
+
+    monkeypatch.setattr(registry, "mark", mark)
+    _eventually(lambda: not index.healthy)
+    index.stop()
+    assert "Known tokens go on answering" in caplog.text
+    assert "hun" not in caplog.text
+
+
+def test_the_log_of_a_manifest_that_cannot_be_read_shows_no_prompt(registry, url, caplog):
+    registry.put(make_token().to_bytes())
+    with sqlite3.connect(url.removeprefix("sqlite:///")) as database:
+        database.execute("""UPDATE be_version SET manifest = '{"prompt": {"text": ["You are a pirate."]}}'""")
+    assert registry.changes()[1][0].record is None
+    assert "prompt.text: " in caplog.text
+    assert "pirate" not in caplog.text
+
+
+def test_settings_shown_by_chance_hold_no_secret():
+    shown = repr(Settings.from_env({"BE_ADMIN_KEY": "hunter2", "BE_REGISTRY": "postgresql://user:hunter2@host/db"}))
+    assert "hunter2" not in shown
 
 
 def test_lru_is_bounded_by_bytes():

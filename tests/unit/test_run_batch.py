@@ -59,6 +59,10 @@ def test_what_the_answers_depend_on(tmp_path, monkeypatch):
     first = made_by()
     assert first == made_by(BE_ADMIN_KEY="secret")
     assert "secret" not in str(made_by(arguments=["--hf-token", "secret"]))
+    # Not even a digest of one: short ones can be tried.
+    assert made_by(arguments=["--hf-token", "one"]) == made_by(arguments=["--hf-token", "two"])
+    assert made_by(BE_REGISTRY="postgresql://u:one@h/d") == made_by(BE_REGISTRY="postgresql://u:two@h/d")
+    assert made_by(BE_REGISTRY="postgresql://u:one@h/d") != made_by(BE_REGISTRY="postgresql://u:one@h/e")
     monkeypatch.setenv("BE_MATCH", "0")
     assert first["options"] != made_by()["options"]
     monkeypatch.delenv("BE_MATCH")

@@ -23,6 +23,7 @@ from be_serve.core.errors import InputError, InvalidArtifact, InvalidBeId, Wrong
 from be_serve.core.prompts import prompt_sha256
 from tests.conftest import make_tokenizer
 from trainer.clauses import sentences
+from trainer.config import make_config
 from trainer.model import FrozenModel
 from trainer.queries import read_queries
 
@@ -373,3 +374,15 @@ def test_eval_refuses_another_model(here, tiny_model_dir, tmp_path):
             *["eval", "self.safetensors", "--prompt", "captain.txt", "--queries", "q.jsonl"],
             *["--model", tmp_path / "other"],
         )
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["http://me:hun@ter2@host", "https://host/v1?api_key=hunter2", "https://hunter2@host", "https://host:hunter2/v1"],
+)
+def test_a_teachers_url_with_a_secret_never_reaches_the_run_folder(url):
+    settings = {"prompt_file": "p.txt", "model": "m", "id": "x", "output": "x.safetensors", "teacher_url": url}
+    with pytest.raises(InputError, match="BE_TEACHER_KEY") as caught:
+        make_config(settings)
+    assert "ter2" not in str(caught.value)
+    assert make_config({**settings, "teacher_url": "https://host:8000/v1"}).teacher_url

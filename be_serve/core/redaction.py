@@ -1,0 +1,301 @@
+"""Hide secrets in what is shown or stored: command lines, URLs, environments, texts of errors.
+
+Each function hides too much rather than too little. It knows a secret by the name that stands
+before it (`--api-key X`, `HF_TOKEN=X`, `"password": "X"`), by its place in a URL, or by its shape.
+A secret without a name, such as the last part of a webhook's path, stays visible.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Iterable, Mapping
+from typing import Any
+from urllib.parse import unquote, unquote_plus
+
+MASK = "***"
+
+_WORD_BORDER = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])|[^A-Za-z0-9]+")
+_SECRET_INSIDE = ("password", "passwd", "passphrase", "passcode", "secret", "credential", "authorization", "apikey")
+_SECRET_ENDS = frozenset({"pass", "pwd", "pw", "auth", "bearer", "jwt", "pat", "sig", "signature", "cookie"})
+_NO_SECRET_ENDS = frozenset({"file", "path", "dir", "folder", "mode", "type", "name", "env", "length", "size", "count"})
+_SWITCHES = frozenset({"allow", "enable", "disable", "no", "require", "verify", "skip"})
+"""First words of options that take no value, such as `--allow-credentials`."""
+_HARMLESS_KEYS = frozenset({"sort", "cache", "group", "primary", "public", "foreign", "partition", "query", "num"})
+_VOCABULARY = frozenset({
+    "be", "bos", "eos", "pad", "unk", "sep", "cls", "mask", "image", "video",
+    "audio", "boi", "eoi", "boa", "eoa", "start", "stop", "end",
+    "begin", "special", "prefix", "suffix", "middle", "separator", "per", "dummy", "placeholder", "think",
+})  # fmt: skip
+"""Words before `token` that mean a token of text, or one of ours."""
+_TOKEN_HOLDERS = frozenset({"api", "access", "auth", "hf", "hub", "bearer", "refresh", "github", "admin"})
+_ABBREVIATED = ("api-key", "hf-token", "ssl-keyfile-password")
+"""argparse takes the beginning of an option's name for the whole, down to where another one fits, too."""
+
+_URL = re.compile(r"([A-Za-z0-9+._-]{0,40})://")
+_URL_IN_TEXT = re.compile(rf"{_URL.pattern}\S*")
+_BARE_USER_INFO = re.compile(r"[^\s:/@='\"]+:(?!//)[^\s@]+@(?:[^\s@]*@)*")
+_HOST = r"(?:\[[\w:.%]*\]|[\w.*-]*)(?::(?:\d{1,4}|[1-5]\d{4}|6[0-5]\d{3})?)?"
+_HOSTS = re.compile(f"{_HOST}(?:,{_HOST})*")
+_PAIR = re.compile(r"(?<![\w.%+-])([\w.%+-]+)(['\"]?\s*(?:=|:(?!//))\s*)(?=\S)")
+_PAIR_IN_TEXT = re.compile(
+    r"(?<![\w.%+-])([\w.%+-]+)(\s*=\s*|['\"]\s*[:=]\s*)(\"[^\"]*\"|'[^']*'|\[[^\]]*\]|[^\s,;&)}\]]+)"
+)
+_HEADER = re.compile(r"(?i)\b(authorization|x-be-key|x-api-key|cookie)(['\"]?\s*[:=]\s*)(\S.*)")
+_SHAPES = re.compile(
+    r"(?i:\bbearer\s+)[^\s'\",;]{4,}|\b(?:hf_|sk-|gh[pousr]_|github_pat_|xox[a-z]-|glpat-)[\w-]{10,}|\bAKIA[0-9A-Z]{12,}"
+    r"|(?<=Illegal header value )\S.*"  # h11's, of a key with a line's end in it
+    r"|\beyJ[\w-]{8,}\.[\w-]+\.[\w-]*"
+)
+_BEHIND_A_URL = ".,;:!?)>]}'\"`"
+_BEHIND_A_URL_IN_A_WORD = re.compile(r"[\s'\"<>]")
+_FILES = ("sqlite", "file", "unix", "ipc")
+_SEPARATORS = re.compile(r"[\s@/:?#&=;,'\"\\]+")
+_REPLACED_ANYWHERE = 4
+"""Letters from which a known secret is replaced inside longer words, too."""
+
+
+def names_a_secret(name: str) -> bool:
+    """Whether an option, variable, parameter or JSON key of this name holds a secret.
+
+    `--hf-token`, `api_key`, `sslpassword` and `accessToken` do; `--max-tokens`, `eos_token` and
+    `--be-admin-key-file` do not.
+    """
+    words = [word.lower() for word in _WORD_BORDER.split(unquote_plus(name)) if word]
+    if not words or words[-1] in _NO_SECRET_ENDS or words[0] in _SWITCHES:
+        return False
+    last, before = words[-1], words[-2] if len(words) > 1 else ""
+    if any(secret in word for word in (*words, "".join(words)) for secret in _SECRET_INSIDE):
+        return True
+    if last in _SECRET_ENDS or "access_key" in "_".join(words):
+        return True
+    if last.endswith(("key", "keys")):
+        return before not in _HARMLESS_KEYS
+    if last.endswith("token"):
+        return (last.removesuffix("token") or before) not in _VOCABULARY
+    return last.endswith("tokens") and (last.removesuffix("tokens") or before) in _TOKEN_HOLDERS
+
+
+def redact(command: Iterable[str]) -> list[str]:
+    """A command line with its secrets hidden; a word without one stays as it is.
+
+    Behind an option that names a secret the first word is hidden whatever it is, then all up to
+    the next option: vLLM's `--api-key` takes several values.
+    """
+    shown: list[str] = []
+    first = more = tokens = False
+    for word in command:
+        option = len(word) > 1 and word.startswith("-") and not any(map(str.isspace, word.partition("=")[0]))
+        name, equals, value = word.partition("=")
+        if first or (more and not option):
+            shown.append(word if tokens and _is_token_file(word) else MASK)
+            # An option in the place of a value was perhaps one: `--hf-token` may stand without.
+            first, more = option and not equals and _is_secret_option(name), not option and not tokens
+            tokens = False
+        elif option and _is_secret_option(name):
+            tokens = name.lstrip("-") == "token"  # a token of ours in `bench ttft`, a key of a model hub elsewhere
+            first, more = not equals, False
+            hidden = value if tokens and _is_token_file(value) else MASK
+            shown.append(f"{name}={hidden}" if equals else word)
+        else:
+            first = more = False
+            if len(shown) and shown[-1].replace("_", "-") == "--be-token":
+                shown.append(_without_urls(word))  # ID=FILE, whatever the id
+            elif option and equals:
+                hide = _without_urls if name.replace("_", "-") == "--be-token" else redact_word
+                shown.append(f"{name}={hide(value)}")
+            else:
+                shown.append(redact_word(word))
+    return shown
+
+
+def redact_word(word: str) -> str:
+    """One word of a command line, or a variable's value, with the secrets inside it hidden.
+
+    It may be a URL, a JSON value, NAME=VALUE, NAME: VALUE, or a command line of its own.
+    """
+    if word.lstrip().startswith(("{", "[", '"')):
+        try:
+            return _redact_json(word)
+        except (ValueError, RecursionError):
+            pass  # what is nearly JSON is read by its names below
+    # Names first: a value may hold anything, a part that looks like a URL's user among it.
+    shown = _without_urls(_without_pairs(word))
+    if any(map(str.isspace, shown)):
+        shown = _without_pairs(_redact_line(shown))
+    return _SHAPES.sub(MASK, shown)
+
+
+def redact_environment(env: Mapping[str, str]) -> dict[str, str]:
+    """The variables of an environment that name no secret, with the secrets inside their values hidden."""
+    return {name: redact_word(value) for name, value in env.items() if not names_a_secret(name)}
+
+
+def safe_url(url: str) -> str:
+    """A database or server URL for messages: scheme, host and path; no user, no password, no query."""
+    found = _URL.match(url.strip())
+    if not found:
+        return _without_urls(url)
+    return re.split(r"[?#]", _hide_url(found[1], url.strip()[found.end() :]), maxsplit=1)[0]
+
+
+def holds_credentials(url: str) -> bool:
+    """Whether a URL holds a user, a password or a key: one for a message would be shown otherwise."""
+    return redact_word(url) != url
+
+
+def hide(text: str, known: Iterable[str] = ()) -> str:
+    """A text, such as an error's, with the `known` secrets hidden, and what else is one by its name, place or shape."""
+    forms = {form for secret in known for form in _forms(secret) if form}
+    for secret in sorted(forms, key=len, reverse=True):
+        pattern = re.escape(secret)
+        text = re.sub(pattern if len(secret) >= _REPLACED_ANYWHERE else rf"(?<!\w){pattern}(?!\w)", MASK, text)
+    text = _without_bare_user_info(_URL_IN_TEXT.sub(_hide_url_in_text, text))
+    text = _HEADER.sub(rf"\1\2{MASK}", text)
+    text = _PAIR_IN_TEXT.sub(lambda m: f"{m[1]}{m[2]}{MASK}" if names_a_secret(m[1]) else m[0], text)
+    return _SHAPES.sub(MASK, text)
+
+
+def credentials_in(url: str) -> set[str]:
+    """The parts of a URL that must not be shown, as they stand there and decoded, for `hide`.
+
+    Libraries read a faulty URL in their own ways and quote pieces of it in their errors.
+    """
+    rest = url.partition("://")[2] or url
+    at = rest.rfind("@")
+    authority = re.split(r"[/?#]", rest, maxsplit=1)[0]
+    parts = [rest[:at]] if at >= 0 else [] if authority and _HOSTS.fullmatch(authority) else [rest.partition("?")[0]]
+    query = rest.partition("?")[2]
+    start = re.search(r"(?:^|[&;?#])([^=&;?#]*)=", query)
+    while start and not names_a_secret(start[1]):
+        start = re.compile(r"[&;?#]([^=&;?#]*)=").search(query, start.end())
+    if start:
+        parts.append(query[start.end() :])
+    whole = {form for part in parts for form in (part, unquote(part), unquote_plus(part))}
+    return {piece for form in whole for piece in (form, *_SEPARATORS.split(form)) if piece}
+
+
+def secrets_of(command: Iterable[str], env: Mapping[str, str]) -> set[str]:
+    """The secrets that a process was given, by its command line and environment, for `hide`."""
+    words = list(command)
+    found = {value for name, value in env.items() if names_a_secret(name) and len(value) >= _REPLACED_ANYWHERE}
+    for word, shown in zip(words, redact(words), strict=True):
+        name, _, value = word.partition("=")
+        if shown in (MASK, f"{name}={MASK}"):
+            found.add(word if shown == MASK else value)
+        elif shown != word and "://" in word:
+            found |= credentials_in(word)
+    return {secret for secret in found if len(secret) >= _REPLACED_ANYWHERE}
+
+
+def _forms(secret: str) -> tuple[str, ...]:
+    """A secret as errors write it: as it is, without a line's end, and with escapes."""
+    bare = secret.strip()
+    return secret, bare, repr(bare)[1:-1], repr(bare.encode())[2:-1]
+
+
+def _is_secret_option(name: str) -> bool:
+    plain = name.lstrip("-").replace("_", "-").lower()
+    shortened = any(full.startswith(plain) and len(plain) > full.find("-") + 1 for full in _ABBREVIATED)
+    return names_a_secret(plain) or (shortened and plain not in ("ssl-key", "ssl-keyf", "ssl-keyfi", "ssl-keyfile"))
+
+
+def _is_token_file(word: str) -> bool:
+    return word.endswith(".safetensors") and "://" not in word
+
+
+def _without_urls(word: str) -> str:
+    """A word with the URLs inside it shown without secrets; one with `@` may reach to the word's end."""
+    shown = []
+    while found := _URL.search(word):
+        rest, behind = word[found.end() :], ""
+        if "@" not in rest:  # else white space, too, may be part of a password
+            url = _BEHIND_A_URL_IN_A_WORD.split(rest, maxsplit=1)[0]
+            rest, behind = url, rest[len(url) :]
+        shown += [_without_bare_user_info(word[: found.start()]), _hide_url(found[1], rest)]
+        word = behind
+    return "".join([*shown, _without_bare_user_info(word)])
+
+
+def _without_pairs(word: str) -> str:
+    """A word up to the first NAME=VALUE or NAME: VALUE that holds a secret: where the value ends is not known."""
+    for found in _PAIR.finditer(word):
+        if names_a_secret(found[1]):
+            return f"{word[: found.end()]}{MASK}"
+    return word
+
+
+def _without_bare_user_info(text: str) -> str:
+    """A text with the `user:password` of an address hidden that lacks its scheme."""
+    return _BARE_USER_INFO.sub(f"{MASK}@", text) if "@" in text else text
+
+
+def _hide_url(scheme: str, rest: str) -> str:
+    """A URL of a scheme and what follows `://`. A password may hold any character, `@` and `/` among them."""
+    in_file = scheme.lower().startswith(_FILES) and rest.startswith("/")  # `@` and `:` are part of the file's name
+    at = -1 if in_file else rest.rfind("@")
+    query_marks = "?#" if scheme.lower().startswith("http") else "?"  # other URLs have no fragment
+    if at >= 0 and any(mark in rest[:at] for mark in query_marks):
+        return f"{scheme}://{MASK}"  # a password or a query: it cannot be told which
+    user = f"{MASK}@" if at >= 0 else ""
+    head, mark, query = re.match(r"(?s)([^?#]*)([?#]?)(.*)", rest[at + 1 :]).groups()  # type: ignore[union-attr]
+    hosts, slash, path = head.partition("/")
+    if not _HOSTS.fullmatch(hosts):
+        hosts = MASK
+    if not hosts and ":" in path and not in_file:
+        path = MASK  # user and password behind a slash too many
+    path, inner, _ = path.partition("://")  # a URL within a URL is not looked into
+    if inner:
+        return f"{scheme}://{user}{hosts}{slash}{path}{inner}{MASK}"
+    return f"{scheme}://{user}{hosts}{slash}{path}{mark}{_hide_query(query)}"
+
+
+def _hide_query(query: str) -> str:
+    """A query up to its first parameter that names a secret; the value may hold `&`, so it reaches to the end."""
+    for found in re.finditer(r"(?:^|(?<=[&;?#]))([^=&;?#]*)=", query):
+        if names_a_secret(found[1]):
+            return f"{query[: found.end()]}{MASK}"
+    return query
+
+
+def _hide_url_in_text(found: re.Match[str]) -> str:
+    url = found[0].rstrip(_BEHIND_A_URL)
+    scheme, _, rest = url.partition("://")
+    return f"{_hide_url(scheme, rest)}{found[0][len(url) :]}" if "://" in url else found[0]
+
+
+def _redact_line(text: str) -> str:
+    """A command line in one word, such as the value of `--server-arg`."""
+    try:
+        words = shlex.split(text)
+    except ValueError:  # a sentence with an apostrophe, or a line that was cut
+        words = text.split()
+    shown = redact(words)
+    if shown == words:
+        return text
+    return " ".join(word if MASK in word else shlex.quote(word) for word in shown)
+
+
+def _redact_json(text: str) -> str:
+    """A JSON text; where it holds no secret, as it is. Raises ValueError and RecursionError."""
+    changed = False
+
+    def clean(name: str, value: Any) -> Any:
+        nonlocal changed
+        shown = value
+        if isinstance(value, list):
+            shown = [clean(name, one) for one in value]
+        elif value is not None and not isinstance(value, bool) and name and names_a_secret(name):
+            shown = MASK
+        elif isinstance(value, str):
+            shown = redact_word(value)
+        changed = changed or shown != value
+        return shown
+
+    def pairs(found: list[tuple[str, Any]]) -> dict[str, Any]:
+        # Here, not on the whole: of a name that stands twice only the last would be left.
+        return {clean("", name): clean(name, value) for name, value in found}
+
+    shown = clean("", json.loads(text, object_pairs_hook=pairs))
+    return json.dumps(shown, ensure_ascii=False) if changed else text
