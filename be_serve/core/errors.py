@@ -6,6 +6,7 @@ BEError                          500
 ├── RequestError                 400   the request itself is wrong
 │   ├── InvalidBeId              400   not a well-formed be_id
 │   ├── NameConflict             400   alias and be_id disagree
+│   ├── MisnamedField            400   a key is a slip of one of our fields
 │   ├── SystemConflict           400   a system message stands beside a token
 │   ├── SlotError                400   this chat has no place for the token
 │   └── UnsupportedRequest       400   the endpoint or option cannot honour a token
@@ -50,6 +51,10 @@ class InvalidBeId(RequestError):
 
 class NameConflict(RequestError):
     code = "be_name_conflict"
+
+
+class MisnamedField(RequestError):
+    code = "be_misnamed"
 
 
 class SystemConflict(RequestError):

@@ -19,7 +19,7 @@ from be_serve.serving.fallback import Fallback, PlainChat, refuse_revealing
 from be_serve.serving.injection import Held, Injection
 from be_serve.serving.metrics import Metrics
 from be_serve.serving.middleware import COUNTING, RequestContext, current
-from be_serve.serving.requests import BEFields, keep_lists
+from be_serve.serving.requests import BEFields, keep_lists, refuse_slips
 from be_serve.serving.resolve import How, Message, Resolution, Resolver
 
 logger = logging.getLogger("vllm.be_serve.hook")
@@ -90,7 +90,11 @@ class ChatHook:
     async def _begin(
         self, context: RequestContext, request: Any, messages: Sequence[Any]
     ) -> Rendering | PlainChat | None:
-        fields = BEFields.parse(request.model_extra)
+        if context.fault:
+            raise context.fault
+        extra = request.model_extra or {}
+        refuse_slips(extra, extra, vars(request), read_in=context.read_in)
+        fields = BEFields.parse(extra)
         if not self._may_use(context):
             if fields.be_ids:
                 raise NotAuthenticated(f"{context.path} with a token needs the server's API key.")
