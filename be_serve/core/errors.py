@@ -12,6 +12,7 @@ BEError                          500
 │   └── UnsupportedRequest       400   the endpoint or option cannot honour a token
 ├── NotAuthenticated             401
 ├── Forbidden                    403
+│   └── TokenRequired            403   no token is named, and this server requires one
 ├── TokenNotFound                404
 ├── TokenConflict                409   another digest under the id, or a second match
 ├── ArtifactTooLarge             413
@@ -77,6 +78,10 @@ class NotAuthenticated(BEError):
 class Forbidden(BEError):
     http_status = 403
     code = "be_forbidden"
+
+
+class TokenRequired(Forbidden):
+    code = "be_token_required"
 
 
 class TokenNotFound(BEError):

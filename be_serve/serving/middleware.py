@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any
 
-from be_serve.core.errors import BEError, NameConflict, UnsupportedRequest
+from be_serve.core.errors import BEError, NameConflict, TokenRequired, UnsupportedRequest
 from be_serve.core.ids import split_alias
 from be_serve.core.names import FIELDS, field_near, find_slip
 from be_serve.serving.metrics import Metrics
@@ -40,6 +40,22 @@ SUPPORTED = frozenset(
 _TOKENIZE = "/tokenize"
 # They count a chat's ids and generate nothing.
 COUNTING = frozenset({"/v1/messages/count_tokens", _TOKENIZE})
+# They answer or render a prompt, and take no token.
+TOKENLESS = frozenset(
+    {
+        "/v1/completions",
+        "/v1/completions/render",
+        "/v1/chat/completions/render",
+        "/v1/messages/render",
+        "/v1/responses/render",
+        "/v1/systemone",
+        "/inference/v1/generate",
+        "/generative_scoring",
+        "/cohere/v2/chat",
+        "/cohere/v2/chat/render",
+        "/invocations",
+    }
+)
 # Their request classes drop fields that they do not know: ours are read from the body, where they may also stand
 # in the one object for custom parameters that these classes do know.
 _STRICT = frozenset({"/v1/messages", "/v1/messages/count_tokens"})
@@ -106,11 +122,14 @@ class BEMiddleware:
         base_models: Callable[[], Sequence[str]],
         metrics: Callable[[], Metrics],
         is_route: Callable[[str], bool],
+        require: bool = False,
     ) -> None:
+        """With `require`, endpoints that take no token are refused whole."""
         self._app = app
         self._base_models = base_models
         self._metrics = metrics
         self._is_route = is_route
+        self._require = require
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] != "POST":
@@ -119,15 +138,20 @@ class BEMiddleware:
         path = _route_path(scope)
         context = RequestContext(path, authorization=_header(scope, b"authorization"))
         may_ignore = path == _TOKENIZE or not (context.supported or path.startswith("/v1/be/"))
-        # Only bodies that a route would read whole anyway are read here.
-        if may_ignore and _is_json(scope) and self._is_route(path):
-            body, receive = await _read_ahead(receive)
-            try:
+        try:
+            # Only bodies that a route would read whole anyway are read here.
+            if may_ignore and _is_json(scope) and self._is_route(path):
+                body, receive = await _read_ahead(receive)
                 self._refuse_ignored(path, body)
-            except BEError as exc:
-                self._metrics().refused(exc)
-                await _respond(send, exc)
-                return
+            if self._require and path in TOKENLESS and self._is_route(path):
+                raise TokenRequired(
+                    f"This server answers only chats that name a token (--be-require), and {path} cannot use one. "
+                    f"Use one of: {', '.join(sorted(SUPPORTED))}."
+                )
+        except BEError as exc:
+            self._metrics().refused(exc)
+            await _respond(send, exc)
+            return
 
         if path in _STRICT:
             body, receive = await _read_ahead(receive)
