@@ -108,7 +108,7 @@ class ChatHook:
         refuse_slips(extra, extra, vars(request), read_in=context.read_in)
         fields = BEFields.parse(extra)
         if not self._may_use(context):
-            if fields.be_ids or self._require:
+            if self._require or self._resolver.named(fields, getattr(request, "model", None))[0]:
                 raise NotAuthenticated(f"{context.path} with a token needs the server's API key.")
             self._count(context, "plain")
             return None
