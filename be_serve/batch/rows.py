@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from be_serve.core.errors import InputError
+from be_serve.core.names import field_near
 
 URLS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
 """Where a row may go: the routes that answer with text."""
@@ -59,6 +60,8 @@ def _row(found: object) -> BatchRow:
         raise ValueError(f"`url` must be one of {', '.join(URLS)}.")
     if not isinstance(body, dict):
         raise ValueError("`body` must be a JSON object.")
+    if slip := next((field for key in found if (field := field_near(key))), None):
+        raise ValueError(f"`{slip}` belongs into `body`; beside it nobody reads it.")
     if body.get("stream") or body.get("background"):
         raise ValueError("a batch waits for whole answers: leave out `stream` and `background`.")
     return BatchRow(custom_id, str(url), json.dumps(body).encode())

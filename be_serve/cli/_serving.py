@@ -81,6 +81,11 @@ def takes_plugin_options(function: F) -> F:
             "--be-match/--no-be-match", default=None, help="Serve tokens for their prompt's own text. [BE_MATCH]"
         ),
         click.option(
+            "--be-require/--no-be-require",
+            default=None,
+            help="Refuse (403) a chat that names no token, and endpoints that take none. [BE_REQUIRE]",
+        ),
+        click.option(
             "--be-inflight-bytes",
             type=int,
             envvar="BE_INFLIGHT_BYTES",

@@ -22,15 +22,15 @@ def command(ctx: click.Context, model: str, plugin: dict[str, Any], be_off: bool
     """
     from be_serve.core.errors import InputError
     from be_serve.models import resolve_model
-    from be_serve.serving.launch import choose_injection, vllm_arguments
+    from be_serve.serving.launch import choose_injection, spelled_out, value_of, vllm_arguments
     from be_serve.serving.settings import Settings
 
     if model.startswith("-"):
         raise InputError("Name the model first: be-serve serve MODEL [options].")
-    arguments, served = list(ctx.args), model
+    arguments, served = spelled_out(ctx.args), model
     if model.startswith("builtin:"):
         served = str(resolve_model(model).path)
-        if not any(a.split("=")[0] in ("--served-model-name", "--served_model_name") for a in arguments):
+        if value_of("--served-model-name", arguments) is None:
             arguments += ["--served-model-name", model]
     # Every API server process reads these; they are how settings reach a plugin.
     os.environ.update(variables(plugin))

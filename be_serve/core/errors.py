@@ -6,11 +6,13 @@ BEError                          500
 ├── RequestError                 400   the request itself is wrong
 │   ├── InvalidBeId              400   not a well-formed be_id
 │   ├── NameConflict             400   alias and be_id disagree
+│   ├── MisnamedField            400   a key is a slip of one of our fields
 │   ├── SystemConflict           400   a system message stands beside a token
 │   ├── SlotError                400   this chat has no place for the token
 │   └── UnsupportedRequest       400   the endpoint or option cannot honour a token
 ├── NotAuthenticated             401
 ├── Forbidden                    403
+│   └── TokenRequired            403   no token is named, and this server requires one
 ├── TokenNotFound                404
 ├── TokenConflict                409   another digest under the id, or a second match
 ├── ArtifactTooLarge             413
@@ -52,6 +54,10 @@ class NameConflict(RequestError):
     code = "be_name_conflict"
 
 
+class MisnamedField(RequestError):
+    code = "be_misnamed"
+
+
 class SystemConflict(RequestError):
     code = "be_system_conflict"
 
@@ -72,6 +78,10 @@ class NotAuthenticated(BEError):
 class Forbidden(BEError):
     http_status = 403
     code = "be_forbidden"
+
+
+class TokenRequired(Forbidden):
+    code = "be_token_required"
 
 
 class TokenNotFound(BEError):

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from be_serve.core.errors import BEError, NotAuthenticated, RequestError, UnsupportedRequest
+from be_serve.core.errors import BEError, NotAuthenticated, RequestError, TokenRequired, UnsupportedRequest
 from be_serve.core.slots import Slot, SlotRenderer, new_marker
 from be_serve.registry import TokenIndex
 from be_serve.serving.composition import Composition
@@ -19,10 +19,17 @@ from be_serve.serving.fallback import Fallback, PlainChat, refuse_revealing
 from be_serve.serving.injection import Held, Injection
 from be_serve.serving.metrics import Metrics
 from be_serve.serving.middleware import COUNTING, RequestContext, current
-from be_serve.serving.requests import BEFields, keep_lists
+from be_serve.serving.requests import BEFields, keep_lists, refuse_slips
 from be_serve.serving.resolve import How, Message, Resolution, Resolver
 
 logger = logging.getLogger("vllm.be_serve.hook")
+
+_REQUIRED = (
+    "This server answers only chats that name a token (--be-require), and this one names none. Send `be_id` with a "
+    "token's id at the top level of the request's JSON, or `<model>:<id>` as `model`. If you sent `be_id`, something "
+    "on the way dropped it. Operators: let your gateway pass fields that it does not know, or name the token in "
+    "`model`."
+)
 
 
 @dataclass
@@ -57,7 +64,9 @@ class ChatHook:
         vocab_size: int,
         max_chars: int,
         metrics: Metrics,
+        require: bool = False,
     ) -> None:
+        """With `require`, a chat that names no token is refused."""
         self._resolver = resolver
         self._index = index
         self._slots = slots
@@ -66,6 +75,7 @@ class ChatHook:
         self._vocab_size = vocab_size
         self._max_chars = max_chars
         self._metrics = metrics
+        self._require = require
         self._fallback = Fallback(resolver, index, slots)
 
     async def begin(self, request: Any, messages: Sequence[Any], tools: Any) -> Rendering | PlainChat | None:
@@ -78,6 +88,8 @@ class ChatHook:
         try:
             self._injection.check(messages, tools)
             if context is None or not context.supported:
+                if self._require and context is not None:  # a chat on an endpoint that we do not know
+                    raise TokenRequired(_REQUIRED)
                 return None
             rendering = await cost.of(self._begin(context, request, messages))
         except BEError as exc:
@@ -90,9 +102,13 @@ class ChatHook:
     async def _begin(
         self, context: RequestContext, request: Any, messages: Sequence[Any]
     ) -> Rendering | PlainChat | None:
-        fields = BEFields.parse(request.model_extra)
+        if context.fault:
+            raise context.fault
+        extra = request.model_extra or {}
+        refuse_slips(extra, extra, vars(request), read_in=context.read_in)
+        fields = BEFields.parse(extra)
         if not self._may_use(context):
-            if fields.be_ids:
+            if self._require or self._resolver.named(fields, getattr(request, "model", None))[0]:
                 raise NotAuthenticated(f"{context.path} with a token needs the server's API key.")
             self._count(context, "plain")
             return None
@@ -105,6 +121,8 @@ class ChatHook:
         full = partial(self._full, context, request, fields, chat, outcome)
         try:
             rendering = await self._with_tokens(context, request, fields, chat)
+        except TokenRequired:  # no token is named: there is nothing to fall back on
+            raise
         except BEError as exc:
             if not fields.fallback:
                 raise
@@ -128,6 +146,8 @@ class ChatHook:
             self._refuse_options(request)
         resolution = self._resolver.resolve(fields, model, chat)
         if resolution is None:
+            if self._require:
+                raise TokenRequired(_REQUIRED, param="be_id")
             self._count(context, "plain")
             return None
         held = None

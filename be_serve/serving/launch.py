@@ -38,6 +38,8 @@ _UNPROVEN_WITH = {
 }
 _ADDITIONAL = "--additional-config"
 _SHORTEST = 6
+# vLLM's own option, and the beginning of another: argparse takes a whole name before it completes one.
+_WHOLE = frozenset({"--model"})
 
 
 def choose_injection(model: str, arguments: Sequence[str]) -> tuple[str, str]:
@@ -47,7 +49,7 @@ def choose_injection(model: str, arguments: Sequence[str]) -> tuple[str, str]:
     """
     given = _options(arguments)
     for option, reason in _UNPROVEN_WITH.items():
-        if any(_means(name, option) for name in given):
+        if option in given:
             return "prompt-embeds", f"{option}: {reason}"
     if "-sc" in given:
         return "prompt-embeds", f"-sc: {_UNPROVEN_WITH['--speculative-config']}"
@@ -63,18 +65,31 @@ def vllm_arguments(injection: str, rows: int, arguments: Sequence[str]) -> list[
     """vLLM's arguments with what an injection needs of the engine. Raises InputError."""
     made = list(arguments)
     if injection == "prompt-embeds":
-        given = any(_means(name, "--enable-prompt-embeds") for name in _options(made))
-        return made if given else [*made, "--enable-prompt-embeds"]
+        return made if "--enable-prompt-embeds" in _options(made) else [*made, "--enable-prompt-embeds"]
     for i, argument in enumerate(made):
         name, equals, value = argument.partition("=")
         if _means(name.replace("_", "-"), _ADDITIONAL):
             text = value if equals else "".join(made[i + 1 : i + 2])
             return [*made[:i], _ADDITIONAL, _with_rows(text, rows), *made[i + (1 if equals else 2) :]]
-    if any(argument.replace("_", "-").startswith(f"{_ADDITIONAL}.") for argument in made):  # given key by key
+    file = _config_file(made)
+    if any(name.replace("_", "-").startswith(f"{_ADDITIONAL}.") for name in (*made, *file)):  # given key by key
         return [*made, f"{_ADDITIONAL}.be_rows", str(rows)]
-    file = {key.replace("_", "-"): value for key, value in _config_file(made).items()}
-    given = file.get("additional-config", {})
+    given: Any = next((value for name, value in file.items() if name.replace("_", "-") == _ADDITIONAL), {})
     return [*made, _ADDITIONAL, _with_rows(given if isinstance(given, str) else json.dumps(given), rows)]
+
+
+def spelled_out(arguments: Sequence[str]) -> list[str]:
+    """vLLM's arguments with `--config=FILE` as two words: vLLM reads no file that is named in one."""
+    pairs = ((a.partition("=")[::2] if a.startswith("--config=") else (a,)) for a in arguments)
+    return [word for pair in pairs for word in pair]
+
+
+def value_of(option: str, arguments: Sequence[str]) -> str | None:
+    """The value of an option as vLLM takes it: the command line's last one, else the --config file's."""
+    given = [a.partition("=")[2] for a in arguments if _name(a.partition("=")[0]) == option and "=" in a]
+    given += [b for a, b in itertools.pairwise(arguments) if _name(a) == option]
+    found = given or [str(value) for name, value in _config_file(arguments).items() if _name(name) == option]
+    return found[-1] if found else None
 
 
 def logits_processor_plugins() -> list[str]:
@@ -83,8 +98,21 @@ def logits_processor_plugins() -> list[str]:
 
 
 def _means(given: str, option: str) -> bool:
-    """Whether an option as given is `option` for argparse, which takes what is short and unambiguous."""
-    return given == option or (len(given) >= _SHORTEST and option.startswith(given))
+    """Whether a word of the command line is `option` for argparse, which takes what is short and unambiguous."""
+    return given == option or (len(given) >= _SHORTEST and given not in _WHOLE and option.startswith(given))
+
+
+def _options(arguments: Sequence[str]) -> set[str]:
+    """Names of the options that vLLM is given: by its command line, where they may be short, or the --config file."""
+    words = {_name(a.partition("=")[0]) for a in arguments if a.startswith("-")}
+    known = (*_UNPROVEN_WITH, _ADDITIONAL)
+    meant = {option for option in known if any(_means(word, option) for word in words)}
+    return words | meant | {_name(key) for key in _config_file(arguments)}
+
+
+def _name(option: str) -> str:
+    """An option's name as vLLM reads it: dashes for underscores, a key behind a dot set apart."""
+    return option.partition(".")[0].replace("_", "-")
 
 
 def _with_rows(text: str, rows: int) -> str:
@@ -97,36 +125,33 @@ def _with_rows(text: str, rows: int) -> str:
     return json.dumps({**config, "be_rows": rows})
 
 
-def _options(arguments: Sequence[str]) -> list[str]:
-    """Names of the options given, as vLLM reads them: underscores, `=value` and `.key` set apart; --config's too."""
-    names = [a.split("=")[0].split(".")[0].replace("_", "-") for a in arguments if a.startswith("-")]
-    return names + [f"--{key.replace('_', '-')}" for key in _config_file(arguments)]
-
-
 def _config_file(arguments: Sequence[str]) -> dict[str, Any]:
-    for i, argument in enumerate(arguments):
-        name, equals, value = argument.partition("=")
-        if name == "--config":
-            import yaml
+    """The options that vLLM takes from its --config file, by their names with dashes before them.
 
-            path = Path(value if equals else "".join(arguments[i + 1 : i + 2]))
-            try:
-                found = yaml.safe_load(path.read_text(encoding="utf-8"))
-            except (OSError, UnicodeDecodeError, yaml.YAMLError) as exc:
-                raise InputError(f"Cannot read --config {path}: {exc}.") from exc
-            return found if isinstance(found, dict) else {}
-    return {}
+    As vLLM does it: false and an empty list give nothing, and only `--config FILE` in two words names a file.
+    Raises InputError.
+    """
+    if "--config" not in arguments:
+        return {}
+    import yaml
+
+    where = list(arguments).index("--config") + 1
+    path = Path("".join(arguments[where : where + 1]))
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as exc:
+        raise InputError(f"Cannot read --config {path}: {exc}.") from exc
+    if not isinstance(found, dict):
+        return {}
+    return {f"--{key}": value for key, value in found.items() if value is not False and value != []}
 
 
 def _architectures(model: str, arguments: Sequence[str]) -> list[str]:
     """The model's architectures by its config.json, none where it names none; no code of the model's is run."""
     from transformers import PretrainedConfig
 
-    given = [a.partition("=")[2] for a in arguments if a.startswith("--revision=")]
-    given += [b for a, b in itertools.pairwise(arguments) if a == "--revision"]
-    revision = given[-1] if given else None
     try:
-        config, _ = PretrainedConfig.get_config_dict(model, revision=revision)
+        config, _ = PretrainedConfig.get_config_dict(model, revision=value_of("--revision", arguments))
     except (OSError, ValueError) as exc:
         raise InputError(
             f"--be-injection auto reads the config.json of {model}, and cannot: {hide(str(exc))} "

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any
 
-from be_serve.core.errors import BEError, UnsupportedRequest
+from be_serve.core.errors import BEError, NameConflict, TokenRequired, UnsupportedRequest
 from be_serve.core.ids import split_alias
+from be_serve.core.names import FIELDS, field_near, find_slip
 from be_serve.serving.metrics import Metrics
-from be_serve.serving.requests import FIELDS
+from be_serve.serving.requests import refuse_slips
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -34,12 +36,34 @@ SUPPORTED = frozenset(
         "/tokenize",
     }
 )
+# Takes a chat, or text that passes the hook by.
+_TOKENIZE = "/tokenize"
 # They count a chat's ids and generate nothing.
-COUNTING = frozenset({"/v1/messages/count_tokens", "/tokenize"})
-# Their request classes drop fields that they do not know: ours are read from the body.
+COUNTING = frozenset({"/v1/messages/count_tokens", _TOKENIZE})
+# They answer or render a prompt, and take no token.
+TOKENLESS = frozenset(
+    {
+        "/v1/completions",
+        "/v1/completions/render",
+        "/v1/chat/completions/render",
+        "/v1/messages/render",
+        "/v1/responses/render",
+        "/v1/systemone",
+        "/inference/v1/generate",
+        "/generative_scoring",
+        "/cohere/v2/chat",
+        "/cohere/v2/chat/render",
+        "/invocations",
+    }
+)
+# Their request classes drop fields that they do not know: ours are read from the body, where they may also stand
+# in the one object for custom parameters that these classes do know.
 _STRICT = frozenset({"/v1/messages", "/v1/messages/count_tokens"})
-# One of these stands in every body with a field of ours: escapes and other encodings may hide the name.
-_MARKS = (b'"be_', b"\\u", b"\0")
+_STRICT_READS = ("vllm_xargs",)
+# Escapes and other encodings may hide a name.
+_HIDING = (b"\\u", b"\\/", b"\0")
+_KEY_END = re.compile(rb'"\s*:')
+_WINDOW = 64
 # Seconds in all that a request which holds something for its token waits for a client to take its answer.
 _PATIENCE = 120.0
 
@@ -53,6 +77,8 @@ class RequestContext:
     """The request's Authorization header."""
     fields: dict[str, Any] = field(default_factory=dict)
     """Our fields as they came, on endpoints whose request classes drop them."""
+    fault: BEError | None = None
+    """What is wrong with the names in such a body: for the hook to raise, whose errors come in the endpoint's shape."""
     outcomes: list[dict[str, str]] = field(default_factory=list)
     """Headers that tell how each chat of the request was answered; of a batch there are many."""
     cleanup: list[Callable[[], None]] = field(default_factory=list)
@@ -63,6 +89,11 @@ class RequestContext:
     @property
     def supported(self) -> bool:
         return self.path in SUPPORTED
+
+    @property
+    def read_in(self) -> tuple[str, ...]:
+        """Objects of the request in which our fields are read, beside its top level."""
+        return _STRICT_READS if self.path in _STRICT else ()
 
     @property
     def headers(self) -> dict[str, str]:
@@ -91,11 +122,14 @@ class BEMiddleware:
         base_models: Callable[[], Sequence[str]],
         metrics: Callable[[], Metrics],
         is_route: Callable[[str], bool],
+        require: bool = False,
     ) -> None:
+        """With `require`, endpoints that take no token are refused whole."""
         self._app = app
         self._base_models = base_models
         self._metrics = metrics
         self._is_route = is_route
+        self._require = require
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] != "POST":
@@ -103,19 +137,28 @@ class BEMiddleware:
             return
         path = _route_path(scope)
         context = RequestContext(path, authorization=_header(scope, b"authorization"))
-        # Only bodies that a route would read whole anyway are read here.
-        if not context.supported and not path.startswith("/v1/be/") and _is_json(scope) and self._is_route(path):
-            body, receive = await _read_ahead(receive)
-            try:
+        may_ignore = path == _TOKENIZE or not (context.supported or path.startswith("/v1/be/"))
+        try:
+            # Only bodies that a route would read whole anyway are read here.
+            if may_ignore and _is_json(scope) and self._is_route(path):
+                body, receive = await _read_ahead(receive)
                 self._refuse_ignored(path, body)
-            except BEError as exc:
-                self._metrics().refused(exc)
-                await _respond(send, exc)
-                return
+            if self._require and path in TOKENLESS and self._is_route(path):
+                raise TokenRequired(
+                    f"This server answers only chats that name a token (--be-require), and {path} cannot use one. "
+                    f"Use one of: {', '.join(sorted(SUPPORTED))}."
+                )
+        except BEError as exc:
+            self._metrics().refused(exc)
+            await _respond(send, exc)
+            return
 
         if path in _STRICT:
             body, receive = await _read_ahead(receive)
-            context.fields = _our_fields(body)
+            try:
+                context.fields = _our_fields(body)
+            except BEError as exc:
+                context.fault = exc
 
         patience = _PATIENCE
 
@@ -144,34 +187,63 @@ class BEMiddleware:
     def _refuse_ignored(self, path: str, body: bytes) -> None:
         """Raise where a body names a token on an endpoint that would silently ignore it."""
         names = list(self._base_models())
-        # The common case costs a few substring searches.
-        if not any(mark in body for mark in (*_MARKS, *(f"{name}:".encode() for name in names))):
+        if not _may_name_a_field(body) and not any(f"{name}:".encode() in body for name in names):
             return
         data = _json_object(body)
-        if data is None:
-            return
+        if data is None or (path == _TOKENIZE and "messages" in data and data.get("prompt") is None):
+            return  # no object, or a chat, which is the hook's
         arguments = data.get("vllm_xargs")
         places = [data, arguments if isinstance(arguments, dict) else {}]
         named = [name for name in FIELDS if any(place.get(name) is not None for place in places)]
         model = data.get("model")
-        if isinstance(model, str) and split_alias(model, names) is not None:
+        # Text without a chat has the same ids under every alias.
+        if path != _TOKENIZE and isinstance(model, str) and split_alias(model, names) is not None:
             named.append("model")
         # be_match false asks for what happens here anyway.
         if named == ["be_match"] and data.get("be_match") is False:
-            return
+            named = []
         if named:
-            raise UnsupportedRequest(
-                f"{path} cannot use a token, and `{named[0]}` names one or is meant for one. "
-                f"Use one of: {', '.join(sorted(SUPPORTED))}.",
-                param=named[0],
-            )
+            why = f"`{named[0]}` names one or is meant for one"
+        elif slip := find_slip(data, data):
+            named, why = [slip.key], f"`{slip.key}` is meant for one (`{slip.field}`)"
+        else:
+            return
+        what = f"{path} of a `prompt`" if path == _TOKENIZE else path
+        raise UnsupportedRequest(
+            f"{what} cannot use a token, and {why}. Use one of: {', '.join(sorted(SUPPORTED))}.", param=named[0]
+        )
 
 
 def _our_fields(body: bytes) -> dict[str, Any]:
-    if not any(mark in body for mark in _MARKS):
+    """Our fields in a body. Raises MisnamedField, NameConflict."""
+    if not _may_name_a_field(body):
         return {}
     data = _json_object(body) or {}
-    return {name: data[name] for name in FIELDS if data.get(name) is not None}
+    refuse_slips(data, data, read_in=_STRICT_READS)
+    found: dict[str, Any] = {}
+    for place in (data, *(inside for name in _STRICT_READS if isinstance(inside := data.get(name), dict))):
+        for name in FIELDS:
+            value = place.get(name)
+            if value is not None and found.setdefault(name, value) != value:
+                raise NameConflict(f"`{name}` is given twice, and differs; send it once.", param=name)
+    return found
+
+
+def _may_name_a_field(body: bytes) -> bool:
+    """Whether JSON may have a key near one of our fields. False is certain, and costs some microseconds.
+
+    The text before each colon is looked at alone: to parse a body of images or ids would take milliseconds.
+    """
+    if any(mark in body for mark in _HIDING):
+        return True
+    keys = set()
+    for end in _KEY_END.finditer(body):
+        before, quote, key = body[max(0, end.start() - _WINDOW) : end.start()].rpartition(b'"')
+        # An escape may hide the name, and a key without a beginning is longer than the window.
+        if not quote or b"\\" in key or before.endswith(b"\\"):
+            return True
+        keys.add(key)
+    return any(field_near(key.decode("utf-8", "replace")) for key in keys)
 
 
 def _json_object(body: bytes) -> dict[str, Any] | None:

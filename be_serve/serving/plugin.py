@@ -46,6 +46,7 @@ class BEEndpointPlugin:
             base_models=partial(vllm_compat.base_models, app.state),
             metrics=metrics,
             is_route=partial(routes.is_post_route, app),
+            require=self._settings.require,
         )
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
@@ -80,19 +81,21 @@ class BEEndpointPlugin:
             vocab_size=model.vocab_size,
             max_chars=vllm_compat.max_prompt_chars(state),
             metrics=metrics(),
+            require=self._settings.require,
         )
         vllm_compat.install_chat_hook(state, hook)
         vllm_compat.install_messages(state)
         vllm_compat.install_aliases(state, service.listed if self._settings.list_aliases else list)
         state.be_serve = service
         logger.info(
-            "be-serve: %d tokens for %s (fingerprint %s), injection %s%s, administration %s.",
+            "be-serve: %d tokens for %s (fingerprint %s), injection %s%s, administration %s%s.",
             len(service.index.records()),
             model.name,
             model.fingerprint,
             injection.name,
             "" if injection.capacity is None else f" with {injection.capacity} rows in this process",
             "on" if self._settings.admin_key else "off",
+            ", chats without a token refused" if self._settings.require else "",
         )
 
     async def _injection(self, engine_client: Any, state: Any) -> Injection:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
-from be_serve.core.errors import RequestError, UnsupportedRequest
+from be_serve.core.errors import MisnamedField, RequestError, UnsupportedRequest
 from be_serve.core.ids import validate_be_id
+from be_serve.core.names import FIELDS, find_slip
 
-FIELDS = ("be_id", "be_system", "be_match", "be_fallback")
 # vLLM's own marker for client-sent embeddings. With the engine able to take embeddings,
 # its text form would become an id outside the vocabulary.
 EMBEDS_MARKER = "<prompt_embeds>"
@@ -65,6 +65,25 @@ def _be_ids(value: object) -> tuple[str, ...]:
     if not 0 < len(value) <= MAX_COMPOSED:
         raise RequestError(f"`be_id` as a list names 1 to {MAX_COMPOSED} tokens, not {len(value)}.", param="be_id")
     return tuple(validate_be_id(be_id) for be_id in value)
+
+
+def refuse_slips(
+    top: Mapping[str, Any],
+    *requests: Mapping[str, Any],
+    read_in: Collection[str] = (),
+    where: str = "at the top level of the request's JSON, beside `model`",
+) -> None:
+    """Refuse a key that is meant for a field of ours, for nobody would read it. Arguments as of `find_slip`.
+
+    Raises MisnamedField: an answer without the token would be one without any system prompt.
+    """
+    slip = find_slip(top, *requests, read_in=read_in)
+    if slip is None:
+        return
+    message = f"`{slip.key}` is not read; send `{slip.field}` {where}."
+    if slip.place == "extra_body":
+        message += " `extra_body` is the SDKs' argument for such fields, and itself no field of a request."
+    raise MisnamedField(message, param=slip.key)
 
 
 def keep_lists(messages: Any) -> None:

@@ -32,6 +32,8 @@ class Settings:
     """Rows for vectors on the workers, for all server processes together (BE_ROWS)."""
     match: bool = True
     """Whether tokens registered with `match` answer for their prompt's text (BE_MATCH)."""
+    require: bool = False
+    """Whether a chat that names no token is refused (BE_REQUIRE)."""
     max_upload: int = MAX_BYTES
     """Largest accepted token file in bytes (BE_MAX_UPLOAD)."""
     cache_bytes: int = 256 * 1024 * 1024
@@ -56,6 +58,7 @@ class Settings:
             injection=injection,
             rows=_positive(env.get("BE_ROWS") or "1024", "BE_ROWS"),
             match=_flag(env.get("BE_MATCH", "1"), "BE_MATCH"),
+            require=_flag(env.get("BE_REQUIRE", "0"), "BE_REQUIRE"),
             max_upload=_positive(env.get("BE_MAX_UPLOAD") or str(MAX_BYTES), "BE_MAX_UPLOAD"),
             inflight_bytes=_positive(env.get("BE_INFLIGHT_BYTES") or str(1024**3), "BE_INFLIGHT_BYTES"),
             list_aliases=_flag(env.get("BE_LIST_ALIASES", "1"), "BE_LIST_ALIASES"),

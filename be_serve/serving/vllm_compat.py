@@ -176,23 +176,41 @@ def install_messages(state: Any) -> None:
 
 
 def install_aliases(state: Any, records: Callable[[], Sequence[Record]]) -> None:
-    """Accept `base:be_id` as a model name and list the aliases with their parent.
+    """Accept `base:be_id` as a model name, list the aliases with their parent, and keep adapters from such names.
 
-    Raises IncompatibleVLLM where an adapter has such a name: vLLM would answer a token's requests through it.
+    vLLM looks among its adapters first, so one with an alias's name would answer the token's requests. Raises
+    IncompatibleVLLM where the server was started with one; one that is loaded later is refused with 400.
     """
-    from vllm.entrypoints.serve.engine.protocol import ModelCard, ModelPermission
+    from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse, ModelCard, ModelPermission
 
     models = state.openai_serving_models
+
+    def is_alias(name: str) -> bool:
+        # Whether the id exists is the hook's to say, with a better error.
+        return split_alias(name, base_models(state)) is not None
+
+    def taken(name: str) -> str:
+        return f"The adapter {name!r} is named as a token's alias is (base model, colon, token); give it another name."
+
     for name in models.lora_requests:
-        if split_alias(name, base_models(state)) is not None:
-            raise IncompatibleVLLM(
-                f"The adapter {name!r} is named as a token's alias is (base model, colon, token); give it another name."
-            )
+        if is_alias(name):
+            raise IncompatibleVLLM(taken(name))
     original_check, original_show = models.is_base_model, models.show_available_models
+    original_load, original_resolve = models.load_lora_adapter, models.resolve_lora
 
     def is_base_model(model_name: str) -> bool:
-        # Whether the id exists is the hook's to say, with a better error.
-        return bool(original_check(model_name)) or split_alias(model_name, base_models(state)) is not None
+        return bool(original_check(model_name)) or is_alias(model_name)
+
+    def refused(name: str) -> ErrorResponse:
+        return ErrorResponse(error=ErrorInfo(message=taken(name), type="InvalidUserInput", param="lora_name", code=400))
+
+    async def load_lora_adapter(request: Any, *args: Any, **kwargs: Any) -> Any:
+        if is_alias(request.lora_name):
+            return refused(request.lora_name)
+        return await original_load(request, *args, **kwargs)
+
+    async def resolve_lora(lora_name: str) -> Any:  # asks vLLM's resolver plugins, which may know any name
+        return refused(lora_name) if is_alias(lora_name) else await original_resolve(lora_name)
 
     made: tuple[Sequence[Record], list[ModelCard]] = ([], [])
 
@@ -211,6 +229,8 @@ def install_aliases(state: Any, records: Callable[[], Sequence[Record]]) -> None
         return listed
 
     models.is_base_model = is_base_model
+    models.load_lora_adapter = load_lora_adapter
+    models.resolve_lora = resolve_lora
     models.show_available_models = show_available_models
 
 

@@ -20,7 +20,7 @@ from be_serve.registry import Record
 from be_serve.serving import vllm_engine
 from be_serve.serving.hook import check_ids, prompt_text
 from be_serve.serving.inject_prompt_embeds import mixed
-from be_serve.serving.requests import BEFields, refuse_raw_embeddings
+from be_serve.serving.requests import BEFields, refuse_raw_embeddings, refuse_slips
 from be_serve.serving.resolve import Resolution, Resolver
 from be_serve.serving.vectors import join, prepare
 from be_serve.serving.vllm_compat import check_version
@@ -80,6 +80,7 @@ class LLM(vllm.LLM):  # type: ignore[misc]
         options `use_tqdm`, `priority`, `tools`, `chat_template_kwargs` and `add_generation_prompt` may be given.
         Raises RequestError, TokenNotFound.
         """
+        refuse_slips(options, options, where="as an argument of `chat`")
         if be_id is None:
             if be_system is not None:
                 raise UnsupportedRequest("`be_system` needs a `be_id`.", param="be_system")

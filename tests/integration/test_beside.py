@@ -32,10 +32,10 @@ def tiny(tmp_path_factory):
     return TinyModel.create(tmp_path_factory.mktemp("tiny") / "model", "LlamaForCausalLM")
 
 
-def served(tiny: TinyModel, folder, *flags: str) -> Server:
+def served(tiny: TinyModel, folder, *flags: str, **env: str) -> Server:
     """A server with the tokens of VOICES to be registered by `register`."""
     command = be_serve_model(str(tiny.folder), *tiny.flags(folder / "registry.db"), *flags)
-    return Server(command, folder / "log", {"BE_ADMIN_KEY": ADMIN_KEY})
+    return Server(command, folder / "log", {"BE_ADMIN_KEY": ADMIN_KEY, **env})
 
 
 def register(server: Server, tiny: TinyModel) -> None:
@@ -97,12 +97,20 @@ def make_adapter(tiny: TinyModel, folder) -> None:
     (folder / "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": "tiny"}))
 
 
+def load_adapter(server: Server, name: str, folder) -> httpx.Response:
+    body = {"lora_name": name, "lora_path": str(folder)}
+    return httpx.post(f"{server.url}/v1/load_lora_adapter", json=body, timeout=120)
+
+
 def test_adapters_and_tokens_take_turns(tiny, tmp_path):
     """One request at a time: on CPU vLLM gives an adapter to all that share its batch (vllm-project/vllm#48421)."""
     make_adapter(tiny, tmp_path / "adapter")
     flags = ("--enable-lora", "--max-lora-rank=8", f"--lora-modules=sailor={tmp_path / 'adapter'}")
-    with served(tiny, tmp_path, *flags, "--max-num-seqs=1") as server:
+    with served(tiny, tmp_path, *flags, "--max-num-seqs=1", VLLM_ALLOW_RUNTIME_LORA_UPDATING="1") as server:
         register(server, tiny)
+        loads = [load_adapter(server, name, tmp_path / "adapter") for name in ("late", "tiny:harbor", "tiny:nobody")]
+        by_alias = ask(server, QUESTIONS[0], model="tiny:harbor")
+        listed = [one["id"] for one in httpx.get(f"{server.url}/v1/models").json()["data"]]
         jobs = [
             {"question": question, **job}
             for question in QUESTIONS
@@ -123,6 +131,11 @@ def test_adapters_and_tokens_take_turns(tiny, tmp_path):
         assert adapter != pytest.approx(plain, abs=1e-2)
     assert refused.status_code == 400
     assert "sailor" in refused.text
+    assert [answer.status_code for answer in loads] == [200, 400, 400]
+    for answer in loads[1:]:
+        assert "is named as a token's alias" in answer.json()["error"]["message"]
+    assert by_alias == pytest.approx(alone[0], abs=1e-3)
+    assert (listed.count("late"), listed.count("tiny:harbor"), listed.count("tiny:nobody")) == (1, 1, 0)
 
 
 def test_reasoning_is_told_apart_and_priorities_are_taken(tmp_path):

@@ -42,8 +42,11 @@ def registry_path(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def twins(registry_path, identity_token, odd_token):
-    """Two API server processes before one float32 engine, on one registry, behind a path of its own."""
-    flags = ("--dtype=float32", "--api-server-count=2", "--root-path=/llm")
+    """Two API server processes before one float32 engine, on one registry, behind a path of its own.
+
+    Every chat must name a token.
+    """
+    flags = ("--dtype=float32", "--api-server-count=2", "--root-path=/llm", "--be-require")
     command = be_serve(*flags, f"--be-registry=sqlite:///{registry_path}")
     with Server(command, registry_path.with_name("twins.log"), {"BE_ADMIN_KEY": ADMIN_KEY}) as running:
         for token in (identity_token, odd_token):
@@ -96,6 +99,45 @@ def test_tokens_work_below_a_root_path(twins, prefix):
     assert listed.json()["id"] == "odd"
     refused = httpx.post(f"{twins.url}{prefix}/v1/completions", json={"model": MODEL, "prompt": "x", "be_id": "odd"})
     assert refused.status_code == 400
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", {"messages": USER}),
+        ("/v1/chat/completions", {"messages": [{"role": "system", "content": PROMPT}, *USER], "stream": True}),
+        ("/v1/chat/completions/batch", {"messages": [USER, USER]}),
+        ("/v1/responses", {"input": "Hi"}),
+        ("/v1/messages", {"messages": USER}),
+        ("/v1/messages/count_tokens", {"messages": USER}),
+        ("/tokenize", {"messages": USER}),
+        ("/v1/completions", {"prompt": "Hi"}),
+        ("/generative_scoring", {"query": "a", "items": ["b"]}),
+        ("/v1/chat/completions/render", {"messages": USER}),
+    ],
+)
+@pytest.mark.parametrize("prefix", ["", "/llm"])
+def test_a_server_may_require_a_token(twins, prefix, path, body):
+    for _ in range(4):  # either process
+        body = {"model": MODEL, "max_tokens": 2, **body}
+        answer = httpx.post(f"{twins.url}{prefix}{path}", json=body, headers={"Connection": "close"}, timeout=60)
+        assert answer.status_code == 403, answer.text
+        assert "--be-require" in answer.json()["error"]["message"]
+    assert "be_token_required" in httpx.get(f"{twins.url}/metrics").text
+
+
+def test_what_is_no_chat_needs_no_token(twins):
+    def answered(path, **body):
+        return httpx.post(f"{twins.url}{path}", json={"model": MODEL, "max_tokens": 2, **body}, timeout=60).status_code
+
+    assert chat(twins, USER, model=f"{MODEL}:odd", max_tokens=2).headers["x-be-id"] == "odd"
+    assert answered("/v1/messages", messages=USER, be_id="odd") == 200
+    assert answered("/tokenize", messages=USER, be_id="odd") == 200
+    assert answered("/tokenize", prompt="Hi") == 200
+    assert answered("/detokenize", tokens=[1, 2]) == 200
+    assert answered("/v1/chat/completions", messages=USER, be_id="nobody") == 404
+    for path in ("/v1/models", "/health", "/metrics", "/version"):
+        assert httpx.get(f"{twins.url}{path}").status_code == 200, path
 
 
 def test_two_processes_cannot_both_register_an_id(twins, make_real_token, odd_token):

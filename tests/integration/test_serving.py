@@ -208,6 +208,59 @@ def test_other_endpoints_refuse(server, path, body):
         assert "cannot use a token" in response.json()["error"]["message"]
 
 
+SLIPS = [
+    ({"be-id": "odd"}, "be-id"),
+    ({"BE_ID": "odd"}, "BE_ID"),
+    ({"be_ids": ["odd"]}, "be_ids"),
+    ({"beid": "odd", "be_system": "append"}, "beid"),
+    ({"be_id": "odd", "be_fallbac": "full"}, "be_fallbac"),
+    ({"extra_body": {"be_id": "odd"}}, "extra_body.be_id"),
+    ({"metadata": {"be_id": "odd"}}, "metadata.be_id"),
+    ({"chat_template_kwargs": {"be_id": "odd"}}, "chat_template_kwargs.be_id"),
+    ({"vllm_xargs": {"Be-Id": "odd"}}, "vllm_xargs.Be-Id"),
+]
+XARGS = ({"vllm_xargs": {"be_id": "odd"}}, "vllm_xargs.be_id")
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", {"messages": USER}),
+        ("/v1/chat/completions/batch", {"messages": [USER, TURNS]}),
+        ("/v1/responses", {"input": "What is the sea like?"}),
+        ("/tokenize", {"messages": USER}),
+        ("/v1/completions", {"prompt": "hi"}),
+        ("/v1/chat/completions/render", {"messages": USER}),
+        ("/inference/v1/generate", {"token_ids": [1, 2], "sampling_params": {}}),
+        ("/generative_scoring", {"query": "a", "items": ["b"]}),
+        ("/tokenize", {"prompt": "hi"}),
+    ],
+)
+def test_a_misplaced_or_misspelt_name_is_refused(server, path, body):
+    """Answered, it would be answered without any system prompt."""
+    for slip, key in (*SLIPS, XARGS):
+        response = post(server, path, **{"model": MODEL, **body, **slip})
+        assert response.status_code == 400, (slip, response.text)
+        error = response.json()["error"]
+        assert error["message"]
+        if path == "/v1/chat/completions":
+            assert error["param"] == key
+            assert f"`{key}` is not read; send `be_" in error["message"]
+            assert "at the top level" in error["message"]
+
+
+def test_keys_of_others_pass(server):
+    body = {"metadata": {"user_id": "7", "id": "x"}, "id": 7, "seed": 3, "beta_id": "x", "extra_body": {"top_k": 1}}
+    asked = {"vllm_xargs": {"session_id": "s"}, "chat_template_kwargs": {"system_id": "x"}, **body}
+    assert text(chat(server, USER, be_id="identity", **asked)) == text(chat(server, USER, be_id="identity", seed=3))
+    for value in (None, {}):
+        assert chat(server, USER, metadata=value, vllm_xargs=value, chat_template_kwargs=value).status_code == 200
+    for value in ("be_id", ["be_id"], 7):
+        assert chat(server, USER, extra_body=value).status_code == 200
+        assert post(server, "/v1/completions", model=MODEL, prompt="hi", max_tokens=1, extra_body=value).is_success
+    assert post(server, "/v1/completions", model=MODEL, prompt="hi", max_tokens=1, **body).status_code == 200
+
+
 def test_tokens_change_without_restart(server, odd_token, make_real_token):
     def register(token, query=""):
         return httpx.post(f"{server.url}/v1/be/tokens{query}", content=token.to_bytes(), headers=KEY)

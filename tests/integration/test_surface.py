@@ -89,6 +89,28 @@ def test_messages_refuse_in_their_own_shape(server, status, body):
     assert answer.json()["error"]["message"]
 
 
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/messages/count_tokens"])
+def test_messages_refuse_slips_of_a_name(server, path):
+    body = {"model": MODEL, "max_tokens": 4, "messages": USER}
+    slips = [{"be-id": "odd"}, *({place: {"be_id": "odd"}} for place in ("metadata", "extra_body"))]
+    slips += [{"chat_template_kwargs": {"be_id": "odd"}}, {"vllm_xargs": {"beId": "odd"}}]
+    slips += [{"be_id": "odd", "vllm_xargs": {"be_id": "identity"}}]
+    for slip in slips:
+        answer = post(server, path, **body, **slip)
+        assert answer.status_code == 400, (slip, answer.text)
+        assert answer.json()["type"] == "error"
+        assert "be_id" in answer.json()["error"]["message"]
+    assert post(server, path, **body, metadata={"user_id": "7"}, vllm_xargs={"session_id": "s"}).status_code == 200
+
+
+def test_messages_take_a_token_among_the_custom_parameters(server):
+    named = messages(server, vllm_xargs={"be_id": "identity", "session_id": "s"})
+    assert named.headers["x-be-id"] == "identity"
+    assert said(named) == said(messages(server, be_id="identity"))
+    both = messages(server, be_id="identity", vllm_xargs={"be_id": "identity"})
+    assert said(both) == said(named)
+
+
 def test_tokens_stand_in_order_in_one_slot(server, halves):
     whole = chat(server, USER, be_id="identity")
     both = chat(server, USER, be_id=halves)

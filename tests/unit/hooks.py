@@ -20,7 +20,17 @@ USER = [{"role": "user", "content": "Hi"}]
 FULL = [{"role": "system", "content": PROMPT}, *USER]
 
 
-def make_hook(tmp_path, *, keys=(), capacity=10_000, placement="system", injection=None, template="chatml", **manifest):
+def make_hook(
+    tmp_path,
+    *,
+    keys=(),
+    capacity=10_000,
+    placement="system",
+    injection=None,
+    template="chatml",
+    require=False,
+    **manifest,
+):
     tmp_path.mkdir(exist_ok=True)
     registry = Registry(f"sqlite:///{tmp_path / 'r.db'}")
     registry.put(make_token("harbor", placement=placement, **manifest).to_bytes(), match=True)
@@ -35,6 +45,7 @@ def make_hook(tmp_path, *, keys=(), capacity=10_000, placement="system", injecti
         vocab_size=10_000,
         max_chars=10_000,
         metrics=metrics(),
+        require=require,
     )
     return hook, index, registry
 

@@ -19,6 +19,7 @@ from tests.unit.batch_fake import row, write
         ('{"custom_id": "a", "url": "/v1/completions", "method": "DELETE", "body": {}}', "POST"),
         ('{"custom_id": "a", "url": "/v1/completions", "body": []}', "`body`"),
         ('{"custom_id": "a", "url": "/v1/completions", "body": {"stream": true}}', "whole answers"),
+        ('{"custom_id": "a", "url": "/v1/completions", "body": {}, "be-id": "x"}', "`be_id` belongs into `body`"),
         ('{"custom_id": "first", "url": "/v1/completions", "body": {}}', "used before"),
     ],
 )

@@ -176,8 +176,9 @@ async def test_a_lora_adapter_gets_no_token(tmp_path, context):
 async def test_tokenize_needs_the_api_key_where_there_is_one(tmp_path, context):
     hook, _, _ = make_hook(tmp_path, keys=["k1", "k2"])
     context.path = "/tokenize"
-    with pytest.raises(NotAuthenticated):
-        await hook.begin(request(be_id="harbor"), USER, None)
+    for named in ({"be_id": "harbor"}, {"model": "tiny:harbor"}):
+        with pytest.raises(NotAuthenticated):
+            await hook.begin(request(**named), USER, None)
     assert await hook.begin(request(), FULL, None) is None
     context.authorization = "Bearer k2"
     rendering = await hook.begin(request(be_id="harbor"), USER, None)

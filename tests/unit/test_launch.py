@@ -7,7 +7,7 @@ import json
 import pytest
 
 from be_serve.core.errors import InputError
-from be_serve.serving.launch import choose_injection, vllm_arguments
+from be_serve.serving.launch import choose_injection, spelled_out, value_of, vllm_arguments
 
 
 def test_a_proven_model_takes_resident_rows(tiny_model_dir):
@@ -23,6 +23,7 @@ def test_a_proven_model_takes_resident_rows(tiny_model_dir):
         (["--speculative-config", "{}"], "draft"),
         (["--speculative_config.method=ngram"], "draft"),
         (["-sc", "{}"], "draft"),
+        (["-sc.method=ngram"], "draft"),
         (["--spec-method", "ngram"], "draft"),
         (["--kv-transfer-config={}"], "owners"),
         (["--kv-offloading-size=4"], "owners"),
@@ -43,7 +44,7 @@ def test_options_in_a_config_file_count(tiny_model_dir, tmp_path):
     file.write_text("port: 8000\nspeculative_config: '{}'\n")
     assert choose_injection(str(tiny_model_dir), ["--config", str(file)])[0] == "prompt-embeds"
     file.write_text("port: 8000\n")
-    assert choose_injection(str(tiny_model_dir), [f"--config={file}"])[0] == "resident-rows"
+    assert choose_injection(str(tiny_model_dir), ["--config", str(file)])[0] == "resident-rows"
     with pytest.raises(InputError, match="--config"):
         choose_injection(str(tiny_model_dir), ["--config", str(tmp_path / "none.yaml")])
 
@@ -53,6 +54,65 @@ def test_additional_config_in_a_file_is_kept(tmp_path):
     file.write_text("additional_config: {a: 1}\n")
     made = vllm_arguments("resident-rows", 64, ["--config", str(file)])
     assert json.loads(made[made.index("--additional-config") + 1]) == {"a": 1, "be_rows": 64}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("model: some/model\n", "resident-rows"),
+        ("model-im: transformers\n", "resident-rows"),  # a key is a whole name
+        ("enable-prompt-embeds: false\n", "resident-rows"),
+        ("logits_processors: []\n", "resident-rows"),
+        ("compilation-config: {speculative-config: {}}\n", "resident-rows"),
+        ("", "resident-rows"),
+        ("model-impl: transformers\n", "prompt-embeds"),
+        ("enable_prompt_embeds: true\n", "prompt-embeds"),
+        ("speculative-config: {method: ngram}\n", "prompt-embeds"),
+        ("speculative-config.method: ngram\n", "prompt-embeds"),
+    ],
+)
+def test_a_config_file_is_read_as_vllm_reads_it(tiny_model_dir, tmp_path, text, expected):
+    file = tmp_path / "vllm.yaml"
+    file.write_text(text)
+    assert choose_injection(str(tiny_model_dir), ["--config", str(file)])[0] == expected
+
+
+def test_a_whole_name_is_no_short_one(tiny_model_dir):
+    for words in (["--model", "other"], ["--model=other"]):
+        assert choose_injection(str(tiny_model_dir), words)[0] == "resident-rows"
+    assert choose_injection(str(tiny_model_dir), ["--model-im", "transformers"])[0] == "prompt-embeds"
+
+
+def test_false_in_a_config_file_leaves_vllms_flag_to_be_given(tmp_path):
+    file = tmp_path / "vllm.yaml"
+    file.write_text("enable-prompt-embeds: false\n")
+    assert vllm_arguments("prompt-embeds", 64, ["--config", str(file)])[-1] == "--enable-prompt-embeds"
+    file.write_text("enable-prompt-embeds: true\n")
+    assert vllm_arguments("prompt-embeds", 64, ["--config", str(file)]) == ["--config", str(file)]
+
+
+def test_additional_config_by_keys_of_a_file_is_kept(tmp_path):
+    file = tmp_path / "vllm.yaml"
+    file.write_text("additional_config.a: 1\n")
+    made = vllm_arguments("resident-rows", 64, ["--config", str(file)])
+    assert made[-2:] == ["--additional-config.be_rows", "64"]
+
+
+def test_values_come_from_the_command_line_before_the_file(tmp_path):
+    file = tmp_path / "vllm.yaml"
+    file.write_text("served_model_name: [inside, second]\nrevision: v1\n")
+    words = ["--config", str(file)]
+    assert value_of("--revision", words) == "v1"
+    assert value_of("--revision", [*words, "--revision=v2"]) == "v2"
+    assert value_of("--revision", ["--revision", "v3", *words]) == "v3"
+    assert value_of("--served-model-name", words) is not None
+    assert value_of("--served-model-name", ["--served_model_name", "x"]) == "x"
+    assert value_of("--revision", []) is None
+
+
+def test_a_config_file_in_one_word_is_read_too(tmp_path):
+    """vLLM looks for `--config` alone and would start without what stands in the file."""
+    assert spelled_out(["--config=a=b.yaml", "--port=1", "-tp"]) == ["--config", "a=b.yaml", "--port=1", "-tp"]
 
 
 def test_an_unproven_architecture_takes_prompt_embeds(tmp_path):

@@ -39,3 +39,9 @@ def test_a_key_that_would_not_be_the_one_meant_is_refused(tmp_path, content, key
     result = invoke(*arguments)
     assert isinstance(result.exception, InputError)
     assert word in str(result.exception)
+
+
+def test_the_flag_wins_over_the_environment():
+    assert "BE_REQUIRE=1\n" in invoke("--be-require").output
+    assert "BE_REQUIRE=0\n" in invoke("--no-be-require", BE_REQUIRE="1").output
+    assert "BE_REQUIRE" not in invoke().output

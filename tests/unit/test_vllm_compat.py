@@ -66,6 +66,8 @@ async def test_the_aliases_are_made_anew_only_when_a_token_changes():
         base_model_paths=[SimpleNamespace(name="tiny")],
         is_base_model=lambda name: False,
         show_available_models=original,
+        load_lora_adapter=original,
+        resolve_lora=original,
     )
     records = [SimpleNamespace(id="harbor", digest="d" * 64)]
     vllm_compat.install_aliases(SimpleNamespace(openai_serving_models=models), lambda: records)
@@ -111,6 +113,38 @@ def test_an_adapter_named_like_an_alias_is_refused():
     models = SimpleNamespace(lora_requests={"tiny:harbor": object()}, base_model_paths=[SimpleNamespace(name="tiny")])
     with pytest.raises(vllm_compat.IncompatibleVLLM, match="tiny:harbor"):
         vllm_compat.install_aliases(SimpleNamespace(openai_serving_models=models), list)
+
+
+@pytest.mark.parametrize("name", ["tiny:harbor", "tiny:nobody", "tiny:", "tiny:Not an id"])
+async def test_an_adapter_loaded_later_cannot_take_an_aliass_name(name):
+    loaded = []
+
+    async def load_lora_adapter(request, base_model_name=None):
+        loaded.append(request.lora_name)
+        return "Success"
+
+    async def resolve_lora(lora_name):
+        loaded.append(lora_name)
+
+    models = SimpleNamespace(
+        lora_requests={},
+        base_model_paths=[SimpleNamespace(name="tiny")],
+        is_base_model=lambda name: False,
+        show_available_models=None,
+        load_lora_adapter=load_lora_adapter,
+        resolve_lora=resolve_lora,
+    )
+    vllm_compat.install_aliases(SimpleNamespace(openai_serving_models=models), list)
+    request = SimpleNamespace(lora_name=name, lora_path="/x", load_inplace=True)
+    for answer in (await models.load_lora_adapter(request), await models.resolve_lora(name)):
+        assert (answer.error.code, answer.error.type, answer.error.param) == (400, "InvalidUserInput", "lora_name")
+        assert f"{name!r} is named as a token's alias" in answer.error.message
+    assert loaded == []
+    for other in ("sailor", "other:harbor", "tiny2:harbor"):
+        request.lora_name = other
+        assert await models.load_lora_adapter(request, base_model_name="tiny") == "Success"
+        await models.resolve_lora(other)
+    assert len(loaded) == 6
 
 
 def test_the_general_plugin_does_nothing_unless_named(monkeypatch):
