@@ -27,8 +27,9 @@ def draw(state: dict[str, Any], path: Path) -> bool:
     if not measured:
         return False
     from matplotlib.figure import Figure  # no pyplot: it needs no display and loads in half the time
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    figure = Figure(figsize=(1.4 + 3.6 * len(measured), 4.6), layout="constrained")
+    figure = Figure(figsize=(max(7.6, 1.4 + 3.6 * len(measured)), 4.6), layout="constrained")
     axes = figure.subplots(1, len(measured), squeeze=False)[0]
     width = 0.8 / len(_BARS)
     for axis, (name, cases) in zip(axes, measured.items(), strict=True):
@@ -53,6 +54,9 @@ def draw(state: dict[str, Any], path: Path) -> bool:
                 axis.hlines(paper[0], x - 0.42, x - 0.2, color="#16425b", linestyle=":", linewidth=1.6, zorder=3)
                 axis.hlines(paper[1], x - 0.02, x + 0.2, color="#d1495b", linestyle=":", linewidth=1.6, zorder=3)
         axis.set_yscale("log")
+        axis.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}"))
+        axis.yaxis.set_minor_formatter(NullFormatter())
         axis.set_xticks(places, [f"{c['prompt_tokens']:,} + {c['question_tokens']}" for c in cases], fontsize=8.5)
         axis.set_title(name, fontsize=10.5, loc="left")
         axis.grid(axis="y", color="#e4e7eb", linewidth=0.8, zorder=0)
@@ -63,7 +67,8 @@ def draw(state: dict[str, Any], path: Path) -> bool:
     hardware = state["hardware"]
     device = ", ".join(hardware["gpus"]) or f"{hardware['cpu']}, no GPU"
     figure.suptitle(
-        f"{device}: tokens of system prompt + question; medians. Dotted: the paper's full prompt and [BE] on an A100",
+        f"{device}, by tokens of system prompt + question; medians"
+        + ("" if state["tiny"] else "\nDotted: the paper's full prompt and [BE], on an A100"),
         fontsize=9.5,
         x=0.01,
         ha="left",

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
+from importlib.util import find_spec
 from typing import Any
 
 from be_serve.core.artifact import write_atomically
 from be_serve.core.errors import BEError, InputError
+from be_serve.core.redaction import redact
 from benchmarks.gpu.chart import draw
 from benchmarks.gpu.report import report
 from benchmarks.gpu.shapes import SHAPES
 from benchmarks.gpu.steps import Interrupted, Plan, Say, Step, chosen, ensure_model
-from benchmarks.machine import hardware, redact, versions
+from benchmarks.machine import gpus, hardware, versions
+from benchmarks.servers import engine_settings
 
 
 @dataclass
@@ -49,9 +53,10 @@ class GpuRun:
             **state,
             "hardware": hardware(),
             "versions": found,
+            "environment": engine_settings(os.environ),
             "shapes": {name: vars(plan.shape(name)) | {"paper": None} for name in SHAPES},
         }
-        state["commands"] = [*state["commands"], redact(sys.argv)]
+        state["commands"] = [*state["commands"], redact(["python", "-m", "benchmarks.gpu", *sys.argv[1:]])]
         return cls(plan, say, state)
 
     def done(self, name: str) -> bool:
@@ -64,6 +69,10 @@ class GpuRun:
             steps = [*chosen(("start",)), *steps]
         minutes = sum(step.about_seconds(self.plan.tiny) for step in steps) / 60
         self.say(f"{len(steps)} steps, about {minutes:.0f} minutes, models to be made not counted: {_names(steps)}")
+        if gpus() and find_spec("flashinfer") is None:
+            # vLLM's sampler takes it for granted, and its engine dies without it.
+            os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
+            self.say("FlashInfer is not installed: vLLM samples without it (VLLM_USE_FLASHINFER_SAMPLER=0).")
         failed = False
         for number, step in enumerate(steps, 1):
             self.say(f"[{number}/{len(steps)}] {step.name}: {step.about}")

@@ -285,20 +285,20 @@ async def quality(plan: Plan, out: Path, say: Say) -> dict[str, Any]:
 
 _LONGER: tuple[Case, ...] = ((8_000, 58),)
 STEPS = (
-    Step("start", "does vLLM start, and in which mode", 90, start, "llama-3.2-1b", serves=False),
-    Step("parity", "vectors answer as their text does, under graphs", 150, parity, "llama-3.2-1b"),
+    Step("start", "does vLLM start, and in which mode", 110, start, "llama-3.2-1b", serves=False),
+    Step("parity", "vectors answer as their text does, under graphs", 240, parity, "llama-3.2-1b"),
     Step(
         "ttft-llama-3.1-8b",
         "time to first token, 8B",
-        180,
+        250,
         ttft("llama-3.1-8b", (*PAPER_CASES, *_LONGER, (16_000, 58))),
         "llama-3.1-8b",
     ),
-    Step("plain", "plain chats beside stock vLLM", 330, plain, "llama-3.2-1b"),
+    Step("plain", "plain chats beside stock vLLM", 720, plain, "llama-3.2-1b"),
     Step("train-llama-3.1-8b", "a training step, 8B", 90, train("llama-3.1-8b"), "llama-3.1-8b", serves=False),
     Step("train-qwen3-4b", "a training step, 4B", 60, train("qwen3-4b"), "qwen3-4b", serves=False),
     *(
-        Step(f"ttft-{name}", f"time to first token, {name}", 130, ttft(name, (*PAPER_CASES, *_LONGER)), name)
+        Step(f"ttft-{name}", f"time to first token, {name}", 220, ttft(name, (*PAPER_CASES, *_LONGER)), name)
         for name in ("qwen3-4b", "llama-3.2-3b", "llama-3.2-1b")
     ),
     Step("soak", "abuse at saturation, every answer compared", 200, soak, "llama-3.2-1b"),
