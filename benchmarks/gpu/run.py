@@ -64,7 +64,7 @@ class GpuRun:
 
     async def run(self, names: Sequence[str] = ()) -> int:
         """Do the steps; the exit status: 0, 1 where one failed, 130 after Ctrl-C."""
-        steps = [step for step in chosen(tuple(names)) if not self.done(step.name)]
+        steps = [step for step in chosen(tuple(names), self.plan.tiny) if not self.done(step.name)]
         if any(step.serves for step in steps) and not self.done("start") and "start" not in {s.name for s in steps}:
             steps = [*chosen(("start",)), *steps]
         minutes = sum(step.about_seconds(self.plan.tiny) for step in steps) / 60

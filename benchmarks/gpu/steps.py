@@ -14,6 +14,7 @@ from typing import Any
 
 from be_serve.child_server import ServerError
 from be_serve.core.errors import BEError, InputError
+from be_serve.models import DEFAULT_MODEL
 from benchmarks.client import ServerClient
 from benchmarks.gpu.parity import ParityOptions, measure_parity
 from benchmarks.gpu.shapes import PAPER_CASES, SHAPES, Case, Shape, tiny
@@ -49,9 +50,9 @@ class Plan:
     """Of the two servers that the step `plain` compares."""
     soak_minutes: float = 2.0
     server_args: tuple[str, ...] = ()
-    real: str | None = None
+    real: str = DEFAULT_MODEL
     """A model with real weights, for the step `quality`."""
-    prompt: Path | None = None
+    prompt: Path = Path("examples/personas/raylan-givens.txt")
     """The system prompt of `quality`."""
     quality_args: tuple[str, ...] = ()
     """Further options of its `be-serve train`."""
@@ -79,6 +80,8 @@ class Step:
     """Shape whose model it needs."""
     serves: bool = True
     """Whether it starts servers, in the mode that `start` found."""
+    repeats: bool = False
+    """Whether its tiny form is another step's: the same architecture again."""
 
     def about_seconds(self, tiny: bool) -> float:
         """How long to expect, in its tiny form on two cores."""
@@ -127,9 +130,11 @@ MODES: tuple[tuple[str, tuple[str, ...]], ...] = (
 
 async def start(plan: Plan, out: Path, say: Say) -> dict[str, Any]:
     """The first of `MODES` in which stock vLLM starts and answers."""
+    if not gpus():
+        return {"mode": "--enforce-eager, on a CPU", "server_args": [], "seconds": 0.0, "failed": {}}
     name = "llama-3.2-1b"
     tried: dict[str, str] = {}
-    for mode, arguments in MODES if gpus() else (("eager, on a CPU", ()),):
+    for mode, arguments in MODES:
         say(f"starting stock vLLM: {mode} ...")
         options = ServerOptions(str(plan.folder(name)), (*plan.server_args, *arguments))
         try:
@@ -233,14 +238,12 @@ def train(name: str) -> Callable[[Plan, Path, Say], Awaitable[dict[str, Any]]]:
     """The step that times a training step of a shape, and its peak memory."""
 
     async def step(plan: Plan, out: Path, say: Say) -> dict[str, Any]:
-        from benchmarks.prompts import fit_text, handbook, question_text
+        from benchmarks.prompts import fit_text, handbook
 
         count = _local_count(plan.tokenizer)
-        prompt, queries = out / "prompt.txt", out / "queries.jsonl"
+        prompt, queries = out / "prompt.txt", _questions(out, 8 if plan.tiny else 32)
         tokens = 64 if plan.tiny else PAPER_CASES[0][0]
         prompt.write_text(await fit_text(handbook(0), tokens, count), encoding="utf-8")
-        asked = [" ".join(question_text(0, f"train {n}").split()[:20]) for n in range(8 if plan.tiny else 32)]
-        queries.write_text("".join(json.dumps({"query": text}) + "\n" for text in asked), encoding="utf-8")
         size = ["--steps", "2", "--examples", "8", "--response-tokens", "8"] if plan.tiny else ["--examples", "32"]
         say(f"timing training steps of {name} ...")
         printed = await call(
@@ -267,20 +270,34 @@ def _local_count(tokenizer: Path) -> Callable[[str], Awaitable[int]]:
 
 
 async def quality(plan: Plan, out: Path, say: Say) -> dict[str, Any]:
-    """Train and evaluate a token on real weights; the figures are those of the run's own report."""
-    if plan.real is None or plan.prompt is None:
-        raise InputError("quality needs real weights and a prompt: --real MODEL --prompt FILE.")
-    token = out / "token.safetensors"
-    say(f"training a token of {plan.real} ...")
-    few = ["--steps", "2", "--response-tokens", "8"] if plan.tiny else []
+    """Train and evaluate a token on real weights; the figures are those of the run's own report.
+
+    Its tiny form trains on random weights, with a file of questions: what it shows is that it runs.
+    """
+    real, more = plan.real, plan.quality_args
+    if plan.tiny:
+        real = str(await ensure_model(plan, "llama-3.2-1b", say))
+        few = ("--steps", "2", "--response-tokens", "8", "--held-out", "2", "--init", "mean", "--scores-only")
+        more = ("--queries", str(_questions(out, 10)), *few, *more)
+    say(f"training a token of {real} ...")
     printed = await call(
         [
-            *("be_serve.cli.main", "train", str(plan.prompt), "--model", plan.real, "-o", str(token)),
-            *("--run-dir", str(out / "run"), "--json", *few, *plan.quality_args),
+            *("be_serve.cli.main", "train", str(plan.prompt), "--model", real),
+            *("-o", str(out / "token.safetensors"), "--run-dir", str(out / "run"), "--json", *more),
         ],
         log=out / "train.log",
     )
     return dict(json.loads(printed.strip().splitlines()[-1]))
+
+
+def _questions(out: Path, count: int) -> Path:
+    """A file of questions for the trainer."""
+    from benchmarks.prompts import question_text
+
+    path = out / "queries.jsonl"
+    asked = [" ".join(question_text(0, f"train {n}").split()[:20]) for n in range(count)]
+    path.write_text("".join(json.dumps({"query": text}) + "\n" for text in asked), encoding="utf-8")
+    return path
 
 
 _LONGER: tuple[Case, ...] = ((8_000, 58),)
@@ -298,7 +315,14 @@ STEPS = (
     Step("train-llama-3.1-8b", "a training step, 8B", 90, train("llama-3.1-8b"), "llama-3.1-8b", serves=False),
     Step("train-qwen3-4b", "a training step, 4B", 60, train("qwen3-4b"), "qwen3-4b", serves=False),
     *(
-        Step(f"ttft-{name}", f"time to first token, {name}", 220, ttft(name, (*PAPER_CASES, *_LONGER)), name)
+        Step(
+            f"ttft-{name}",
+            f"time to first token, {name}",
+            220,
+            ttft(name, (*PAPER_CASES, *_LONGER)),
+            name,
+            repeats=name.startswith("llama"),
+        )
         for name in ("qwen3-4b", "llama-3.2-3b", "llama-3.2-1b")
     ),
     Step("soak", "abuse at saturation, every answer compared", 200, soak, "llama-3.2-1b"),
@@ -306,12 +330,15 @@ STEPS = (
 )
 
 
-def chosen(names: tuple[str, ...]) -> tuple[Step, ...]:
-    """The steps named, in the order given; all without a name. Raises InputError for a name that is none."""
+def chosen(names: tuple[str, ...], tiny: bool = False) -> tuple[Step, ...]:
+    """The steps named, in the order given; all without a name. Raises InputError for a name that is none.
+
+    All tiny ones are those whose tiny form is no other's.
+    """
     known = {step.name: step for step in STEPS}
     if unknown := [name for name in names if name not in known]:
         raise InputError(f"There is no step {unknown[0]!r}; there are {', '.join(known)}.")
-    return tuple(known[name] for name in names) if names else STEPS
+    return tuple(known[name] for name in names) if names else tuple(s for s in STEPS if not (tiny and s.repeats))
 
 
 def small(plan: Plan) -> Plan:
