@@ -23,9 +23,9 @@ from be_serve.cli._training import ModelChoice, takes_model
 from be_serve.core.errors import InputError
 from be_serve.core.prompts import read_prompt_file
 from be_serve.models import be_home
-from trainer.capacity import Capacity, load_capacity, will_it_fit
 from trainer.config import TrainConfig
-from trainer.model import FrozenModel
+from trainer.model.frozen import FrozenModel
+from trainer.studies.capacity import Capacity, load_capacity, will_it_fit
 
 
 @dataclass(frozen=True)

@@ -29,18 +29,18 @@ import torch
 from torch import Tensor
 
 from be_serve.cli._training import ModelChoice, takes_model
+from be_serve.core.digests import digest_of
 from be_serve.core.prompts import read_prompt_file
-from trainer.evaluate import evaluate
-from trainer.loop import Optimisation, Training, fit
-from trainer.model import FrozenModel
-from trainer.provenance import digest_of
-from trainer.queries import Query, drop_near_duplicates, read_queries, split_held_out
-from trainer.robustness import measure_turns
-from trainer.soft_token import SoftToken
-from trainer.stages import Distil, Memorise, Stage, Tune
-from trainer.starts import random_start
-from trainer.teacher import Teacher
-from trainer.verdict import judge
+from trainer.data.queries import Query, drop_near_duplicates, read_queries, split_held_out
+from trainer.data.teacher import Teacher
+from trainer.evaluation.evaluate import evaluate
+from trainer.evaluation.robustness import measure_turns
+from trainer.evaluation.verdict import judge
+from trainer.model.frozen import FrozenModel
+from trainer.model.soft_token import SoftToken
+from trainer.optim.loop import Optimisation, Training, fit
+from trainer.optim.objectives import Distil, Memorise, Stage, Tune
+from trainer.optim.starts import random_start
 
 K = 4
 REFUSAL = "I'm sorry, but as an AI language model I cannot take on a role or share personal opinions."

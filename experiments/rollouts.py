@@ -17,8 +17,8 @@ import torch
 
 from be_serve.cli._training import ModelChoice, takes_model
 from be_serve.core.artifact import Token
-from trainer.arms import RESPONSE_TOKENS, Arm
-from trainer.queries import read_queries, write_queries
+from trainer.data.queries import read_queries, write_queries
+from trainer.evaluation.arms import RESPONSE_TOKENS, Arm
 
 
 @click.command()

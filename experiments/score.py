@@ -19,9 +19,9 @@ from torch import Tensor
 from be_serve.cli._training import ModelChoice, takes_model
 from be_serve.core.artifact import Token
 from be_serve.core.prompts import read_prompt_file
-from trainer.arms import RESPONSE_TOKENS, Arm, chats, rho_interval, score_arms
-from trainer.queries import read_queries
-from trainer.teacher import Teacher
+from trainer.data.queries import read_queries
+from trainer.data.teacher import Teacher
+from trainer.evaluation.arms import RESPONSE_TOKENS, Arm, chats, rho_interval, score_arms
 
 
 def difference(own_N: Tensor, base_N: Tensor, none_N: Tensor, lengths_Q: Tensor, draws: int = 2000) -> list[float]:

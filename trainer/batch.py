@@ -12,10 +12,10 @@ from be_serve.core.artifact import write_atomically
 from be_serve.core.errors import BEError, InputError
 from be_serve.core.ids import validate_be_id
 from trainer.config import TrainConfig, absolute_ae, absolute_init, make_config
-from trainer.loop import fit
-from trainer.model import FrozenModel
+from trainer.data.teacher import Decoder
+from trainer.model.frozen import FrozenModel
+from trainer.optim.loop import fit
 from trainer.run import Run, RunResult, Say
-from trainer.teacher import Decoder
 
 _PATHS = ("prompt_file", "queries")
 _CACHE = "teacher"

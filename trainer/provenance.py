@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import platform
 from typing import Any
 
@@ -12,11 +10,12 @@ import transformers
 
 import be_serve
 from be_serve.core.artifact import file_digest, read_limited
+from be_serve.core.digests import digest_of, file_sha256
 from trainer.config import TrainConfig, ae_file
-from trainer.evaluate import Evaluation
-from trainer.model import FrozenModel
-from trainer.queries import Query
-from trainer.verdict import Verdict
+from trainer.data.queries import Query
+from trainer.evaluation.evaluate import Evaluation
+from trainer.evaluation.verdict import Verdict
+from trainer.model.frozen import FrozenModel
 
 
 def run_digest(config: TrainConfig, model: FrozenModel, prompt: str, training: list[Query]) -> str:
@@ -28,7 +27,7 @@ def run_digest(config: TrainConfig, model: FrozenModel, prompt: str, training: l
     if config.init_files():
         shaping["init"] = [file_digest(read_limited(file)) for file in config.init_files()]
     file = ae_file(config.ae) if config.ae else None
-    ae = hashlib.sha256(file.read_bytes()).hexdigest() if file and file.exists() else None
+    ae = file_sha256(file) if file and file.exists() else None
     key = {
         **shaping,
         "ae": ae,
@@ -38,11 +37,6 @@ def run_digest(config: TrainConfig, model: FrozenModel, prompt: str, training: l
         "queries": [query.to_json() for query in training],
     }
     return digest_of(key)
-
-
-def digest_of(value: Any) -> str:
-    """Sixteen hex digits of anything that JSON can hold."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def quality(evaluation: Evaluation, verdict: Verdict) -> dict[str, Any]:

@@ -17,27 +17,27 @@ from torch import Tensor
 from tqdm import tqdm
 
 from be_serve.core.artifact import BaseModelRef, Manifest, PromptRef, Token, write_atomically
+from be_serve.core.digests import digest_of
 from be_serve.core.errors import BEError, InputError
 from be_serve.core.prompts import prompt_sha256, read_prompt_file
-from trainer.checkpoint import Checkpoint
-from trainer.clauses import clause_answers
 from trainer.config import TrainConfig
-from trainer.evaluate import Evaluation, evaluate
-from trainer.generate import Progress
-from trainer.loop import Optimisation, Training, fit
-from trainer.model import FrozenModel
-from trainer.provenance import digest_of, quality, run_digest, versions
-from trainer.queries import Query, drop_near_duplicates, read_queries, split_held_out, write_queries
-from trainer.report import Log, draw_curves
-from trainer.report_html import write_report
-from trainer.served import served_answers
-from trainer.soft_token import SoftToken, soft_token
-from trainer.stages import Distil, Joint, Reconstruct, Stage
-from trainer.start_finder import find_start
-from trainer.starts import Start
-from trainer.synthesis import synthesise
-from trainer.teacher import Decoder, Example, Teacher
-from trainer.verdict import judge
+from trainer.data.chat_server import served_answers
+from trainer.data.queries import Query, drop_near_duplicates, read_queries, split_held_out, write_queries
+from trainer.data.synthesis import synthesise
+from trainer.data.teacher import Decoder, Example, Teacher
+from trainer.evaluation.clauses import clause_answers
+from trainer.evaluation.evaluate import Evaluation, evaluate
+from trainer.evaluation.report_html import write_report
+from trainer.evaluation.verdict import judge
+from trainer.model.frozen import FrozenModel
+from trainer.model.generate import Progress
+from trainer.model.soft_token import SoftToken, soft_token
+from trainer.optim.checkpoint import Checkpoint
+from trainer.optim.log import Log, draw_curves
+from trainer.optim.loop import Optimisation, Training, fit
+from trainer.optim.objectives import Distil, Joint, Reconstruct, Stage
+from trainer.optim.starts import Start, find_start
+from trainer.provenance import quality, run_digest, versions
 
 Say = Callable[[str], None]
 
@@ -308,7 +308,7 @@ class Run:
         return [*stages, (stage, config.steps)]
 
     def _ae(self, path: str) -> Tensor:
-        from trainer.autoencoder import load_ae
+        from trainer.optim.autoencoder import load_ae
 
         return load_ae(path, self.model)
 

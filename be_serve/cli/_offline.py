@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from be_serve.core.errors import InputError
 
 if TYPE_CHECKING:
-    from trainer.model import FrozenModel
+    from trainer.model.frozen import FrozenModel
 
 _ROUNDING = 1024
 _PATIENCE = 20

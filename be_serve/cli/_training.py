@@ -16,8 +16,8 @@ import click
 if TYPE_CHECKING:
     from be_serve.core.artifact import Token
     from trainer.config import TrainConfig
-    from trainer.evaluate import Evaluation
-    from trainer.model import FrozenModel
+    from trainer.evaluation.evaluate import Evaluation
+    from trainer.model.frozen import FrozenModel
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line.")
 seed_option = click.option("--seed", type=int, default=0, show_default=True)
@@ -34,7 +34,7 @@ class ModelChoice:
     def load(self) -> FrozenModel:
         """The frozen model; the built-in one where none was named. Raises InputError."""
         from be_serve.models import DEFAULT_MODEL, resolve_model
-        from trainer.model import FrozenModel
+        from trainer.model.frozen import FrozenModel
 
         found = resolve_model(self.name or DEFAULT_MODEL)
         return FrozenModel.load(
@@ -81,7 +81,7 @@ def trained_stop(token: Token) -> list[str]:
 
 def print_evaluation(evaluation: Evaluation) -> None:
     """Print the arms as a table, the verdict and samples side by side."""
-    from trainer.verdict import judge
+    from trainer.evaluation.verdict import judge
 
     click.echo(f"\n{evaluation.n_queries} held-out queries, {evaluation.n_tokens} tokens of the full prompt's answers")
     click.echo(f"{'arm':<18}{'KL(full||arm)':>14}{'top-1':>8}{'first KL':>10}{'NLL':>8}")

@@ -48,11 +48,11 @@ def command(
 
     from be_serve.core.prompts import read_prompt_file
     from be_serve.models import resolve_model
-    from trainer.model import FrozenModel
+    from trainer.data.queries import read_queries
+    from trainer.data.teacher import Teacher
+    from trainer.model.frozen import FrozenModel
     from trainer.provenance import versions
-    from trainer.queries import read_queries
-    from trainer.speed import ARMS, measure, peak_bytes, reset_peak
-    from trainer.teacher import Teacher
+    from trainer.studies.speed import ARMS, measure, peak_bytes, reset_peak
 
     found = resolve_model(model)
     frozen = FrozenModel.load(found.path, name=found.name, device=device, dtype=dtype)

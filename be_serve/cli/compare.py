@@ -52,10 +52,10 @@ def command(
     """
     from be_serve.cli._training import stop_texts
     from be_serve.core.prompts import read_prompt_file
-    from trainer.autoencoder import load_ae
-    from trainer.compare import Method, Setting, compare
-    from trainer.queries import drop_near_duplicates, read_queries, split_held_out
-    from trainer.teacher import Teacher
+    from trainer.data.queries import drop_near_duplicates, read_queries, split_held_out
+    from trainer.data.teacher import Teacher
+    from trainer.optim.autoencoder import load_ae
+    from trainer.studies.compare import Method, Setting, compare
 
     chosen = [Method.parse(text) for text in methods.split(",")]
     if summary:

@@ -29,7 +29,7 @@ import click
     is_flag=True,
     help="Leave out each of the first 16 sentences in turn, on 16 queries: what is kept of it?",
 )
-@click.option("--checks", help="JSON list of checks (`trainer/checkers.py`) on the answers' form and words.")
+@click.option("--checks", help="JSON list of checks (`trainer/evaluation/checkers.py`) on the answers' form and words.")
 @click.option(
     "--check-tokens", type=click.IntRange(1), default=256, show_default=True, help="Answers' length for them."
 )
@@ -81,7 +81,7 @@ def command(
     from be_serve.core.errors import InputError
     from be_serve.core.prompts import prompt_sha256, read_prompt_file
     from be_serve.models import resolve_model
-    from trainer.checkers import read_checks
+    from trainer.evaluation.checkers import read_checks
 
     if judge_url and not (judge_model and samples):
         raise InputError("--judge-url needs --judge-model, and answers to compare (--samples).")
@@ -105,16 +105,16 @@ def command(
     import torch
     from tqdm import tqdm
 
-    from trainer.clauses import clause_answers
-    from trainer.endpoint import Endpoint
-    from trainer.evaluate import evaluate
-    from trainer.judge import JUDGE_KEY, RIVALS, judge_pairs
-    from trainer.model import FrozenModel
-    from trainer.queries import read_queries
-    from trainer.report_html import write_report
-    from trainer.robustness import measure_off_topic, measure_turns
-    from trainer.teacher import Teacher
-    from trainer.verdict import judge
+    from trainer.data.chat_server import Endpoint
+    from trainer.data.queries import read_queries
+    from trainer.data.teacher import Teacher
+    from trainer.evaluation.clauses import clause_answers
+    from trainer.evaluation.evaluate import evaluate
+    from trainer.evaluation.pairwise import JUDGE_KEY, RIVALS, judge_pairs
+    from trainer.evaluation.report_html import write_report
+    from trainer.evaluation.robustness import measure_off_topic, measure_turns
+    from trainer.evaluation.verdict import judge
+    from trainer.model.frozen import FrozenModel
 
     server = (
         Endpoint(judge_url, judge_model, role="judge", key_variable=JUDGE_KEY) if judge_url and judge_model else None

@@ -28,7 +28,7 @@ def command(prompt_file: str, model: ModelChoice, as_json: bool) -> None:
     from be_serve.core.errors import InputError
     from be_serve.core.prompts import read_prompt_file
     from be_serve.models import be_home
-    from trainer.capacity import FITS, LOSES, load_capacity, will_it_fit
+    from trainer.studies.capacity import FITS, LOSES, load_capacity, will_it_fit
 
     frozen = model.load()
     capacity = load_capacity(be_home() / "capacity", frozen)

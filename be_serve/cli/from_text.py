@@ -27,8 +27,8 @@ def command(prompt_file: str, model: str | None, output: str, be_id: str | None,
     prompt = read_prompt_file(prompt_file)
     found = resolve_model(model or DEFAULT_MODEL)
 
-    from trainer.identity import identity_token
-    from trainer.model import FrozenModel
+    from trainer.from_text import identity_token
+    from trainer.model.frozen import FrozenModel
 
     frozen = FrozenModel.load(found.path, name=found.name, revision=found.revision, device="cpu")
     token = identity_token(frozen, prompt, be_id, with_prompt=with_prompt)

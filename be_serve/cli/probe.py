@@ -15,7 +15,7 @@ import click
 from be_serve.cli._training import ModelChoice, json_option, seed_option, takes_model
 
 if TYPE_CHECKING:
-    from trainer.model import FrozenModel
+    from trainer.model.frozen import FrozenModel
 
 
 @click.command("probe")
@@ -62,8 +62,8 @@ def command(
     """
     from be_serve.core.errors import InputError
     from be_serve.models import be_home
-    from trainer.autoencoder import TextBatches
-    from trainer.capacity import probe, save_capacity
+    from trainer.optim.autoencoder import TextBatches
+    from trainer.studies.capacity import probe, save_capacity
 
     if (shared or curve or restarts or one_step) and not (one_step and tokens == 1 and not (shared and curve)):
         raise InputError(
@@ -112,7 +112,7 @@ def _told(
     seed: int,
 ) -> dict[str, Any]:
     """Run and print the one-step probe."""
-    from trainer.one_step import probe_one_step
+    from trainer.studies.one_step import probe_one_step
 
     found = probe_one_step(model, texts, folder, shared=shared, restarts=restarts, steps=steps, lr=lr, seed=seed)
     click.echo(f"{'text':<6}{'tokens':>8}{'accuracy':>10}{'mean':>8}{'C_tokens':>10}{'H_LM, bits':>12}")
@@ -131,7 +131,7 @@ def _connected(
     model: FrozenModel, texts: list[list[int]], folder: Path, restarts: int, steps: int, lr: float, seed: int
 ) -> dict[str, Any]:
     """Run and print the way between two solutions of the first text."""
-    from trainer.one_step import connect
+    from trainer.studies.one_step import connect
 
     found = connect(model, texts[0], folder, restarts=restarts, steps=steps, lr=lr, seed=seed)
     click.echo(f"{'t':<6}{'line':>8}{'Bezier':>8}   accuracy between two solutions of one text")

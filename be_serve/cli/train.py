@@ -14,7 +14,7 @@ from be_serve.models import DEFAULT_MODEL
 
 if TYPE_CHECKING:
     from be_serve.cli._offline import OfflineDecoder
-    from trainer.model import FrozenModel
+    from trainer.model.frozen import FrozenModel
 
 
 @click.command("train")
@@ -150,7 +150,7 @@ def _load_model(values: dict[str, Any]) -> tuple[FrozenModel, OfflineDecoder | N
     """The frozen model, and the engine beside it where one was asked for."""
     from be_serve.cli._offline import OfflineDecoder
     from be_serve.models import resolve_model
-    from trainer.model import FrozenModel
+    from trainer.model.frozen import FrozenModel
 
     found = resolve_model(values["model"])
     model = FrozenModel.load(

@@ -51,7 +51,7 @@ def command(
     MORE. The same command continues an interrupted run.
     """
 
-    from trainer.autoencoder import AEConfig, save_ae, train_ae
+    from trainer.optim.autoencoder import AEConfig, save_ae, train_ae
 
     frozen = model.load()
     config = AEConfig(steps=steps, length=length, batch_size=batch_size, lr=lr, seed=seed, packing=packing)

@@ -10,8 +10,8 @@ import pytest
 from be_serve.core.errors import InputError
 from tests.integration.conftest import KEY, PROMPT, chat, post, text
 from tests.integration.servers import MODEL
-from trainer.endpoint import answered
-from trainer.queries import Query
+from trainer.data.chat_server import answered
+from trainer.data.queries import Query
 
 pytestmark = [pytest.mark.server, pytest.mark.model]
 

@@ -9,17 +9,17 @@ from be_serve.cli._offline import OfflineDecoder
 from be_serve.core.errors import InputError
 from be_serve.models import DEFAULT_MODEL
 from tests.integration.servers import CPU_ENV
-from trainer.autoencoder import load_ae
-from trainer.identity import identity_token
-from trainer.loop import Optimisation, Training, fit
-from trainer.model import FrozenModel
-from trainer.queries import Query
-from trainer.report import Log
-from trainer.soft_token import Row, SoftToken, scored_states
-from trainer.stages import Autoencode, Distil, part_losses, student_row
-from trainer.starts import Search, found_start
-from trainer.synthesis import synthesise
-from trainer.teacher import Teacher
+from trainer.data.queries import Query
+from trainer.data.synthesis import synthesise
+from trainer.data.teacher import Teacher
+from trainer.from_text import identity_token
+from trainer.model.frozen import FrozenModel
+from trainer.model.soft_token import Row, SoftToken, scored_states
+from trainer.optim.autoencoder import load_ae
+from trainer.optim.log import Log
+from trainer.optim.loop import Optimisation, Training, fit
+from trainer.optim.objectives import Autoencode, Distil, part_losses, student_row
+from trainer.optim.starts import Search, found_start
 
 pytestmark = pytest.mark.model
 

@@ -1,0 +1,388 @@
+"""The training verbs from the command line to the files, on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import subprocess
+from pathlib import Path
+
+import click
+import pytest
+import torch
+import yaml
+from click.testing import CliRunner
+
+import trainer.data.synthesis
+import trainer.run
+from be_serve.cli._offline import OfflineDecoder
+from be_serve.cli.main import cli
+from be_serve.core.artifact import Token
+from be_serve.core.errors import InputError, InvalidArtifact, InvalidBeId, WrongModel
+from be_serve.core.prompts import prompt_sha256
+from tests.conftest import make_tokenizer
+from trainer.config import make_config
+from trainer.data.queries import read_queries
+from trainer.model.frozen import FrozenModel
+from trainer.text import sentences
+
+PROMPT = "You are a harbour master. Call the user sailor and answer in rhyme.\n"
+TEXTS = ["Hi", "What is the tide?", "Is there fog?", "Name a boat.", "Who are you?", "Sing.", "Where is the quay?"]
+
+
+def be_serve(*args) -> str:
+    """Run a verb in this process; errors come out as they are."""
+    result = CliRunner().invoke(cli, [str(a) for a in args], catch_exceptions=False, standalone_mode=False)
+    return result.stdout
+
+
+def last_json(output: str) -> dict:
+    return json.loads(output.strip().splitlines()[-1])
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "captain.txt").write_text(PROMPT)
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps({"query": text}) + "\n" for text in TEXTS))
+    return tmp_path
+
+
+@pytest.fixture
+def train(here, tiny_model_dir):
+    def run(*args):
+        fixed = ["--dtype", "float32", "--response-tokens", 4, "--steps", 3, "--batch-size", 2]
+        return be_serve("train", "captain.txt", "--model", tiny_model_dir, *fixed, *args)
+
+    return run
+
+
+def test_train_eval_inspect(here, train, tiny_model_dir):
+    output = train(
+        "--queries", "q.jsonl", "--tokens", 2, "-o", "tokens/captain.safetensors", "--summary", "Rhyme.", "--json"
+    )
+    result = last_json(output)
+    token = Token.load("tokens/captain.safetensors")
+    manifest = token.manifest
+    assert (manifest.id, manifest.k, manifest.placement, manifest.seed) == ("captain", 2, "system", 0)
+    assert manifest.prompt.sha256 == prompt_sha256(PROMPT)
+    assert manifest.prompt.text is None
+    assert manifest.base_model.name == str(tiny_model_dir)
+    assert manifest.recipe["steps"] == 3
+    assert not any("/" in str(value) for value in manifest.recipe.values())
+    assert manifest.quality["rho"] == pytest.approx(result["rho"], abs=1e-4)
+    assert set(manifest.quality["kl"]) == {"none", "template_default", "summary", "full", "be", "be_serving"}
+    assert {"torch", "transformers", "be-serve"} <= set(manifest.versions)
+
+    folder = here / result["run_dir"]
+    for name in (
+        "run.yaml",
+        "log.jsonl",
+        "curves.png",
+        "checkpoint.safetensors",
+        "heldout.jsonl",
+        "evaluation.json",
+        "report.html",
+    ):
+        assert (folder / name).exists(), name
+    held_out = read_queries(folder / "heldout.jsonl")
+    assert len(held_out) == 1
+
+    (here / "checks.json").write_text('[{"check": "NoComma"}]')
+    evaluated = last_json(
+        be_serve(
+            *["eval", "tokens/captain.safetensors", "--prompt", "captain.txt", "--queries", folder / "heldout.jsonl"],
+            *["--dtype", "float32", "--summary", "Rhyme.", "--clauses", "--report", "report.html", "--json"],
+            *["--checks", "checks.json", "--check-tokens", 8],
+        )
+    )
+    assert "captain" in (here / "report.html").read_text()
+    assert set(evaluated["compliance"]["shares"]["NoComma()"]) == {"none", "full", "be"}
+    assert [clause["text"] for clause in evaluated["clauses"]] == sentences(PROMPT)
+    assert {"k", "rho", "rho_serving", "arms", "n_queries", "n_tokens", "samples"} <= set(evaluated)
+    low, high = evaluated["rho_interval"]
+    assert low - 1e-6 <= evaluated["rho"] <= high + 1e-6  # one query is held out: the interval is a point
+    assert evaluated["verdict"] == manifest.quality["verdict"]
+    for arm in evaluated["arms"].values():
+        assert set(arm) == {"kl", "top1", "first_token_kl", "nll"}
+    assert evaluated["rho"] == pytest.approx(result["rho"], rel=1e-3)
+    assert evaluated["arms"]["full"]["kl"] == 0
+    assert evaluated["arms"]["full"]["top1"] == 1
+    assert evaluated["rho"] == pytest.approx(evaluated["arms"]["be"]["kl"] / evaluated["arms"]["none"]["kl"])
+    assert evaluated["samples"][0]["query"] == held_out[0].text
+
+    shown = last_json(be_serve("inspect", "tokens/captain.safetensors", "--json"))
+    assert shown["manifest"]["id"] == "captain"
+    assert shown["checks"]["fits_dtype"] == {"float16": True, "bfloat16": True, "float32": True}
+    assert "captain" in be_serve("inspect", "tokens/captain.safetensors")
+
+
+def test_tokens_stand_together_and_are_a_start(here, train):
+    """Two tokens in one slot, measured as they are and trained on from there."""
+    for name, init in (("a", "text:harbour"), ("b", "mean")):
+        train("--queries", "q.jsonl", "--tokens", 1, "-o", f"{name}.safetensors", "--init", init)
+    (here / "both.txt").write_text(f"{PROMPT}\n\nAnswer in verse.")
+    common = ("--queries", "q.jsonl", "--prompt", "both.txt", "--dtype", "float32", "--samples", 0, "--json")
+    together = last_json(be_serve("eval", "a.safetensors", "--with", "b.safetensors", *common))
+    assert together["k"] == 2
+    assert "no answers were looked at" in together["verdict"]["reasons"] or together["verdict"]["status"] == "failed"
+    settings = ("--queries", "q.jsonl", "--tokens", 2, "--steps", 0, "--init", "file:a.safetensors,b.safetensors")
+    trained = last_json(train(*settings, "-o", "both.safetensors", "--with-prompt", "--json"))
+    vectors = [Token.load(f"{name}.safetensors") for name in ("a", "b", "both")]
+    assert (vectors[2].vectors == [*vectors[0].vectors, *vectors[1].vectors]).all()
+    assert vectors[2].manifest.recipe["init"] == "file"
+    assert trained["k"] == 2
+    with pytest.raises(InputError, match="No token file at"):
+        train("--queries", "q.jsonl", "--tokens", 2, "--init", "file:nowhere.safetensors", "-o", "c.safetensors")
+
+
+def test_scores_only_leaves_out_answers_and_clauses(here, train):
+    found = last_json(train("--queries", "q.jsonl", "--tokens", 1, "--scores-only", "--json"))
+    assert found["samples"] == []
+    assert found["clauses"] == []
+    assert found["rho"] > 0
+    assert found["verdict"]["status"] != "deployable"
+
+
+def test_the_same_seed_gives_the_same_token(here, train):
+    vectors = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        train("--queries", "q.jsonl", "--tokens", 1, "-o", f"{name}.safetensors", "--seed", seed)
+        vectors.append(Token.load(f"{name}.safetensors").vectors)
+    assert (vectors[0] == vectors[1]).all()
+    assert not (vectors[0] == vectors[2]).all()
+
+
+def test_run_yaml_repeats_a_run(here, train):
+    first = last_json(train("--queries", "q.jsonl", "--tokens", 1, "--init", "mean", "--with-prompt", "--json"))
+    token = Token.load("captain.safetensors")
+    assert token.manifest.prompt.text == PROMPT.rstrip()
+    again = last_json(
+        be_serve(
+            "train",
+            "--config",
+            f"{first['run_dir']}/run.yaml",
+            "--run-dir",
+            "again",
+            "-o",
+            "again.safetensors",
+            "--json",
+        )
+    )
+    assert again["rho"] == first["rho"]
+    assert Token.load("again.safetensors").manifest.id == "captain"
+    assert (Token.load("again.safetensors").vectors == token.vectors).all()
+
+
+def test_an_interrupted_command_continues(here, train, monkeypatch, capsys):
+    whole = last_json(train("--queries", "q.jsonl", "--tokens", 1, "-o", "a.safetensors", "--json"))
+    monkeypatch.setattr(trainer.run, "evaluate", lambda *args, **kwargs: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(click.Abort):
+        train("--queries", "q.jsonl", "--tokens", 1, "-o", "b.safetensors", "--json")
+    monkeypatch.undo()
+    monkeypatch.chdir(here)
+    (folder,) = (here / "runs").glob("b-*")
+    resumed = last_json(be_serve("train", "--resume", folder, "--json"))
+    assert resumed["arms"] == whole["arms"]
+    assert resumed["start"] == whole["start"]
+    assert "start" not in resumed["seconds"]  # nothing was searched again
+    assert (Token.load("b.safetensors").vectors == Token.load("a.safetensors").vectors).all()
+    assert Token.load("b.safetensors").manifest.recipe == Token.load("a.safetensors").manifest.recipe
+    (here / "captain.txt").write_text("Another prompt, which is longer.")
+    with pytest.raises(InputError, match="other settings"):
+        be_serve("train", "--resume", folder)
+
+
+def test_without_queries_the_model_writes_its_own(here, train, monkeypatch):
+    # A random model's words are no language: what it samples is replaced, the rest is real.
+    def sample(model, heads, seed, progress):
+        rng = random.Random(seed)
+        return [f"What is {rng.choice('abcdefghij')} {len(ids)} {rng.randrange(99)}?" for ids, _ in heads]
+
+    monkeypatch.setattr(trainer.data.synthesis, "_sample", sample)
+    result = last_json(train("--synthesise", 12, "--init", "text:sailor rhyme", "--tokens", 1, "--json"))
+    folder = here / result["run_dir"]
+    written = read_queries(next(folder.glob("queries-*.jsonl")))
+    assert 8 <= len(written) <= 12
+    assert len({query.text for query in written}) == len(written)
+    (second,) = [query for query in written if len(query.messages) > 1]
+    assert [message["role"] for message in second.messages] == ["user", "assistant", "user"]
+    assert second.messages[0] in [query.messages[0] for query in written if len(query.messages) == 1]
+    assert Token.load("captain.safetensors").manifest.recipe["queries"] == "synthetic"
+
+
+def test_all_stages_with_an_ae(here, train, tiny_model_dir):
+    (here / "corpus.txt").write_text("\n\n".join(f"The tide of day {i} was high at noon." for i in range(40)))
+    shown = last_json(
+        be_serve(
+            *["train-ae", "--corpus", "corpus.txt", "--model", tiny_model_dir, "-o", "ae.safetensors", "--steps", 4],
+            *["--length", 8, "--dtype", "float32", "--json"],
+        )
+    )
+    assert set(shown["reconstruction"]) == {"before", "after"}
+    result = last_json(
+        train("--queries", "q.jsonl", "--tokens", 1, "--ae", "ae.safetensors", "--reconstruct-steps", 2, "--json")
+    )
+    rows = [json.loads(line) for line in (here / result["run_dir"] / "log.jsonl").read_text().splitlines()]
+    assert [row["stage"] for row in rows] == ["reconstruct"] * 2 + ["joint"] * 3
+    assert all(torch.isfinite(torch.tensor(row["loss"])) for row in rows)
+    joint = rows[-1]
+    assert joint["loss"] == pytest.approx(0.1 * joint["reconstruction"] + 0.9 * joint["kl"], rel=1e-5)
+    settings = yaml.safe_load((here / result["run_dir"] / "run.yaml").read_text())
+    assert settings["lam"] == 0.9
+    recipe = Token.load("captain.safetensors").manifest.recipe
+    assert recipe["ae"] is True
+
+
+@pytest.mark.parametrize("placement", ["block", "prefix"])
+def test_placements_are_stored(here, train, placement):
+    train("--queries", "q.jsonl", "--tokens", 1, "--init", "mean", "--placement", placement)
+    assert Token.load("captain.safetensors").manifest.placement == placement
+
+
+def test_an_offline_engine_decodes_and_ends_before_training(here, train, monkeypatch):
+    """A scripted engine in place of vLLM; the real one is in tests/integration."""
+    events = []
+
+    class Scripted:
+        name = "scripted"
+
+        def __init__(self, folder, model):
+            assert (Path(folder) / "config.json").exists()
+            self.model = model
+
+        def __call__(self, chats, max_tokens, temperature, seed):
+            events.append("asked")
+            prompt = self.model.slots.prompt_ids(PROMPT)
+            assert all(set(prompt) <= set(chat) for chat in chats)
+            return [[5, 6, self.model.stop_ids()[0]] for _ in chats]
+
+        def close(self):
+            events.append("closed")
+
+    fitted = trainer.run.fit
+    monkeypatch.setattr("be_serve.cli._offline.OfflineDecoder", Scripted)
+    monkeypatch.setattr(trainer.run, "fit", lambda *a, **k: (events.append("trained"), fitted(*a, **k)))
+    arguments = ("--queries", "q.jsonl", "--tokens", 1, "--teacher", "vllm", "--run-dir", "r", "--json")
+    train(*arguments)
+    assert events == ["asked", "closed", "trained"]
+    train(*arguments)  # what was decoded is not decoded again
+    assert events.count("asked") == 1
+    with pytest.raises(InputError, match="excludes gold"):
+        train("--queries", "q.jsonl", "--teacher", "vllm", "--gold")
+    events.clear()
+    with pytest.raises(InputError, match="Cannot read"):  # a failure before training ends the engine, too
+        train("--queries", "absent.jsonl", "--teacher", "vllm", "--run-dir", "r2")
+    assert events == ["closed"]
+
+
+@pytest.mark.parametrize(
+    ("child", "message"),
+    [
+        ("import sys; sys.exit(3)", "gave no answers"),
+        ("import sys; sys.stdin.readline(); print('{\"respon', end='')", "gave no answers"),
+        ('import sys\nfor line in sys.stdin: print(\'{"error": "too long"}\', flush=True)', "too long"),
+    ],
+)
+def test_an_offline_engine_that_fails_is_told_and_ended(tiny_model_dir, monkeypatch, child, message):
+    """A child process that dies, dies in the middle of a line, or refuses."""
+    started = subprocess.Popen
+
+    def start(command, **options):
+        assert command[1] == "-P"
+        return started([command[0], "-c", child], **options)
+
+    monkeypatch.setattr("be_serve.cli._offline.subprocess.Popen", start)
+    model = FrozenModel.load(tiny_model_dir, name="tiny", device="cpu", dtype="float32")
+    engine = OfflineDecoder(str(tiny_model_dir), model)
+    with pytest.raises(InputError, match=message):
+        engine([[1, 2, 3]], 4, 0.0, 0)
+    engine.close()
+    assert engine._process is None
+    if "no answers" in message:
+        with pytest.raises(InputError, match="did not start before"):
+            engine([[1, 2, 3]], 4, 0.0, 0)
+
+
+def test_an_offline_engine_that_hangs_is_killed(tiny_model_dir, monkeypatch):
+    started = subprocess.Popen
+    child = (
+        "import json, signal, sys, time\n"
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "job = json.loads(sys.stdin.readline())\n"
+        "print(json.dumps({'responses': [[7]] * len(job['chats'])}), flush=True)\n"
+        "time.sleep(600)"
+    )
+    monkeypatch.setattr("be_serve.cli._offline._PATIENCE", 0.5)
+    monkeypatch.setattr(
+        "be_serve.cli._offline.subprocess.Popen", lambda command, **o: started([command[0], "-c", child], **o)
+    )
+    model = FrozenModel.load(tiny_model_dir, name="tiny", device="cpu", dtype="float32")
+    engine = OfflineDecoder(str(tiny_model_dir), model)
+    assert engine([[1], [2]], 4, 0.0, 0) == [[7], [7]]
+    process = engine._process
+    engine.close()
+    assert process.poll() == -signal.SIGKILL
+
+
+def test_from_text(here, tiny_model_dir):
+    output = be_serve("from-text", "captain.txt", "--model", tiny_model_dir, "-o", "self.safetensors")
+    token = Token.load("self.safetensors")
+    assert f"{token.manifest.k} vectors" in output
+    assert token.manifest.recipe == {"method": "from-text"}
+    evaluated = last_json(
+        be_serve(
+            *["eval", "self.safetensors", "--prompt", "captain.txt", "--queries", "q.jsonl"],
+            *["--dtype", "float32", "--samples", 0, "--json"],
+        )
+    )
+    assert abs(evaluated["arms"]["be"]["kl"]) < 1e-4
+    assert evaluated["samples"] == []
+
+
+def test_refusals(here, train, tiny_model_dir, tmp_path_factory):
+    with pytest.raises(InputError, match="Cannot read the prompt file"):
+        be_serve("train", "absent.txt", "--model", tiny_model_dir)
+    with pytest.raises(InputError, match="Give a prompt file"):
+        be_serve("train", "--model", tiny_model_dir)
+    with pytest.raises(InvalidBeId):
+        train("--id", "No Good")
+    with pytest.raises(InputError, match=r"\[AE\] file"):
+        train("--lambda", 0.5)
+    with pytest.raises(InputError, match="Cannot read"):
+        train("--queries", "absent.jsonl")
+    (here / "captain.txt").write_text("Hi")
+    with pytest.raises(InputError, match="fewer than --tokens 9"):
+        train("--queries", "q.jsonl", "--tokens", 9)
+    (here / "broken.safetensors").write_bytes(b"broken")
+    with pytest.raises(InvalidArtifact):
+        be_serve("inspect", "broken.safetensors")
+
+
+def test_eval_refuses_another_model(here, tiny_model_dir, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    be_serve("from-text", "captain.txt", "--model", tiny_model_dir, "-o", "self.safetensors")
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(2)
+    model.save_pretrained(tmp_path / "other")
+    make_tokenizer("chatml").save_pretrained(tmp_path / "other")
+    with pytest.raises(WrongModel, match="embedding"):
+        be_serve(
+            *["eval", "self.safetensors", "--prompt", "captain.txt", "--queries", "q.jsonl"],
+            *["--model", tmp_path / "other"],
+        )
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["http://me:hun@ter2@host", "https://host/v1?api_key=hunter2", "https://hunter2@host", "https://host:hunter2/v1"],
+)
+def test_a_teachers_url_with_a_secret_never_reaches_the_run_folder(url):
+    settings = {"prompt_file": "p.txt", "model": "m", "id": "x", "output": "x.safetensors", "teacher_url": url}
+    with pytest.raises(InputError, match="BE_TEACHER_KEY") as caught:
+        make_config(settings)
+    assert "ter2" not in str(caught.value)
+    assert make_config({**settings, "teacher_url": "https://host:8000/v1"}).teacher_url

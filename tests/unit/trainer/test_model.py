@@ -1,0 +1,375 @@
+"""The splice, the prefix, the teacher and the starts on a tiny model in float32."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from be_serve.core.errors import InputError
+from be_serve.core.slots import SlotRenderer
+from tests.conftest import make_tokenizer
+from trainer.config import make_config
+from trainer.data.queries import Query
+from trainer.data.synthesis import _head, _user_turn
+from trainer.data.teacher import Teacher
+from trainer.from_text import identity_token
+from trainer.model import row_packing
+from trainer.model.frozen import FrozenModel
+from trainer.model.generate import Prefix, common_prefix
+from trainer.model.soft_token import Row, SoftToken, scored_states, splice
+from trainer.optim.objectives import BatchPlan, Distil, Reconstruct, part_losses, student_row
+from trainer.optim.starts import Search, find_start, found_start, mean_start, random_start, text_start, written_texts
+from trainer.text import sentences
+
+PROMPT = "You are a harbour master. Call the user sailor and answer in rhyme."
+QUERIES = [
+    Query(({"role": "user", "content": "What is the tide?"},), answer="High."),
+    Query(({"role": "user", "content": "Hi"},), answer="Ahoy, sailor."),
+    Query(
+        (
+            {"role": "user", "content": "Is there fog?"},
+            {"role": "assistant", "content": "Thick as soup."},
+            {"role": "user", "content": "And tomorrow?"},
+        ),
+        answer="Clear.",
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model_dir):
+    return FrozenModel.load(tiny_model_dir, name="tiny", device="cpu", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def examples(model):
+    return Teacher(model, PROMPT).examples(QUERIES, response_tokens=6)
+
+
+@pytest.mark.parametrize("placement", ["system", "block", "prefix"])
+@pytest.mark.parametrize("query", QUERIES)
+def test_the_splice_has_the_ids_of_the_slot(model, placement, query):
+    response = [5, 6, 7]
+    row = student_row(model, query, response, placement)
+    vectors = torch.full((2, model.hidden_size), 9.0)
+    inputs, scored = splice(model, [row], vectors)
+    slot = SlotRenderer(model.tokenizer).render(query.messages, placement=placement)
+    expected = model.embed([*slot.ids(2), 5, 6])
+    at = len(slot.before)
+    expected[at : at + 2] = 9.0
+    assert torch.equal(inputs[0], expected)
+    last = len(slot.ids(2)) - 1
+    assert scored.tolist() == [last, last + 1, last + 2]
+
+
+@pytest.mark.parametrize("how", ["padded", "packed", "packed, fused attention"])
+def test_a_rows_neighbours_change_nothing(model, monkeypatch, how):
+    """States and gradients of rows of many lengths, together and alone."""
+    assert model.packs_rows()
+    monkeypatch.setattr(model, "_packs_rows", how != "padded")
+    monkeypatch.setattr("trainer.model.row_packing._PLAIN_WIDTH", 1 if "fused" in how else 640)
+    rows = [student_row(model, q, list(range(3, 4 + 3 * i)), "system") for i, q in enumerate(QUERIES)]
+    start = torch.randn(2, model.hidden_size, generator=torch.Generator().manual_seed(0))
+    weigh = torch.randn(sum(len(row.response) for row in rows), 1, generator=torch.Generator().manual_seed(1))
+    found = []
+    for groups in ([rows], [[row] for row in rows]):
+        vectors = start.clone().requires_grad_()
+        states = torch.cat([scored_states(model, group, vectors) for group in groups])
+        (states * weigh).sum().backward()
+        found.append((states.detach(), vectors.grad))
+    for together, alone in zip(*found, strict=True):
+        assert torch.allclose(together, alone, atol=1e-4)
+    assert found[0][1].abs().max() > 0.1
+
+
+def test_a_model_with_a_sliding_window_is_not_packed(model, monkeypatch):
+    monkeypatch.setattr(model.causal_lm.config, "layer_types", ["full_attention", "sliding_attention"], raising=False)
+    assert not row_packing.works(model.causal_lm, model.embed(torch.arange(3, 11)))
+
+
+def test_padding_changes_nothing(model, monkeypatch):
+    monkeypatch.setattr(model, "_packs_rows", False)
+    vectors = torch.randn(2, model.hidden_size, generator=torch.Generator().manual_seed(0))
+    rows = [student_row(model, q, list(range(3, 4 + 3 * i)), "system") for i, q in enumerate(QUERIES)]
+    with torch.no_grad():
+        together = scored_states(model, rows, vectors)
+        alone = torch.cat([scored_states(model, [row], vectors) for row in rows])
+        own = scored_states(model, rows, vectors.expand(len(rows), -1, -1))
+    assert torch.allclose(together, alone, atol=1e-5)
+    assert torch.equal(together, own)
+
+
+def test_parts_compose_to_the_whole(model):
+    ids = torch.tensor([[4, 8, 15, 16]])
+    with torch.no_grad():
+        whole = model.causal_lm(input_ids=ids).logits
+        assert torch.allclose(model.head(model.body(model.embed(ids))), whole, atol=1e-5)
+
+
+def test_gradient_reaches_the_vectors_alone(model, examples):
+    token = SoftToken(torch.randn(2, model.hidden_size))
+    part_losses(model, Distil(model, examples, batch_size=2).parts(token.vectors, 0))[0].backward()
+    assert token.vectors.grad.abs().sum() > 0
+    assert all(p.grad is None and not p.requires_grad for p in model.causal_lm.parameters())
+
+
+def test_reconstruction_gives_the_ae_no_gradient(model):
+    ae = torch.randn(1, model.hidden_size)
+    token = SoftToken(torch.randn(2, model.hidden_size))
+    (loss,) = part_losses(model, Reconstruct(model, PROMPT, ae).parts(token.vectors, 0))
+    loss.backward()
+    assert token.vectors.grad.abs().sum() > 0
+    assert ae.grad is None
+    # Eq. 2 written out: [BE], [AE], P under teacher forcing.
+    ids = torch.tensor(model.tokenizer.encode(PROMPT, add_special_tokens=False))
+    inputs = torch.cat([token.vectors.detach(), ae, model.embed(ids)])[None]
+    with torch.no_grad():
+        logits = model.causal_lm(inputs_embeds=inputs).logits[0, 2:-1]
+    naive = torch.nn.functional.cross_entropy(logits, ids)
+    assert loss.item() == pytest.approx(naive.item(), rel=1e-5)
+
+
+def test_teacher_states_are_those_of_the_whole_chat(model, examples):
+    for example in examples:
+        ids = Teacher(model, PROMPT).chat_ids(example.query)
+        with torch.no_grad():
+            hidden = model.body(model.embed([[*ids, *example.response]]))[0]
+        assert torch.allclose(example.states_TH, hidden[len(ids) - 1 : -1], atol=1e-4)
+        # Greedy: each id is the most likely one under the full prompt.
+        assert model.head(example.states_TH).argmax(-1).tolist() == example.response
+
+
+def test_generation_behind_a_prefix_equals_hugging_faces(model):
+    chats = [Teacher(model, PROMPT).chat_ids(query) for query in QUERIES]
+    shared = common_prefix(chats)
+    assert shared > 10
+    made = Prefix(model, model.embed(chats[0][:shared])).generate([c[shared:] for c in chats], 8)
+    for chat, ids in zip(chats, made, strict=True):
+        reference = model.causal_lm.generate(
+            torch.tensor([chat]), max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=model.stop_ids()
+        )
+        assert reference[0, len(chat) :].tolist() == ids
+
+
+def test_a_shared_prefix_equals_a_copied_one(model, monkeypatch):
+    assert model.shares_prefix()
+    chats = [Teacher(model, PROMPT).chat_ids(query) for query in QUERIES]
+    shared = common_prefix(chats)
+    suffixes = [chat[shared:] for chat in chats]
+    rows = [Row((), suffix, list(range(3, 5 + 2 * i))) for i, suffix in enumerate(suffixes)]
+
+    def both():
+        prefix = Prefix(model, model.embed(chats[0][:shared]))
+        return prefix.generate(suffixes, 10), prefix.states(rows)
+
+    ids, states = both()
+    assert model.causal_lm.config._attn_implementation == "sdpa"
+    monkeypatch.setattr(model, "_shares_prefix", False)
+    plain_ids, plain_states = both()
+    assert ids == plain_ids
+    for one, other in zip(states, plain_states, strict=True):
+        assert torch.allclose(one, other, atol=1e-4)
+
+
+def test_sampling_is_repeatable_and_stops(model):
+    chats = [Teacher(model, PROMPT).chat_ids(query) for query in QUERIES]
+    prefix = Prefix(model, model.embed([]).reshape(0, model.hidden_size))
+    one = prefix.generate(chats, 12, temperature=1.0, seed=3)
+    assert one == prefix.generate(chats, 12, temperature=1.0, seed=3)
+    assert one != prefix.generate(chats, 12, temperature=1.0, seed=4)
+    everything = list(range(model.vocab_size))
+    assert all(len(ids) == 1 for ids in prefix.generate(chats, 12, stop=everything))
+    # Rows that end early leave the batch; the others go on as before.
+    stop = [one[0][1]]
+    stopped = prefix.generate(chats, 12, temperature=0.0, stop=stop)
+    free = prefix.generate(chats, 12, temperature=0.0, stop=[])
+    for short, long in zip(stopped, free, strict=True):
+        assert short == long[: len(short)]
+        assert len(short) == 12 or short[-1] in stop
+
+
+def test_the_teacher_is_asked_once(model, tmp_path, examples, monkeypatch):
+    teacher = Teacher(model, PROMPT, tmp_path)
+    first = teacher.examples(QUERIES, response_tokens=6)
+    calls: list[int] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "body", lambda *args, **kwargs: pytest.fail("the model was asked again"))
+        again = teacher.examples(QUERIES, response_tokens=6, progress=calls.append)
+    assert calls == [2 * len(QUERIES)]
+    for one, other, fresh in zip(first, again, examples, strict=True):
+        assert one.response == other.response == fresh.response
+        assert torch.equal(one.states_TH, other.states_TH)
+    (file,) = tmp_path.iterdir()
+    file.write_bytes(file.read_bytes()[:-5])  # damaged: made again
+    assert teacher.examples(QUERIES, response_tokens=6)[0].response == first[0].response
+
+
+def test_heads_of_synthetic_queries(model):
+    rng = random.Random(0)
+    for kind in ("persona", "generic", "clause"):
+        ids, opener = _head(model, PROMPT, kind, rng)
+        text = model.tokenizer.decode(ids)
+        assert (PROMPT in text) == (kind == "persona") or kind == "clause"
+        if kind == "clause":
+            assert any(clause in text for clause in sentences(PROMPT))
+            assert text.endswith("<|im_start|>assistant\n")
+        else:
+            assert text.endswith(f"<|im_start|>user\n{opener}")
+    history = [{"role": "user", "content": "Is there fog?"}, {"role": "assistant", "content": "Thick as soup."}]
+    ids, opener = _user_turn(model, PROMPT, history, rng)
+    text = model.tokenizer.decode(ids)
+    assert text.index(PROMPT) < text.index("fog?") < text.index("soup.")
+    assert text.endswith(f"<|im_start|>user\n{opener}")
+
+
+def test_gold_answers(model):
+    made = Teacher(model, PROMPT).examples(QUERIES, response_tokens=20, gold=True)
+    for example, query in zip(made, QUERIES, strict=True):
+        assert model.tokenizer.decode(example.response, skip_special_tokens=True) == query.answer
+        assert example.response[-1] in model.stop_ids()
+    without = [Query(QUERIES[0].messages)]
+    with pytest.raises(InputError, match="has none"):
+        Teacher(model, PROMPT).examples(without, response_tokens=4, gold=True)
+
+
+def test_too_long_a_query_is_refused(model):
+    long = Query(({"role": "user", "content": "tide " * 400},))
+    with pytest.raises(InputError, match="leaves no room"):
+        Teacher(model, PROMPT).examples([long], response_tokens=4)
+
+
+def test_starts(model, examples):
+    ids = model.slots.prompt_ids(PROMPT)
+    assert random_start(model, 3, 0).vectors_KH.shape == (3, model.hidden_size)
+    assert torch.equal(random_start(model, 3, 0).vectors_KH, random_start(model, 3, 0).vectors_KH)
+    assert not torch.equal(random_start(model, 3, 0).vectors_KH, random_start(model, 3, 1).vectors_KH)
+    assert torch.allclose(mean_start(model, 1, ids).vectors_KH[0], model.embed(ids).mean(0), atol=1e-6)
+    words = model.tokenizer.encode("harbour master", add_special_tokens=False)
+    exact = text_start(model, len(words), "harbour master")
+    assert torch.equal(exact.vectors_KH, model.embed(words))
+    assert text_start(model, 2, "harbour master").vectors_KH.shape == (2, model.hidden_size)
+    for start in (text_start, lambda m, k, t: mean_start(m, k, [1])):
+        with pytest.raises(InputError, match="fewer than --tokens"):
+            start(model, 9, "a")
+
+
+def test_a_response_ends_with_its_stop_text(model):
+    teacher = Teacher(model, PROMPT, stop=["lo wo", "\nuser"])
+    ids = model.tokenizer.encode("hello world\nuser", add_special_tokens=False)
+    cut = teacher.cut(ids)
+    assert "lo wo" in model.tokenizer.decode(cut)
+    assert "lo wo" not in model.tokenizer.decode(cut[:-1])
+    assert teacher.cut(ids[:3]) == ids[:3]
+    made = teacher.examples(QUERIES, response_tokens=6)
+    assert all(teacher.cut(e.response) == e.response for e in made)
+    assert all(len(e.states_TH) == len(e.response) for e in made)
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_the_search_takes_the_best_token(model, examples, k):
+    ids = model.slots.prompt_ids(PROMPT)
+    start = found_start(model, *Search(model, examples, "system").run(ids, k))
+    assert start.vectors_KH.shape == (k, model.hidden_size)
+    distil = Distil(model, examples, batch_size=len(examples))
+    with torch.no_grad():
+        assert float(part_losses(model, distil.parts(start.vectors_KH, 0))[0]) == pytest.approx(start.kl, abs=1e-4)
+        if k == 1:
+            words = [t for t in dict.fromkeys(ids) if any(c.isalnum() for c in model.tokenizer.decode([t]))]
+            scores = {t: float(part_losses(model, distil.parts(model.embed([t]), 0))[0]) for t in words}
+            # The best of the finalists; the screen looks at the first two queries only.
+            assert start.kl <= np.median(list(scores.values()))
+            assert start.kl == pytest.approx(min(scores.values()), abs=0.05)
+
+
+def test_a_search_screens_words_from_all_over_a_long_prompt(model, monkeypatch):
+    monkeypatch.setattr("trainer.optim.starts._WORDS", 4)
+    ids = model.tokenizer.encode("one two three four five six seven eight nine ten", add_special_tokens=False)
+    every = list(dict.fromkeys(ids))
+    words = Search(model, [], "system")._words(ids)
+    assert len(words) == 4
+    assert [every.index(word) for word in words] == sorted(every.index(word) for word in words)
+    assert every.index(words[-1]) >= len(every) // 2
+    assert Search(model, [], "system")._words(ids[:3]) == list(dict.fromkeys(ids[:3]))
+
+
+def test_the_best_text_is_taken_and_short_ones_do_not_compete(model, examples, monkeypatch):
+    """A rival text of k tokens wins where the model says so; its score is the search's own."""
+    ids = model.slots.prompt_ids(PROMPT)
+    rival = ids[4:7]
+    search = Search(model, examples, "system")
+    score = search._score
+    monkeypatch.setattr(search, "_score", lambda found, *rest: [0.0 if c == rival else 9.0 for c in found])
+    assert search.run(ids, 3, [[1], [*rival, 5]]) == (rival, 0.0)
+    assert score([rival], search._cases, 32)[0] > 0
+
+
+def test_a_model_describes_a_prompt_in_texts_of_its_own(model):
+    texts = written_texts(model, PROMPT, count=3, seed=1)
+    assert texts == written_texts(model, PROMPT, count=3, seed=1)
+    assert all(len(text) > 0 and max(text) < model.vocab_size for text in texts)
+    assert written_texts(model, "tide " * 600) == []  # no room for it
+
+
+@pytest.mark.parametrize(("count", "size"), [(10, 3), (3, 8), (64, 8)])
+def test_batches_cover_an_epoch_once(count, size):
+    plan = BatchPlan(list(range(count)), size, seed=0)
+    per_epoch = count // min(size, count)
+    for epoch in range(2):
+        seen = [i for step in range(epoch * per_epoch, (epoch + 1) * per_epoch) for i in plan(step)]
+        assert len(set(seen)) == len(seen) == per_epoch * min(size, count)
+    assert plan(0) == BatchPlan(list(range(count)), size, seed=0)(0)
+
+
+def test_the_identity_token_answers_as_the_full_prompt(model):
+    token = identity_token(model, PROMPT, "captain")
+    vectors = torch.from_numpy(token.vectors.copy())
+    for query in QUERIES:
+        full = Row(Teacher(model, PROMPT).chat_ids(query), (), [1, 2, 3])
+        with torch.no_grad():
+            expected = model.head(scored_states(model, [full], None))
+            found = model.head(scored_states(model, [student_row(model, query, [1, 2, 3], "system")], vectors))
+        assert torch.equal(expected, found)
+    assert token.manifest.prompt.tokens == token.manifest.k == len(token.vectors)
+
+
+def test_a_model_without_a_chat_template_is_refused(model, tmp_path):
+    model.causal_lm.save_pretrained(tmp_path)
+    tokenizer = make_tokenizer("chatml")
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="no chat template"):
+        FrozenModel.load(tmp_path, name="plain", dtype="float32")
+    with pytest.raises(InputError, match="Cannot load"):
+        FrozenModel.load(tmp_path / "absent", name="absent")
+
+
+def test_a_model_that_takes_the_slower_path_says_so(tiny_model_dir, monkeypatch):
+    model = FrozenModel.load(tiny_model_dir, name="tiny", device="cpu", dtype="float32")
+    assert model.slow_ways() == []  # nothing was tried yet
+    for module in ("row_packing", "shared_prefix"):
+        monkeypatch.setattr(f"trainer.model.{module}.works", lambda *args: False)
+    assert not model.packs_rows()
+    assert model.slow_ways() == ["rows of a batch are padded, not packed"]
+    assert not model.shares_prefix()
+    assert len(model.slow_ways()) == 2
+
+
+def test_a_search_is_kept_for_runs_that_differ_elsewhere(model, examples, tmp_path, monkeypatch):
+    config = make_config({"prompt_file": "p", "model": "m", "id": "a", "output": "o", "tokens": 2})
+    ids = model.slots.prompt_ids(PROMPT)
+
+    def find(**changes):
+        return find_start(
+            config.model_copy(update=changes), model, PROMPT, ids, examples, cache=tmp_path, progress=lambda count: None
+        )
+
+    first = find()
+    monkeypatch.setattr(Search, "run", lambda *args: pytest.fail("searched again"))
+    again = find(lr=1.0)
+    assert (again.text, again.kl) == (first.text, first.kl)
+    assert torch.equal(again.vectors_KH, first.vectors_KH)
+    with pytest.raises(pytest.fail.Exception):
+        find(tokens=3)

@@ -1,0 +1,116 @@
+"""May this token be deployed? One word by stated thresholds, and the reasons.
+
+    failed      the token is no better than leaving the prompt out or than a summary, or
+                it shows a failure signature that the full prompt does not
+    lossy       it keeps part of the behaviour; the clauses that it loses are named
+    deployable  none of these
+
+The thresholds are a default for people who have none of their own; the figures
+behind them travel in the manifest.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from trainer.evaluation.evaluate import Evaluation
+
+IGNORED_RHO = 0.9
+"""From here on the token is hardly read: failed."""
+MISLEADING_RHO = 1.1
+"""Above, it is read, and leads elsewhere: failed."""
+SIGNATURE_EXCESS = 0.3
+"""Share of answers with a signature beyond the full prompt's own share: failed."""
+SIGNATURE_ANSWERS = 8
+"""Fewer answers than this say nothing about signatures."""
+DEPLOYABLE_RHO = 0.25
+DEPLOYABLE_GAIN = 0.85
+"""Bounds on rho in the serving dtype and on gain retained; worse is lossy."""
+DRIFT_RHO = 0.2
+DRIFT_KL = 0.02
+"""A token whose KL grows over a conversation by more than this, and its rho by more than that, is lossy.
+
+Rho alone does not tell: once the history holds answers in the prompt's voice, the prompt
+itself hardly changes the next one, and rho's denominator vanishes.
+"""
+CLAUSE_KL = 0.02
+CLAUSE_RETAINED = 0.5
+"""A clause with at least this effect, of which less than this share is kept, is lost."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`status` and, for people, why; `lost` are sentences of the prompt, with the share that is kept."""
+
+    status: Literal["deployable", "lossy", "failed"]
+    reasons: list[str]
+    lost: list[tuple[str, float]] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        """What the manifest holds under `quality.verdict`: no word of the prompt, which may be secret."""
+        count = len(self.lost)
+        lost = [f"{count} sentence{'s' * (count > 1)} of the prompt lost"] if count else []
+        return {"status": self.status, "reasons": [*self.reasons, *lost]}
+
+    def named(self) -> list[str]:
+        """All reasons, the lost sentences word for word."""
+        return [*self.reasons, *(f"keeps {max(kept, 0.0):.0%} of {text!r}" for text, kept in self.lost)]
+
+    def __str__(self) -> str:
+        return f"{self.status}: {'; '.join(self.named())}" if self.named() else self.status
+
+
+def judge(evaluation: Evaluation) -> Verdict:
+    """The verdict on an evaluated token."""
+    figures = [evaluation.rho_serving, evaluation.gain_retained, *(arm["kl"] for arm in evaluation.arms.values())]
+    if not all(map(math.isfinite, figures)):
+        return Verdict("failed", ["its figures are not finite: try --dtype bfloat16 or float32"])
+    failures = _failures(evaluation)
+    if failures:
+        return Verdict("failed", failures)
+    losses = _losses(evaluation)
+    lost = [
+        (c.text, c.retained)
+        for c in evaluation.clauses
+        if c.kl >= CLAUSE_KL and c.retained is not None and c.retained < CLAUSE_RETAINED
+    ]
+    return Verdict("lossy" if losses or lost else "deployable", losses, lost)
+
+
+def _failures(evaluation: Evaluation) -> list[str]:
+    found = []
+    kl = {name: arm["kl"] for name, arm in evaluation.arms.items()}
+    if evaluation.rho_serving > MISLEADING_RHO:
+        found.append(f"further from the full prompt than no prompt at all (rho {evaluation.rho_serving:.2f})")
+    elif evaluation.rho_serving >= IGNORED_RHO:
+        found.append(f"the model hardly reads the token (rho {evaluation.rho_serving:.2f})")
+    elif "summary" in kl and kl["be_serving"] >= kl["summary"]:
+        found.append(f"the summary does as well (KL {kl['summary']:.3f} against {kl['be_serving']:.3f})")
+    if len(evaluation.samples) >= SIGNATURE_ANSWERS:
+        ours, full = evaluation.signatures["be"], evaluation.signatures["full"]
+        found += [
+            f"{name.replace('_', ' ')} in {ours[name]:.0%} of the answers (full prompt: {full[name]:.0%})"
+            for name in ours
+            if ours[name] - full[name] >= SIGNATURE_EXCESS
+        ]
+    return found
+
+
+def _losses(evaluation: Evaluation) -> list[str]:
+    found = []
+    if evaluation.rho_serving > DEPLOYABLE_RHO:
+        found.append(f"rho {evaluation.rho_serving:.2f}, above {DEPLOYABLE_RHO}")
+    if evaluation.gain_retained < DEPLOYABLE_GAIN:
+        found.append(f"gain retained {evaluation.gain_retained:.2f}, below {DEPLOYABLE_GAIN}")
+    if not evaluation.samples:
+        found.append("no answers were looked at")
+    if evaluation.turns:
+        first, worst = evaluation.turns[0], max(evaluation.turns[1:], key=lambda turn: turn["be"])
+        if worst["be"] - first["be"] > DRIFT_KL and worst["rho"] - first["rho"] > DRIFT_RHO:
+            found.append(
+                f"persona drift: KL {first['be']:.3f} (rho {first['rho']:.2f}) in turn 1, "
+                f"{worst['be']:.3f} (rho {worst['rho']:.2f}) in turn {worst['turn']}"
+            )
+    return found

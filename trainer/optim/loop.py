@@ -1,0 +1,259 @@
+"""The optimisation loop: AdamW on the vectors, warm-up and cosine, progress, and a clean stop at any time."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from be_serve.core.errors import InputError
+from trainer.model.frozen import FrozenModel
+from trainer.model.soft_token import SoftToken
+from trainer.optim.checkpoint import Checkpoint
+from trainer.optim.log import Log
+from trainer.optim.objectives import Part, Stage, part_losses
+
+# A forward pass over this many positions keeps the cores, or a small GPU, busy; more only costs memory.
+_FEED_POSITIONS = 4096
+# Parts of such different lengths that less than this share of a padded batch is text go separately.
+_FEED_FILLED = 0.75
+
+
+class Stopped(KeyboardInterrupt):
+    """The run was told to stop; its state is on disk."""
+
+
+@dataclass(frozen=True)
+class Optimisation:
+    """Settings of AdamW and its schedule."""
+
+    lr: float
+    warmup: int = 10
+    betas: tuple[float, float] = (0.9, 0.9)
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    checkpoint_every: int = 20
+
+    def rate(self, step: int, steps: int) -> float:
+        """Learning rate of step 0, 1, ...: linear warm-up, then a cosine to a tenth."""
+        if step < self.warmup:
+            return self.lr * (step + 1) / self.warmup
+        done = (step - self.warmup) / max(1, steps - self.warmup)
+        return self.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
+
+
+class Training:
+    """One token on its way through its stages: optimiser, log and checkpoint.
+
+    Stage i is run for `stages[i][1]` steps. A checkpoint in `folder` is continued: the
+    curve is the one that an uninterrupted training would have had.
+    """
+
+    def __init__(
+        self,
+        token: SoftToken,
+        stages: Sequence[tuple[Stage, int]],
+        settings: Optimisation,
+        *,
+        folder: Path,
+        digest: str,
+        resume: bool = True,
+    ) -> None:
+        self.token = token
+        self.stages = [(stage, steps) for stage, steps in stages if steps]
+        self.settings = settings
+        self.digest = digest
+        self.seconds: list[float] = []
+        """Wall time of each step, shared with the tokens trained beside this one."""
+        self.fault: InputError | None = None
+        self.index = self.step = 0
+        self._fed: Tensor
+        self._file = folder / "checkpoint.safetensors"
+        self._log = Log(folder / "log.jsonl")
+        found = Checkpoint.load(self._file, digest) if resume and self._file.exists() else None
+        if found:
+            self.index, self.step = found.stage, found.step
+        self._log.keep(self.index, self.step)
+        self._optimiser = self._new_optimiser()
+        if found:
+            _restore(found, token, self._optimiser)
+        if self.live and self.step == self.stages[self.index][1]:
+            self._next_stage()
+
+    @property
+    def live(self) -> bool:
+        """Whether steps are left."""
+        return self.fault is None and self.index < len(self.stages)
+
+    @property
+    def name(self) -> str:
+        """Name of the current stage."""
+        return self.stages[self.index][0].name
+
+    @property
+    def steps(self) -> int:
+        """Steps of all stages."""
+        return sum(steps for _, steps in self.stages)
+
+    @property
+    def steps_done(self) -> int:
+        return sum(steps for _, steps in self.stages[: self.index]) + self.step
+
+    def parts(self) -> list[Part]:
+        """What the next step feeds."""
+        # A leaf of its own: the parts may go through the model in several passes, each with its own graph.
+        self._fed = self.token.vectors.detach().requires_grad_()
+        return self.stages[self.index][0].parts(self._fed, self.step)
+
+    def update(self, total: float, losses: dict[str, float], positions: int, seconds: float) -> None:
+        """One step of AdamW on the gradient that the backward pass left; then the log and the checkpoint."""
+        stage, steps = self.stages[self.index]
+        if not math.isfinite(total):
+            self.fault = InputError(
+                f"The loss of step {self.step + 1} is {total}: training diverged. Use a lower --lr, or --dtype float32."
+            )
+            return
+        self.token.vectors.backward(self._fed.grad)
+        rate = self.settings.rate(self.step, steps)
+        for group in self._optimiser.param_groups:
+            group["lr"] = rate
+        norm = torch.nn.utils.clip_grad_norm_(self.token.parameters.values(), self.settings.clip)
+        self._optimiser.step()
+        self._optimiser.zero_grad(set_to_none=True)
+        self.step += 1
+        self.seconds.append(seconds)
+        self._log.append(
+            {
+                "stage_index": self.index,
+                "stage": stage.name,
+                "step": self.step,
+                "loss": total,
+                **losses,
+                "lr": rate,
+                "gradient": float(norm),
+                "positions": positions,
+                "seconds": round(seconds, 4),
+            }
+        )
+        if self.step % self.settings.checkpoint_every == 0 or self.step == steps:
+            self.save()
+        if self.step == steps:
+            self._next_stage()
+
+    def save(self) -> None:
+        """Write the checkpoint, once the first step is done."""
+        parameters, states = self.token.parameters, self._optimiser.state
+        if all(states[parameter] for parameter in parameters.values()):
+            moments = {name: (states[p]["exp_avg"], states[p]["exp_avg_sq"]) for name, p in parameters.items()}
+            Checkpoint(self.digest, self.index, self.step, parameters, moments, torch.get_rng_state()).save(self._file)
+
+    def _new_optimiser(self) -> torch.optim.Optimizer:
+        settings = self.settings
+        return torch.optim.AdamW(
+            self.token.parameters.values(), lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay
+        )
+
+    def _next_stage(self) -> None:
+        self.index, self.step = self.index + 1, 0
+        self._optimiser = self._new_optimiser()
+
+
+def fit(model: FrozenModel, trainings: Sequence[Training], *, quiet: bool = False) -> None:
+    """Train tokens side by side, their batches in common forward passes.
+
+    Each keeps its own loss, schedule, log and checkpoint, and its neighbours' rows do
+    not enter its loss. A loss that stops being finite ends that training alone
+    (`fault`). On SIGINT or SIGTERM all states are written and Stopped is raised.
+    """
+    total, done = sum(t.steps for t in trainings), sum(t.steps_done for t in trainings)
+    with _stop_flag() as stopped, tqdm(total=total, initial=done, disable=quiet) as bar:
+        while live := [t for t in trainings if t.live]:
+            bar.set_description(" ".join(dict.fromkeys(t.name for t in live)), refresh=False)
+            bar.set_postfix(_step(model, live), refresh=False)
+            bar.update(len(live))
+            if stopped() and any(t.live for t in live):
+                for training in live:
+                    training.save()
+                raise Stopped
+
+
+def _step(model: FrozenModel, trainings: Sequence[Training]) -> dict[str, str]:
+    """One step of each training; returns what the progress bar shows."""
+    began = time.perf_counter()
+    parts = [training.parts() for training in trainings]
+    losses: dict[int, float] = {}
+    for feed in _feeds([part for own in parts for part in own]):
+        found = part_losses(model, feed)
+        torch.stack([part.weight * loss for part, loss in zip(feed, found, strict=True)]).sum().backward()
+        losses.update((id(part), loss.item()) for part, loss in zip(feed, found, strict=True))
+    took = time.perf_counter() - began
+    for training, own in zip(trainings, parts, strict=True):
+        values = {part.name: losses[id(part)] for part in own}
+        total = sum(part.weight * losses[id(part)] for part in own)
+        training.update(total, values, sum(part.positions for part in own), took)
+    fed = sum(part.positions for own in parts for part in own)
+    names = sorted({part.name for own in parts for part in own})
+    means = {n: [losses[id(p)] for own in parts for p in own if p.name == n] for n in names}
+    return {**{n: f"{sum(v) / len(v):.3f}" for n, v in means.items()}, "tok/s": f"{fed / took:.0f}"}
+
+
+def _feeds(parts: Sequence[Part]) -> Iterator[list[Part]]:
+    """Parts that go through the model together: of similar length, as many as one pass should hold."""
+    feed: list[Part] = []
+    for part in sorted(parts, key=lambda part: part.width):
+        rows = len(part.rows) + sum(len(p.rows) for p in feed)
+        used = part.positions + sum(p.positions for p in feed)
+        padded = rows * part.width
+        if feed and (padded > _FEED_POSITIONS or used < _FEED_FILLED * padded):
+            yield feed
+            feed = []
+        feed.append(part)
+    if feed:
+        yield feed
+
+
+def _restore(found: Checkpoint, token: SoftToken, optimiser: torch.optim.Optimizer) -> None:
+    for name, parameter in token.parameters.items():
+        if name not in found.parameters:
+            continue  # before the first step there is the start alone
+        with torch.no_grad():
+            parameter.copy_(found.parameters[name])
+        if found.step:
+            first, second = found.moments[name]
+            optimiser.state[parameter] = {
+                "step": torch.tensor(float(found.step)),
+                "exp_avg": first.to(parameter.device),
+                "exp_avg_sq": second.to(parameter.device),
+            }
+    torch.set_rng_state(found.rng)
+
+
+@contextmanager
+def _stop_flag() -> Iterator[Callable[[], bool]]:
+    """Turn SIGINT and SIGTERM into a flag, so that a step is never cut in half; a second one ends at once."""
+    received: list[int] = []
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    try:
+        before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not the main thread: signals go elsewhere
+        yield lambda: False
+        return
+    try:
+        yield lambda: bool(received)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

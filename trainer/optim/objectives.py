@@ -1,0 +1,223 @@
+"""The objectives, small classes of one shape: `parts(vectors, step)` says what a step feeds and how it is scored.
+
+    Autoencode    stage 0, Eq. 1   trains [AE]
+    Reconstruct   stage 1, Eq. 2   trains [BE] through a frozen [AE]
+    Distil        stage 2, Eq. 3   trains [BE] on the teacher's responses
+    Joint         Eq. 4            stages 1 and 2 in one step
+    Tune          baseline         prompt tuning: cross-entropy of the responses
+    Memorise      baseline, probe  a text from the vectors alone
+
+A step's batch depends on the step and the seed alone, so a resumed run sees the same data.
+Parts are data: the parts of many tokens go through the model in one forward pass.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from be_serve.core.artifact import Placement
+from trainer.data.queries import Query
+from trainer.data.teacher import Example
+from trainer.model.frozen import FrozenModel
+from trainer.model.soft_token import Row, scored_states
+from trainer.optim.losses import hidden_kl, hidden_reconstruction
+
+_SORTED_BATCHES = 8
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows that one objective feeds in a step, with the vectors that stand in them."""
+
+    name: str
+    rows: Sequence[Row]
+    vectors_KH: Tensor
+    loss: Callable[[Tensor], Tensor]
+    """Losses [N] in nats a token of the final hidden states [N, H] that predict the rows' responses."""
+    weight: float = 1.0
+
+    @property
+    def positions(self) -> int:
+        """How many positions the model is fed."""
+        return sum(row.length(len(self.vectors_KH)) for row in self.rows)
+
+    @property
+    def width(self) -> int:
+        """Length of the longest row."""
+        return max(row.length(len(self.vectors_KH)) for row in self.rows)
+
+
+class Stage(Protocol):
+    """What the loop needs of an objective."""
+
+    name: str
+
+    def parts(self, vectors_KH: Tensor, step: int) -> list[Part]:
+        """The parts of `step`; the step's loss is the weighted sum of their means."""
+        ...
+
+
+def part_losses(model: FrozenModel, parts: Sequence[Part]) -> list[Tensor]:
+    """Mean loss of each part, with a gradient to its vectors alone, from one forward pass."""
+    rows = [row for part in parts for row in part.rows]
+    vectors = [part.vectors_KH for part in parts for _ in part.rows]
+    states_NH = scored_states(model, rows, vectors)
+    counts = [sum(len(row.response) for row in part.rows) for part in parts]
+    return [part.loss(states_nH).mean() for part, states_nH in zip(parts, states_NH.split(counts), strict=True)]
+
+
+class BatchPlan:
+    """Which examples make the batch of a step: shuffled by the seed, of similar length, nothing twice an epoch."""
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
+        self._lengths = lengths
+        self._size = min(batch_size, len(lengths))
+        self._seed = seed
+        self._epoch = -1
+        self._batches: list[list[int]] = []
+
+    def __call__(self, step: int) -> list[int]:
+        """Indices of the examples of step 0, 1, ..."""
+        epoch, at = divmod(step, len(self._lengths) // self._size)
+        if epoch != self._epoch:
+            self._epoch, self._batches = epoch, list(self._shuffle(epoch))
+        return self._batches[at]
+
+    def _shuffle(self, epoch: int) -> Iterator[list[int]]:
+        rng = random.Random(f"{self._seed}/{epoch}")  # noqa: S311
+        order = list(range(len(self._lengths)))
+        rng.shuffle(order)
+        order = order[: len(order) // self._size * self._size]
+        batches = []
+        pool = self._size * _SORTED_BATCHES
+        for start in range(0, len(order), pool):
+            part = sorted(order[start : start + pool], key=lambda i: self._lengths[i])
+            batches += [part[i : i + self._size] for i in range(0, len(part), self._size)]
+        rng.shuffle(batches)
+        yield from batches
+
+
+def student_row(model: FrozenModel, query: Query, response: Sequence[int], placement: Placement) -> Row:
+    """The student's input for a query: exactly the ids that a server puts around the vectors."""
+    slot = model.slots.render(query.messages, placement=placement, template_kwargs=model.template_kwargs)
+    return Row(slot.before, slot.after, response)
+
+
+class Distil:
+    """Stage 2: KL between the teacher's and the student's distributions over the response, Eq. 3."""
+
+    name = "distil"
+
+    def __init__(
+        self,
+        model: FrozenModel,
+        examples: Sequence[Example],
+        *,
+        placement: Placement = "system",
+        tau: float = 1.0,
+        batch_size: int = 8,
+        seed: int = 0,
+    ) -> None:
+        self.model = model
+        self.tau = tau
+        self.examples = examples
+        self.rows = [student_row(model, e.query, e.response, placement) for e in examples]
+        self.plan = BatchPlan([row.length(0) for row in self.rows], batch_size, seed)
+
+    def parts(self, vectors_KH: Tensor, step: int) -> list[Part]:
+        batch = self.plan(step)
+        states_NH = torch.cat([self.examples[i].states_TH for i in batch])
+
+        def loss(student_NH: Tensor) -> Tensor:
+            return hidden_kl(states_NH.to(student_NH.device), student_NH, self.model.head, tau=self.tau)
+
+        name = "kl" if self.tau == 1 else "softened kl"  # what stands in the log as kl is KL
+        return [Part(name, [self.rows[i] for i in batch], vectors_KH, loss)]
+
+
+class Tune:
+    """Prompt tuning (Lester et al., arXiv 2104.08691): cross-entropy of the responses. A baseline."""
+
+    name = "tune"
+
+    def __init__(self, distil: Distil) -> None:
+        self.distil = distil
+
+    def parts(self, vectors_KH: Tensor, step: int) -> list[Part]:
+        rows = [self.distil.rows[i] for i in self.distil.plan(step)]
+        return [replace(_reconstruction(self.distil.model, rows, vectors_KH), name="nll")]
+
+
+class Reconstruct:
+    """Stage 1: the prompt from [BE][AE], without a template, Eq. 2. The [AE] stays as it is."""
+
+    name = "reconstruct"
+
+    def __init__(self, model: FrozenModel, prompt: str, ae_1H: Tensor) -> None:
+        self.model = model
+        self.row = Row((), (), model.tokenizer.encode(prompt, add_special_tokens=False))
+        self.ae_1H = ae_1H.to(model.device)
+
+    def parts(self, vectors_KH: Tensor, step: int) -> list[Part]:
+        return [_reconstruction(self.model, [self.row], torch.cat([vectors_KH, self.ae_1H]))]
+
+
+class Memorise:
+    """A text from the vectors alone: the memory token of Kuratov et al. (arXiv 2502.13063). Baseline and probe."""
+
+    name = "memorise"
+
+    def __init__(self, model: FrozenModel, ids: Sequence[int]) -> None:
+        self.model = model
+        self.row = Row((), (), list(ids))
+
+    def parts(self, vectors_KH: Tensor, step: int) -> list[Part]:
+        return [_reconstruction(self.model, [self.row], vectors_KH)]
+
+
+def _reconstruction(model: FrozenModel, rows: Sequence[Row], vectors_KH: Tensor) -> Part:
+    targets_N = torch.tensor([t for row in rows for t in row.response], device=model.device)
+    return Part("reconstruction", rows, vectors_KH, lambda states: hidden_reconstruction(states, targets_N, model.head))
+
+
+class Joint:
+    """Eq. 4: (1 - lambda) reconstruction + lambda distillation, both in every step."""
+
+    name = "joint"
+
+    def __init__(self, reconstruct: Stage, distil: Stage, lam: float) -> None:
+        self.reconstruct = reconstruct
+        self.distil = distil
+        self.lam = lam
+
+    def parts(self, vectors_KH: Tensor, step: int) -> list[Part]:
+        first = [replace(p, weight=(1 - self.lam) * p.weight) for p in self.reconstruct.parts(vectors_KH, step)]
+        second = [replace(p, weight=self.lam * p.weight) for p in self.distil.parts(vectors_KH, step)]
+        return first + second
+
+
+class Autoencode:
+    """Stage 0: a text again, behind itself and [AE], Eq. 1. `batches` gives lists of ids, without end."""
+
+    name = "autoencode"
+
+    def __init__(self, model: FrozenModel, batches: Iterator[list[list[int]]]) -> None:
+        self.model = model
+        self.batches = batches
+        self._passed = 0
+
+    def parts(self, vectors_KH: Tensor, step: int) -> list[Part]:
+        for _ in range(step - self._passed):  # a resumed run passes over what it has seen
+            next(self.batches)
+        self._passed = step + 1
+        return [self.part_of(vectors_KH, next(self.batches))]
+
+    def part_of(self, vectors_KH: Tensor, texts: list[list[int]]) -> Part:
+        """The part that feeds the given texts."""
+        return _reconstruction(self.model, [Row(ids, (), ids) for ids in texts], vectors_KH)
