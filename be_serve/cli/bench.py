@@ -15,7 +15,7 @@ from be_serve.cli.bench_soak import command as soak_command
 from be_serve.cli.bench_train import command as train_command
 
 if TYPE_CHECKING:
-    from benchmarks.analysis import Run
+    from benchmarks.ttft.figures import Run
 
 
 @click.group("bench")
@@ -156,8 +156,8 @@ def ttft(
     from be_serve.core.artifact import Token
     from be_serve.core.prompts import read_prompt_file
     from be_serve.models import resolve_model
-    from benchmarks.servers import ServerOptions
-    from benchmarks.ttft import TTFTOptions, measure_ttft
+    from benchmarks.common.servers import ServerOptions
+    from benchmarks.ttft.run import TTFTOptions, measure_ttft
 
     token = Token.load(token_file) if token_file else None
     if k > 1024 and not any(argument.startswith("--be-rows") for argument in plugin_args):
@@ -197,9 +197,9 @@ def ttft(
 
 def _report(run: Run, out: Path, check: bool) -> int:
     """Write and print the result; the exit status."""
-    from benchmarks.analysis import analyse
-    from benchmarks.plot import draw
-    from benchmarks.report import summary, table, write_json
+    from benchmarks.ttft.chart import draw
+    from benchmarks.ttft.figures import analyse
+    from benchmarks.ttft.report import summary, table, write_json
 
     figures = analyse(run)
     json_path, png_path = out / "ttft.json", out / "ttft.png"

@@ -65,9 +65,9 @@ def command(
     """
     from be_serve.core.artifact import write_atomically
     from be_serve.models import resolve_model
+    from benchmarks.common.servers import ServerOptions
     from benchmarks.load import LoadOptions, measure_load
     from benchmarks.load.chart import draw
-    from benchmarks.servers import ServerOptions
 
     found = resolve_model(model)
     options = LoadOptions(

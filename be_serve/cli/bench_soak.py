@@ -46,7 +46,7 @@ def command(
     """
     from be_serve.core.artifact import write_atomically
     from be_serve.models import resolve_model
-    from benchmarks.servers import ServerOptions
+    from benchmarks.common.servers import ServerOptions
     from benchmarks.soak import SoakOptions, soak, summary
 
     options = SoakOptions(

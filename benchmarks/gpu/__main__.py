@@ -51,9 +51,9 @@ def main(
     Writes gpu.json, README.md (the table) and ttft.png into OUT after every step; the same command continues.
     """
     from be_serve.models import DEFAULT_MODEL, resolve_model
+    from benchmarks.common.machine import gpus
     from benchmarks.gpu.run import GpuRun
     from benchmarks.gpu.steps import Plan, small
-    from benchmarks.machine import gpus
 
     if not tiny and not gpus():
         raise InputError("nvidia-smi lists no GPU here. --tiny tries every step with tiny shapes on a CPU.")

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from be_serve.child_server import Server
-from benchmarks.client import ServerClient
-from benchmarks.prompts import Chat, fit_text, handbook, question_text
-from benchmarks.servers import ServerOptions, plugin_server, stock_server
-from benchmarks.soak.answers import TIE, Answer, Count, answer_of
-from benchmarks.tokens import make_token
+from benchmarks.common.answers import TIE, Answer, Count, answer_of
+from benchmarks.common.client import ServerClient
+from benchmarks.common.prompts import Chat, fit_text, handbook, question_text
+from benchmarks.common.servers import ServerOptions, plugin_server, stock_server
+from benchmarks.common.tokens import make_token
 
 BE_ID = "parity"
 INJECTIONS = ("resident-rows", "prompt-embeds")

@@ -16,12 +16,12 @@ from typing import Any
 from be_serve.core.artifact import write_atomically
 from be_serve.core.errors import BEError, InputError
 from be_serve.core.redaction import redact
+from benchmarks.common.machine import gpus, hardware, versions
+from benchmarks.common.servers import engine_settings
 from benchmarks.gpu.chart import draw
 from benchmarks.gpu.report import report
 from benchmarks.gpu.shapes import SHAPES
 from benchmarks.gpu.steps import Interrupted, Plan, Say, Step, chosen, ensure_model
-from benchmarks.machine import gpus, hardware, versions
-from benchmarks.servers import engine_settings
 
 
 @dataclass

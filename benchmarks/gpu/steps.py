@@ -15,11 +15,11 @@ from typing import Any
 from be_serve.child_server import ServerError
 from be_serve.core.errors import BEError, InputError
 from be_serve.models import DEFAULT_MODEL
-from benchmarks.client import ServerClient
+from benchmarks.common.client import ServerClient
+from benchmarks.common.machine import gpus
+from benchmarks.common.servers import ServerOptions, stock_server
 from benchmarks.gpu.parity import ParityOptions, measure_parity
 from benchmarks.gpu.shapes import PAPER_CASES, SHAPES, Case, Shape, tiny
-from benchmarks.machine import gpus
-from benchmarks.servers import ServerOptions, stock_server
 
 Say = Callable[[str], None]
 
@@ -173,10 +173,10 @@ def ttft(name: str, cases: tuple[Case, ...]) -> Callable[[Plan, Path, Say], Awai
     """The step that measures a shape's time to first token at the given lengths."""
 
     async def step(plan: Plan, out: Path, say: Say) -> dict[str, Any]:
-        from benchmarks.analysis import analyse
-        from benchmarks.plot import draw
-        from benchmarks.report import table, write_json
-        from benchmarks.ttft import TTFTOptions, measure_ttft
+        from benchmarks.ttft.chart import draw
+        from benchmarks.ttft.figures import analyse
+        from benchmarks.ttft.report import table, write_json
+        from benchmarks.ttft.run import TTFTOptions, measure_ttft
 
         lengths = PAPER_CASES[:1] if plan.tiny else cases
         options = TTFTOptions(
@@ -238,7 +238,7 @@ def train(name: str) -> Callable[[Plan, Path, Say], Awaitable[dict[str, Any]]]:
     """The step that times a training step of a shape, and its peak memory."""
 
     async def step(plan: Plan, out: Path, say: Say) -> dict[str, Any]:
-        from benchmarks.prompts import fit_text, handbook
+        from benchmarks.common.prompts import fit_text, handbook
 
         count = _local_count(plan.tokenizer)
         prompt, queries = out / "prompt.txt", _questions(out, 8 if plan.tiny else 32)
@@ -292,7 +292,7 @@ async def quality(plan: Plan, out: Path, say: Say) -> dict[str, Any]:
 
 def _questions(out: Path, count: int) -> Path:
     """A file of questions for the trainer."""
-    from benchmarks.prompts import question_text
+    from benchmarks.common.prompts import question_text
 
     path = out / "queries.jsonl"
     asked = [" ".join(question_text(0, f"train {n}").split()[:20]) for n in range(count)]

@@ -18,7 +18,7 @@ first was 3 to 10 % slower than its rival, whichever it was.
     options.py   what to measure, and on which servers
     figures.py   bursts -> all reported figures             pure
     chart.py     the picture
-    fleet.py     two servers of our own, and their clients
+    workload.py  two servers of our own, and their clients
     run.py       starts, warm-up and timed rounds
 """
 

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from benchmarks.client import Sample
+from benchmarks.common.client import Sample
+from benchmarks.common.stats import balanced_ratio, describe, paired_ratio
 from benchmarks.load.options import LoadOptions
-from benchmarks.stats import balanced_ratio, describe, paired_ratio
 
 RATIOS = (("plain", "plain_other"), ("be", "plain"), ("be", "be_other"), ("again_other", "plain_other"))
 METRICS = ("tokens_per_s", "itl_ms", "ttft_ms", "http_cpu_ms")

@@ -15,10 +15,10 @@ from typing import Any
 
 from be_serve.child_server import ServerError
 from be_serve.core.redaction import redact
+from benchmarks.common.machine import hardware, versions
 from benchmarks.load.figures import HISTOGRAMS, Round, load_figures, shares
-from benchmarks.load.fleet import Fleet
 from benchmarks.load.options import LoadOptions
-from benchmarks.machine import hardware, versions
+from benchmarks.load.workload import Fleet
 
 
 @dataclass

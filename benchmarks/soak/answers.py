@@ -1,73 +1,27 @@
-"""Right answers, and answers judged by them."""
+"""The right answers: stock vLLM's to the texts, asked one after the other."""
 
 from __future__ import annotations
 
 import itertools
 import random
-from collections import Counter
-from dataclasses import dataclass, field
 from typing import Any
 
 from be_serve.core.artifact import Token
 from be_serve.core.errors import InputError
-from benchmarks.client import ServerClient
-from benchmarks.prompts import Chat, question_text
-from benchmarks.servers import stock_server
+from benchmarks.common.answers import Answer, Count, answer_of
+from benchmarks.common.client import ServerClient
+from benchmarks.common.prompts import Chat, question_text
+from benchmarks.common.servers import stock_server
+from benchmarks.common.tokens import make_token
 from benchmarks.soak.options import SoakOptions
-from benchmarks.tokens import make_token
 
 COMPARED = 8
 """Tokens of a short answer; all are compared."""
 LONG, LONG_TOKENS, LONG_WORDS = 8, 96, 270
 """Long answers with a reference, their tokens, and the words of their messages: they grow into a block of their own."""
-TIE = 0.35
-"""Nats behind the likeliest token within which another order of sums may bring a token to the front (bfloat16)."""
 MAX_MODEL_LEN = 1024
 _ADJECTIVES = ("grumpy", "cheerful", "sleepy", "royal", "ancient", "nervous", "proud", "tiny")
 _NOUNS = ("pirate", "lawyer", "cat", "wizard", "robot", "farmer", "poet", "sailor")
-
-
-@dataclass(frozen=True)
-class Answer:
-    """The tokens of a greedy answer, and how clear each choice was."""
-
-    tokens: tuple[str, ...]
-    close: tuple[frozenset[str], ...]
-    """The other tokens within `TIE` of the likeliest, at each place."""
-
-
-@dataclass
-class Count:
-    """What became of the requests."""
-
-    right: Counter[str] = field(default_factory=Counter)
-    """By action, as are ties: those of `plain` have nothing to do with tokens."""
-    ties: Counter[str] = field(default_factory=Counter)
-    """Answers that took another token within `TIE` of the likeliest; what follows cannot be compared."""
-    wrong: list[dict[str, Any]] = field(default_factory=list)
-    asked: Counter[str] = field(default_factory=Counter)
-    failures: Counter[str] = field(default_factory=Counter)
-    """Errors that are not the client's, and answers that tell nothing."""
-    attempts: Counter[str] = field(default_factory=Counter)
-    succeeded: Counter[str] = field(default_factory=Counter)
-    void: Counter[str] = field(default_factory=Counter)
-    """Attempts on blocks that had left the cache by then: they count as not made."""
-
-    def judge(self, action: str, reference: Answer, got: Answer, what: dict[str, Any]) -> None:
-        """Compare an answer with the right one, token by token."""
-        for n, right in enumerate(reference.tokens):
-            ours = got.tokens[n] if n < len(got.tokens) else None
-            if ours == right:
-                continue
-            if ours in reference.close[n]:
-                self.ties[action] += 1
-            else:
-                self.wrong.append({**what, "at": n, "got": got.tokens, "right": reference.tokens})
-            return
-        if len(got.tokens) == len(reference.tokens):
-            self.right[action] += 1
-        else:
-            self.wrong.append({**what, "at": len(reference.tokens), "got": got.tokens, "right": reference.tokens})
 
 
 async def right_answers(options: SoakOptions) -> tuple[dict[str, Token], dict[tuple[str, int], Answer]]:
@@ -123,16 +77,6 @@ def request_body(model: str, token: Token) -> dict[str, Any]:
     if token.manifest.template_kwargs:
         body["chat_template_kwargs"] = token.manifest.template_kwargs
     return body
-
-
-def answer_of(body: dict[str, Any]) -> Answer:
-    places = body["choices"][0]["logprobs"]["content"]
-    close = [
-        frozenset(one["token"] for one in place["top_logprobs"] if one["logprob"] > place["logprob"] - TIE)
-        - {place["token"]}
-        for place in places
-    ]
-    return Answer(tuple(place["token"] for place in places), tuple(close))
 
 
 def shown(references: dict[tuple[str, int], Answer]) -> float:

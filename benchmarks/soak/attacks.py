@@ -12,7 +12,7 @@ import numpy as np
 
 from be_serve.core.artifact import Token
 from benchmarks.soak.answers import long_message
-from benchmarks.soak.asking import Asker
+from benchmarks.soak.client import Asker
 
 ATTACKS = {
     "raw_ids": "rows' ids as a prompt",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.servers import ServerOptions
+from benchmarks.common.servers import ServerOptions
 
 
 @dataclass(frozen=True)

@@ -18,13 +18,14 @@ from typing import Any
 import httpx
 
 from be_serve.core.redaction import redact
-from benchmarks.machine import gpus, hardware, resident, versions
-from benchmarks.servers import ServerOptions, engine_settings, plugin_server
-from benchmarks.soak.answers import MAX_MODEL_LEN, Count, right_answers, shown
-from benchmarks.soak.asking import Asker
+from benchmarks.common.answers import Count
+from benchmarks.common.machine import gpus, hardware, resident, versions
+from benchmarks.common.servers import ServerOptions, engine_settings, plugin_server
+from benchmarks.soak.answers import MAX_MODEL_LEN, right_answers, shown
 from benchmarks.soak.attacks import ATTACKS, Attacks
-from benchmarks.soak.crowd import Crowd
+from benchmarks.soak.client import Asker
 from benchmarks.soak.options import SoakOptions
+from benchmarks.soak.workload import Crowd
 
 COMPARED_KINDS = ("token", "plain", "long", "churn")
 LEAST_SHOWN = 0.5

@@ -17,7 +17,7 @@ from be_serve.batch import connect
 from be_serve.client import BEClient
 from be_serve.core.addresses import is_exposed, is_local, warn_of_clear_text
 from be_serve.core.errors import BEError, InputError
-from benchmarks.client import ServerClient
+from benchmarks.common.client import ServerClient
 from trainer.data.chat_server import Endpoint
 
 KEY = "hunter2-key"

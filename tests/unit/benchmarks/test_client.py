@@ -7,8 +7,8 @@ import json
 import pytest
 
 from be_serve.child_server import ServerError
-from benchmarks.client import ServerClient, server_message
-from tests.unit.bench_fake import MODEL, FakeServer
+from benchmarks.common.client import ServerClient, server_message
+from tests.unit.benchmarks.fake import MODEL, FakeServer
 
 BODY = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}], "stream": True, "cache_salt": "s"}
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import stats
-from benchmarks.arms import RATIOS, Arm, Case
-from benchmarks.client import Sample
+from benchmarks.common import stats
+from benchmarks.common.client import Sample
+from benchmarks.ttft.workload import RATIOS, Arm, Case
 
 # The project's bounds: (what, case or None for every case, ratio, end of the interval or None, limit).
 _BOUNDS: tuple[tuple[str, int | None, str, str | None, float], ...] = (

@@ -64,7 +64,7 @@ def resident(group: int) -> dict[str, int]:
 
 def _commit() -> str | None:
     """Commit of the source tree this module lies in, `-dirty` where it was changed since."""
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
     commit = _output("git", "-C", str(root), "rev-parse", "HEAD").strip()

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.analysis import Run
+from benchmarks.ttft.figures import Run
 
 _COLOURS = {
     "none": "#7b8794",

@@ -12,13 +12,14 @@ from pathlib import Path
 import httpx
 import pytest
 
-from benchmarks.machine import resident
-from benchmarks.servers import ServerOptions
+from benchmarks.common.answers import Answer, Count, answer_of
+from benchmarks.common.machine import resident
+from benchmarks.common.servers import ServerOptions
 from benchmarks.soak import SoakOptions, SoakRun, summary
-from benchmarks.soak.answers import Answer, Count, answer_of, shown
-from benchmarks.soak.asking import Asker
+from benchmarks.soak.answers import shown
 from benchmarks.soak.attacks import ATTACKS, Attacks
-from benchmarks.soak.crowd import Crowd
+from benchmarks.soak.client import Asker
+from benchmarks.soak.workload import Crowd
 from tests.factories import make_token
 
 RIGHT = Answer(("Ahoy", ",", " sailor"), (frozenset(), frozenset({"!", ";"}), frozenset()))

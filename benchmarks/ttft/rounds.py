@@ -18,11 +18,11 @@ from time import perf_counter
 from uuid import uuid4
 
 from be_serve.child_server import Server, ServerError
-from benchmarks.analysis import Run
-from benchmarks.arms import CLOSE, Arm, Case, ServerName, request_body
-from benchmarks.client import Sample, ServerClient
-from benchmarks.prompts import Chat
-from benchmarks.servers import run_alone
+from benchmarks.common.client import Sample, ServerClient
+from benchmarks.common.prompts import Chat
+from benchmarks.common.servers import run_alone
+from benchmarks.ttft.figures import Run
+from benchmarks.ttft.workload import CLOSE, Arm, Case, ServerName, request_body
 
 GIVE_UP_AFTER = 5
 """Failures of one server in a row that end the run."""

@@ -14,9 +14,10 @@ import httpx
 
 from be_serve.core.artifact import Token
 from be_serve.core.redaction import hide
-from benchmarks.soak.answers import LONG, LONG_TOKENS, Answer, answer_of, long_message
-from benchmarks.soak.asking import Asker
+from benchmarks.common.answers import Answer, answer_of
+from benchmarks.soak.answers import LONG, LONG_TOKENS, long_message
 from benchmarks.soak.attacks import Attacks
+from benchmarks.soak.client import Asker
 
 ACTIONS = {"token": 50, "plain": 12, "long": 12, "abort": 12, "churn": 6, "attack": 8}
 """How often a client does what, as weights."""

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from be_serve.core.errors import InputError
-from benchmarks.prompts import Chat
+from benchmarks.common.prompts import Chat
 
 ServerName = Literal["plugin", "stock"]
 Content = Literal["none", "floor", "token", "full"]

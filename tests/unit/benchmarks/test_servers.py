@@ -12,8 +12,8 @@ import pytest
 
 from be_serve.batch import connect
 from be_serve.child_server import Server, ServerError, free_port
-from benchmarks.client import ServerClient
-from benchmarks.servers import (
+from benchmarks.common.client import ServerClient
+from benchmarks.common.servers import (
     ServerOptions,
     engine_settings,
     plugin_server,

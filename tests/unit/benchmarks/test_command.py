@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.bench_fake import FakeServer
+from tests.unit.benchmarks.fake import FakeServer
 
 
 async def start(tmp_path: Path, ours: FakeServer, stock: FakeServer, *options: str) -> asyncio.subprocess.Process:

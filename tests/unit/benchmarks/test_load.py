@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.client import Sample
+from benchmarks.common.client import Sample
+from benchmarks.common.servers import ServerOptions
 from benchmarks.load import LoadOptions, LoadRun
 from benchmarks.load.chart import draw
 from benchmarks.load.figures import Burst, Round, load_figures, read_histogram, shares, within
-from benchmarks.servers import ServerOptions
 
 
 def sample(itl=0.02, ttft=0.1, error=""):

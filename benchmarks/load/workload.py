@@ -14,12 +14,12 @@ from uuid import uuid4
 from be_serve.child_server import Server, ServerError
 from be_serve.core.artifact import Token
 from be_serve.core.errors import InputError
-from benchmarks.client import ServerClient
+from benchmarks.common.client import ServerClient
+from benchmarks.common.prompts import Chat, fit_questions, fit_text, handbook
+from benchmarks.common.servers import ServerOptions, plugin_server, run_alone, stock_server
+from benchmarks.common.tokens import make_token
 from benchmarks.load.figures import HISTOGRAMS, Burst, read_histogram
 from benchmarks.load.options import LoadOptions
-from benchmarks.prompts import Chat, fit_questions, fit_text, handbook
-from benchmarks.servers import ServerOptions, plugin_server, run_alone, stock_server
-from benchmarks.tokens import make_token
 
 QUESTIONS = 16
 

@@ -11,8 +11,9 @@ import httpx
 
 from be_serve.child_server import ServerError
 from be_serve.core.artifact import Token
-from benchmarks.client import server_message
-from benchmarks.soak.answers import Count, question, request_body
+from benchmarks.common.answers import Count
+from benchmarks.common.client import server_message
+from benchmarks.soak.answers import question, request_body
 from benchmarks.soak.options import SoakOptions
 
 

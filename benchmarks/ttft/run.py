@@ -27,14 +27,14 @@ from be_serve.core.errors import InputError
 from be_serve.core.fingerprint import chat_template_text
 from be_serve.core.redaction import redact, redact_word
 from be_serve.core.slots import pinned_template_kwargs
-from benchmarks.analysis import Run
-from benchmarks.arms import Case, ServerName, arms_for
-from benchmarks.client import ServerClient
-from benchmarks.machine import hardware, versions
-from benchmarks.prompts import Chat, fit_questions, fit_text, handbook
-from benchmarks.rounds import Rounds
-from benchmarks.servers import ServerOptions, engine_settings, plugin_server, stock_server
-from benchmarks.tokens import BENCH_ID, make_token
+from benchmarks.common.client import ServerClient
+from benchmarks.common.machine import hardware, versions
+from benchmarks.common.prompts import Chat, fit_questions, fit_text, handbook
+from benchmarks.common.servers import ServerOptions, engine_settings, plugin_server, stock_server
+from benchmarks.common.tokens import BENCH_ID, make_token
+from benchmarks.ttft.figures import Run
+from benchmarks.ttft.rounds import Rounds
+from benchmarks.ttft.workload import Case, ServerName, arms_for
 
 SPIN_SECONDS = 1.2
 """A vLLM worker spins for a second after its last step (its SpinCondition), and a little is added."""

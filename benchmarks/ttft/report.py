@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from be_serve.core.artifact import write_atomically
-from benchmarks.analysis import Run
+from benchmarks.ttft.figures import Run
 
 SCHEMA_VERSION = 1
 _HEAD = ("arm", "server", "tokens", "cached", "p50", "p90", "p99", "mean", "failed")

@@ -11,7 +11,7 @@ from typing import Any
 
 from be_serve.child_server import Server, free_port
 from be_serve.core.redaction import redact_environment
-from benchmarks.machine import gpus
+from benchmarks.common.machine import gpus
 
 
 @dataclass(frozen=True)

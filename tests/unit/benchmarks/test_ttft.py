@@ -16,15 +16,15 @@ from click.testing import CliRunner
 from be_serve.child_server import ServerError
 from be_serve.cli.bench import command
 from be_serve.core.errors import InputError
-from benchmarks.analysis import analyse
-from benchmarks.machine import hardware, versions
-from benchmarks.plot import draw
-from benchmarks.report import summary, table, write_json
-from benchmarks.rounds import GIVE_UP_AFTER
-from benchmarks.servers import ServerOptions
-from benchmarks.tokens import make_token
-from benchmarks.ttft import TTFTOptions, max_model_len, measure_ttft, new_run, rest
-from tests.unit.bench_fake import MODEL, FakeServer
+from benchmarks.common.machine import hardware, versions
+from benchmarks.common.servers import ServerOptions
+from benchmarks.common.tokens import make_token
+from benchmarks.ttft.chart import draw
+from benchmarks.ttft.figures import analyse
+from benchmarks.ttft.report import summary, table, write_json
+from benchmarks.ttft.rounds import GIVE_UP_AFTER
+from benchmarks.ttft.run import TTFTOptions, max_model_len, measure_ttft, new_run, rest
+from tests.unit.benchmarks.fake import MODEL, FakeServer
 
 CASES = ((120, 26), (400, 30))
 VLLM_FIELDS = """

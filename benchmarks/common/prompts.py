@@ -12,7 +12,7 @@ from typing import Any
 
 from be_serve.child_server import ServerError
 from be_serve.core.errors import InputError
-from benchmarks.client import ServerClient
+from benchmarks.common.client import ServerClient
 
 Count = Callable[[str], Awaitable[int]]
 Messages = list[dict[str, str]]

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from benchmarks import stats
+from benchmarks.common import stats
 
 
 def test_describe_uses_vllm_names_and_linear_percentiles():

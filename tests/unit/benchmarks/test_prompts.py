@@ -11,12 +11,12 @@ from safetensors.numpy import load_file, save_file
 from be_serve.core.artifact import Token
 from be_serve.core.errors import InputError
 from be_serve.core.fingerprint import fingerprint_folder
-from benchmarks.arms import ARMS, Case, arms_for, request_body
-from benchmarks.client import ServerClient
-from benchmarks.prompts import Chat, fit_questions, fit_text, handbook, question_text
-from benchmarks.tokens import embedding_rows, make_token
+from benchmarks.common.client import ServerClient
+from benchmarks.common.prompts import Chat, fit_questions, fit_text, handbook, question_text
+from benchmarks.common.tokens import embedding_rows, make_token
+from benchmarks.ttft.workload import ARMS, Case, arms_for, request_body
 from tests.conftest import make_tokenizer
-from tests.unit.bench_fake import MODEL, FakeServer
+from tests.unit.benchmarks.fake import MODEL, FakeServer
 
 
 @pytest.fixture(scope="module")
