@@ -10,20 +10,10 @@ import httpx
 
 from be_serve.core.addresses import is_local, warn_of_clear_text
 from be_serve.core.artifact import Token, read_limited
-from be_serve.core.errors import BEError, InputError
+from be_serve.core.errors import InputError, ServerRefused
 from be_serve.core.ids import validate_be_id
 from be_serve.core.prompts import prompt_sha256
 from be_serve.core.redaction import hide, safe_url
-
-
-class ServerRefused(BEError):
-    """The server answered with an error; its message is kept."""
-
-    code = "be_server_refused"
-
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(f"The server answered {status}: {message}")
-        self.http_status = status
 
 
 class BEClient:

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from be_serve.serving.vllm_llm import LLM
+from be_serve.serving.vllm.llm import LLM
 
 __all__ = ["LLM"]

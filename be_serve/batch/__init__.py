@@ -8,8 +8,9 @@ answer; what is wrong with the server (busy, gone, a proxy's word) is waited for
 from __future__ import annotations
 
 from be_serve.batch.asking import connect, run_rows, served_models
-from be_serve.batch.journal import BatchStopped, Journal, check_output
+from be_serve.batch.journal import Journal, check_output
 from be_serve.batch.rows import URLS, BatchRow, read_rows
+from be_serve.core.errors import BatchStopped
 
 __all__ = [
     "URLS",

@@ -15,10 +15,10 @@ from typing import Any
 
 import httpx
 
-from be_serve.batch.journal import BatchStopped, Journal, json_object
+from be_serve.batch.journal import Journal, json_object
 from be_serve.batch.rows import BatchRow
 from be_serve.core.addresses import warn_of_clear_text
-from be_serve.core.errors import InputError
+from be_serve.core.errors import BatchStopped, InputError
 from be_serve.core.redaction import hide, safe_url
 
 _ROWS_FAULT = (400, 404, 413, 422)

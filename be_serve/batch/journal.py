@@ -16,13 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from be_serve.batch.rows import BatchRow
-from be_serve.core.errors import BEError, InputError
-
-
-class BatchStopped(BEError):
-    """What answers the rows is gone, or answers something else; the answers so far are kept."""
-
-    code = "be_batch_stopped"
+from be_serve.core.errors import BatchStopped, InputError
 
 
 def json_object(line: bytes) -> dict[str, Any] | None:

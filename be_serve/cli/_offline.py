@@ -100,7 +100,7 @@ class OfflineDecoder:
             "max_model_len": self._longest,
         }
         # -P: nothing in the current folder may stand in for a module. A session of its own, to end all of it.
-        command = [sys.executable, "-P", "-m", "be_serve.serving.offline", json.dumps(settings)]
+        command = [sys.executable, "-P", "-m", "be_serve.serving.vllm.offline", json.dumps(settings)]
         return subprocess.Popen(  # noqa: S603
             command,
             stdin=subprocess.PIPE,

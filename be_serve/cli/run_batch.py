@@ -67,9 +67,9 @@ def command(
     """
     from tqdm import tqdm
 
-    from be_serve.batch import BatchStopped, Journal, check_output, connect, read_rows, run_rows, served_models
-    from be_serve.child_server import Server, ServerError
-    from be_serve.core.errors import InputError
+    from be_serve.batch import Journal, check_output, connect, read_rows, run_rows, served_models
+    from be_serve.core.errors import BatchStopped, InputError, ServerError
+    from be_serve.process import Server
 
     def feed_to(where: str, key: str | None, uds: str | None = None, **options: Any) -> Any:
         async def feed() -> dict[str, Any]:

@@ -22,8 +22,8 @@ def command(ctx: click.Context, model: str, plugin: dict[str, Any], be_off: bool
     """
     from be_serve.core.errors import InputError
     from be_serve.models import resolve_model
-    from be_serve.serving.launch import choose_injection, spelled_out, value_of, vllm_arguments
     from be_serve.serving.settings import Settings
+    from be_serve.serving.vllm.arguments import choose_injection, spelled_out, value_of, vllm_arguments
 
     if model.startswith("-"):
         raise InputError("Name the model first: be-serve serve MODEL [options].")
@@ -39,17 +39,17 @@ def command(ctx: click.Context, model: str, plugin: dict[str, Any], be_off: bool
     # Must be set before vLLM is imported: it decides what vLLM loads, in all of its processes.
     plugins = [name for name in os.environ.get("VLLM_PLUGINS", "").split(",") if name]
     if not plugins:
-        from be_serve.serving.vllm_compat import installed_plugins
+        from be_serve.serving.vllm.versions import installed_plugins
 
         plugins = installed_plugins()
     plugins = [name for name in plugins if name != "be_serve"] + ([] if be_off else ["be_serve"])
     os.environ["VLLM_PLUGINS"] = ",".join(plugins)
 
-    from be_serve.serving import vllm_compat
+    from be_serve.serving.vllm import launch, versions
 
-    vllm_compat.check_version()
-    if vllm_compat.is_cpu_build():
-        vllm_compat.spare_a_core(os.environ)
+    versions.check_version()
+    if versions.is_cpu_build():
+        versions.spare_a_core(os.environ)
     if not be_off:
         # vLLM only logs a plugin that fails to load; import it here, where failing is loud.
         import be_serve.serving.plugin  # noqa: F401
@@ -60,4 +60,4 @@ def command(ctx: click.Context, model: str, plugin: dict[str, Any], be_off: bool
             click.echo(f"be-serve: injection {injection} ({reason}).", err=True)
         os.environ["BE_INJECTION"] = injection
         arguments = vllm_arguments(injection, settings.rows, arguments)
-    vllm_compat.run_server([served, *arguments])
+    launch.run_server([served, *arguments])

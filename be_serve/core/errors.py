@@ -129,3 +129,54 @@ class RegistryError(BEError):
 
 class SchemaMismatch(RegistryError):
     code = "be_registry_schema"
+
+
+class IncompatibleVLLM(BEError):
+    """This vLLM, or the way it was started, cannot carry the plugin."""
+
+    code = "be_incompatible_vllm"
+
+
+class RowsBusy(BEError):
+    """Every row is used by requests in flight; the client may try again."""
+
+    http_status = 503
+    code = "be_rows_busy"
+
+
+class OverBudget(BEError):
+    """Too many requests with tokens at once; the client may try again."""
+
+    http_status = 503
+    code = "be_over_budget"
+
+
+class Unfit(BEError):
+    """The token could answer; its own verdict says that it does not keep its prompt's behaviour. Never sent."""
+
+    code = "be_unfit"
+
+
+class ServerError(BEError):
+    """A server could not be started or reached, or refused a request."""
+
+    http_status = 503
+    code = "be_server_error"
+    exit_status: int | None = None
+    """Of a server that ended while it was waited for."""
+
+
+class ServerRefused(BEError):
+    """The server answered with an error; its message is kept."""
+
+    code = "be_server_refused"
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(f"The server answered {status}: {message}")
+        self.http_status = status
+
+
+class BatchStopped(BEError):
+    """What answers the rows is gone, or answers something else; the answers so far are kept."""
+
+    code = "be_batch_stopped"

@@ -1,6 +1,6 @@
-"""The vLLM plugin. Only its `vllm_` modules import vLLM.
+"""The vLLM plugin, in the API server's process. Only its room `vllm` imports vLLM.
 
-request -> middleware -> vLLM's chat endpoint -> hook -> resolve -> inject -> engine
+request -> middleware -> vLLM's chat endpoint -> hook -> resolve -> injection -> engine
                                                   |
                                        routes, metrics, settings
 """

@@ -10,16 +10,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from be_serve.core.errors import BEError, RegistryError, RequestError, TokenNotFound, UnsupportedRequest
+from be_serve.core.errors import BEError, RegistryError, RequestError, TokenNotFound, Unfit, UnsupportedRequest
 from be_serve.core.slots import SlotRenderer
 from be_serve.registry import TokenIndex
-from be_serve.serving.budget import TooLarge
 from be_serve.serving.composition import Composition
-from be_serve.serving.inject_resident_rows import salt
+from be_serve.serving.injection.byte_budget import TooLarge
+from be_serve.serving.injection.resident_rows import salt
+from be_serve.serving.injection.row_pool import TooManyVectors
 from be_serve.serving.middleware import RequestContext
 from be_serve.serving.requests import BEFields
 from be_serve.serving.resolve import Message, Resolver
-from be_serve.serving.rows import TooManyVectors
 
 _FIELD = "be_fallback"
 _MOST_TOLD = 1000
@@ -35,12 +35,6 @@ _REVEALING = (
 )
 # Options whose text a template may print before the system message.
 _PRINTED = ("tools", "tool_choice", "chat_template_kwargs", "documents", "reasoning", "reasoning_effort")
-
-
-class Unfit(BEError):
-    """The token could answer; its own verdict says that it does not keep its prompt's behaviour. Never sent."""
-
-    code = "be_unfit"
 
 
 @dataclass

@@ -12,10 +12,10 @@ def register() -> None:
     """Patch what must be patched on the engine's side, and insist on the endpoint plugin."""
     if "be_serve" not in os.environ.get("VLLM_PLUGINS", "").split(","):
         return
-    from be_serve.serving import vllm_compat, vllm_engine
+    from be_serve.serving.vllm import engine, versions
 
-    vllm_compat.check_version()
-    vllm_compat.require_endpoint_plugin()
-    vllm_engine.install_resident_rows()
-    if vllm_engine.on_cpu():
-        vllm_engine.patch_cpu_seed()
+    versions.check_version()
+    versions.require_endpoint_plugin()
+    engine.install_resident_rows()
+    if engine.on_cpu():
+        engine.patch_cpu_seed()

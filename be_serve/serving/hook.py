@@ -16,7 +16,7 @@ from be_serve.registry import TokenIndex
 from be_serve.serving.composition import Composition
 from be_serve.serving.cost import Cost
 from be_serve.serving.fallback import Fallback, PlainChat, refuse_revealing
-from be_serve.serving.injection import Held, Injection
+from be_serve.serving.injection.base import Held, Injection
 from be_serve.serving.metrics import Metrics
 from be_serve.serving.middleware import COUNTING, RequestContext, current
 from be_serve.serving.requests import BEFields, keep_lists, refuse_slips

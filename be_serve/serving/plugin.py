@@ -8,21 +8,24 @@ from argparse import Namespace
 from functools import partial
 from typing import Any
 
-from be_serve.core.errors import BEError
+from be_serve.core.errors import BEError, IncompatibleVLLM
 from be_serve.core.fingerprint import fingerprint_folder
 from be_serve.core.slots import SlotRenderer
-from be_serve.serving import routes, vectors, vllm_compat, vllm_rows
-from be_serve.serving.budget import ByteBudget
+from be_serve.serving import routes
 from be_serve.serving.hook import ChatHook
-from be_serve.serving.inject_prompt_embeds import PromptEmbeds
-from be_serve.serving.inject_resident_rows import ResidentRows
-from be_serve.serving.injection import Injection
+from be_serve.serving.injection import vectors
+from be_serve.serving.injection.base import Injection
+from be_serve.serving.injection.byte_budget import ByteBudget
+from be_serve.serving.injection.prompt_embeds import PromptEmbeds
+from be_serve.serving.injection.resident_rows import ResidentRows
+from be_serve.serving.injection.row_pool import RowPool
 from be_serve.serving.metrics import metrics
 from be_serve.serving.middleware import BEMiddleware
 from be_serve.serving.resolve import Resolver
-from be_serve.serving.rows import RowPool
 from be_serve.serving.service import ServedModel, Service
 from be_serve.serving.settings import Settings
+from be_serve.serving.vllm import hooks, versions
+from be_serve.serving.vllm import rows as engine_rows
 
 logger = logging.getLogger("vllm.be_serve")
 
@@ -30,11 +33,11 @@ logger = logging.getLogger("vllm.be_serve")
 class BEEndpointPlugin:
     """vLLM's EndpointPlugin protocol. Loaded only where VLLM_PLUGINS names `be_serve`."""
 
-    name = vllm_compat.PLUGIN_NAME
+    name = versions.PLUGIN_NAME
     required_tasks = ("generate",)
 
     def __init__(self) -> None:
-        vllm_compat.check_version()
+        versions.check_version()
         self._settings = Settings.from_env()
 
     def attach_router(self, app: Any) -> None:
@@ -43,7 +46,7 @@ class BEEndpointPlugin:
         app.add_exception_handler(BEError, routes.be_error_handler)
         app.add_middleware(
             BEMiddleware,
-            base_models=partial(vllm_compat.base_models, app.state),
+            base_models=partial(hooks.base_models, app.state),
             metrics=metrics,
             is_route=partial(routes.is_post_route, app),
             require=self._settings.require,
@@ -51,7 +54,7 @@ class BEEndpointPlugin:
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         """Hook into the running server. Raises BEError: a server must not start without its tokens."""
-        vllm_compat.check_server(state)
+        hooks.check_server(state)
         model = await asyncio.to_thread(_served_model, engine_client, state)
         dtype = engine_client.model_config.dtype
         injection = await self._injection(engine_client, state)
@@ -60,7 +63,7 @@ class BEEndpointPlugin:
             model,
             metrics(),
             prepare=partial(vectors.prepare, dtype=dtype),
-            vllm_has_api_key=bool(vllm_compat.api_keys(args)),
+            vllm_has_api_key=bool(hooks.api_keys(args)),
             capacity=injection.capacity,
         )
         await asyncio.to_thread(service.start)
@@ -68,7 +71,7 @@ class BEEndpointPlugin:
         online = state.online_renderer
         resolver = Resolver(
             service.index,
-            partial(vllm_compat.base_models, state),
+            partial(hooks.base_models, state),
             match=self._settings.match,
             usable=service.usable,
         )
@@ -77,15 +80,15 @@ class BEEndpointPlugin:
             index=service.index,
             slots=SlotRenderer(online.renderer.get_tokenizer(), chat_template=online.chat_template),
             injection=injection,
-            keys=vllm_compat.api_keys(args),
+            keys=hooks.api_keys(args),
             vocab_size=model.vocab_size,
-            max_chars=vllm_compat.max_prompt_chars(state),
+            max_chars=hooks.max_prompt_chars(state),
             metrics=metrics(),
             require=self._settings.require,
         )
-        vllm_compat.install_chat_hook(state, hook)
-        vllm_compat.install_messages(state)
-        vllm_compat.install_aliases(state, service.listed if self._settings.list_aliases else list)
+        hooks.install_chat_hook(state, hook)
+        hooks.install_messages(state)
+        hooks.install_aliases(state, service.listed if self._settings.list_aliases else list)
         state.be_serve = service
         logger.info(
             "be-serve: %d tokens for %s (fingerprint %s), injection %s%s, administration %s%s.",
@@ -100,29 +103,29 @@ class BEEndpointPlugin:
 
     async def _injection(self, engine_client: Any, state: Any) -> Injection:
         """The way that was asked for, or for which the engine was started. Raises BEError where it is not ready."""
-        rows = vllm_rows.engine_rows(engine_client)
+        rows = engine_rows.engine_rows(engine_client)
         name = self._settings.injection
         if name == "auto":
             name = "resident-rows" if rows else "prompt-embeds"
         if name == "prompt-embeds":
-            vllm_compat.close_raw_embeddings(state, engine_client)
+            hooks.close_raw_embeddings(state, engine_client)
             return PromptEmbeds(ByteBudget(self._settings.inflight_bytes, metrics().inflight.set))
         if not rows:
-            raise vllm_compat.IncompatibleVLLM(
+            raise IncompatibleVLLM(
                 "The engine was started without rows for tokens. `be-serve serve` asks for them; a plain vLLM command "
                 "must name them: --additional-config '{\"be_rows\": 1024}'."
             )
-        vllm_rows.install_rows(state, engine_client)
-        table = await vllm_rows.open_rows(engine_client, state)
-        pool = RowPool(table.rows, partial(vllm_rows.write_rows, engine_client), observe=metrics().observe_rows)
+        engine_rows.install_rows(state, engine_client)
+        table = await engine_rows.open_rows(engine_client, state)
+        pool = RowPool(table.rows, partial(engine_rows.write_rows, engine_client), observe=metrics().observe_rows)
         return ResidentRows(pool, table.first)
 
 
 def _served_model(engine_client: Any, state: Any) -> ServedModel:
     config = engine_client.model_config
-    folder = vllm_compat.model_folder(engine_client)
+    folder = hooks.model_folder(engine_client)
     return ServedModel(
-        name=vllm_compat.base_models(state)[0],
+        name=hooks.base_models(state)[0],
         fingerprint=fingerprint_folder(folder, chat_template=state.online_renderer.chat_template),
         hidden_size=config.get_hidden_size(),
         vocab_size=config.get_vocab_size(),

@@ -11,7 +11,7 @@ from be_serve.core.artifact import MAX_BYTES
 from be_serve.core.errors import InputError
 from be_serve.core.ids import validate_be_id
 from be_serve.models import be_home
-from be_serve.serving.injection import INJECTIONS
+from be_serve.serving.injection.base import INJECTIONS
 
 _INJECTIONS = ("auto", *INJECTIONS)
 

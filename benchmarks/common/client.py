@@ -13,9 +13,8 @@ from typing import Any
 
 import httpx
 
-from be_serve.child_server import ServerError
 from be_serve.core.addresses import warn_of_clear_text
-from be_serve.core.errors import InputError
+from be_serve.core.errors import InputError, ServerError
 from be_serve.core.redaction import hide, safe_url
 
 _TIMEOUT = httpx.Timeout(600.0, connect=10.0)

@@ -10,8 +10,7 @@ import random
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
-from be_serve.child_server import ServerError
-from be_serve.core.errors import InputError
+from be_serve.core.errors import InputError, ServerError
 from benchmarks.common.client import ServerClient
 
 Count = Callable[[str], Awaitable[int]]

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from be_serve.child_server import Server, free_port
 from be_serve.core.redaction import redact_environment
+from be_serve.process import Server, free_port
 from benchmarks.common.machine import gpus
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from be_serve.child_server import Server
+from be_serve.process import Server
 from benchmarks.common.answers import TIE, Answer, Count, answer_of
 from benchmarks.common.client import ServerClient
 from benchmarks.common.prompts import Chat, fit_text, handbook, question_text

@@ -12,8 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from be_serve.child_server import ServerError
-from be_serve.core.errors import BEError, InputError
+from be_serve.core.errors import BEError, InputError, ServerError
 from be_serve.models import DEFAULT_MODEL
 from benchmarks.common.client import ServerClient
 from benchmarks.common.machine import gpus

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from typing import Any
 
-from be_serve.child_server import ServerError
+from be_serve.core.errors import ServerError
 from be_serve.core.redaction import redact
 from benchmarks.common.machine import hardware, versions
 from benchmarks.load.figures import HISTOGRAMS, Round, load_figures, shares

@@ -11,9 +11,9 @@ from time import perf_counter
 from typing import Any
 from uuid import uuid4
 
-from be_serve.child_server import Server, ServerError
 from be_serve.core.artifact import Token
-from be_serve.core.errors import InputError
+from be_serve.core.errors import InputError, ServerError
+from be_serve.process import Server
 from benchmarks.common.client import ServerClient
 from benchmarks.common.prompts import Chat, fit_questions, fit_text, handbook
 from benchmarks.common.servers import ServerOptions, plugin_server, run_alone, stock_server

@@ -9,8 +9,8 @@ from typing import Any
 
 import httpx
 
-from be_serve.child_server import ServerError
 from be_serve.core.artifact import Token
+from be_serve.core.errors import ServerError
 from benchmarks.common.answers import Count
 from benchmarks.common.client import server_message
 from benchmarks.soak.answers import question, request_body

@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from time import perf_counter
 from uuid import uuid4
 
-from be_serve.child_server import Server, ServerError
+from be_serve.core.errors import ServerError
+from be_serve.process import Server
 from benchmarks.common.client import Sample, ServerClient
 from benchmarks.common.prompts import Chat
 from benchmarks.common.servers import run_alone

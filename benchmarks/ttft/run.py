@@ -20,13 +20,13 @@ from typing import Any
 from urllib.parse import urlsplit
 from uuid import uuid4
 
-from be_serve.child_server import Server, ServerError
 from be_serve.core.addresses import warn_of_clear_text
 from be_serve.core.artifact import Token
-from be_serve.core.errors import InputError
+from be_serve.core.errors import InputError, ServerError
 from be_serve.core.fingerprint import chat_template_text
 from be_serve.core.redaction import redact, redact_word
 from be_serve.core.slots import pinned_template_kwargs
+from be_serve.process import Server
 from benchmarks.common.client import ServerClient
 from benchmarks.common.machine import hardware, versions
 from benchmarks.common.prompts import Chat, fit_questions, fit_text, handbook

@@ -10,7 +10,7 @@ import httpx
 import pytest
 from PIL import Image
 
-from be_serve.serving.launch import PROVEN
+from be_serve.serving.vllm.arguments import PROVEN
 from tests.integration.conftest import KEY
 from tests.integration.servers import ADMIN_KEY, Server, be_serve_model
 from tests.integration.tiny import FAMILIES, MEDIA, TinyModel

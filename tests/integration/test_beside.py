@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from be_serve.serving.vllm_engine import WorkerRows
+from be_serve.serving.vllm.engine import WorkerRows
 from tests.integration.conftest import KEY
 from tests.integration.servers import ADMIN_KEY, Server, be_serve_model
 from tests.integration.tiny import TinyModel

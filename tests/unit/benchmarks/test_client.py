@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from be_serve.child_server import ServerError
+from be_serve.core.errors import ServerError
 from benchmarks.common.client import ServerClient, server_message
 from tests.unit.benchmarks.fake import MODEL, FakeServer
 

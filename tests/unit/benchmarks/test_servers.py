@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from be_serve.batch import connect
-from be_serve.child_server import Server, ServerError, free_port
+from be_serve.core.errors import ServerError
+from be_serve.process import Server, free_port
 from benchmarks.common.client import ServerClient
 from benchmarks.common.servers import (
     ServerOptions,

@@ -13,9 +13,8 @@ from contextlib import asynccontextmanager
 import pytest
 from click.testing import CliRunner
 
-from be_serve.child_server import ServerError
 from be_serve.cli.bench import command
-from be_serve.core.errors import InputError
+from be_serve.core.errors import InputError, ServerError
 from benchmarks.common.machine import hardware, versions
 from benchmarks.common.servers import ServerOptions
 from benchmarks.common.tokens import make_token

@@ -1,0 +1,90 @@
+"""Path A: vectors travel with the request as vLLM prompt embeds.
+
+A tensor [T, hidden_size] with the k rows at the slot and a mask over the token
+positions goes to the engine; vLLM embeds the masked positions itself. The tensor
+never leaves this process as client data: no base64, no unpickling.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from be_serve.core.errors import UnsupportedRequest
+from be_serve.core.slots import Slot
+from be_serve.serving.injection.byte_budget import ByteBudget, TooLarge
+from be_serve.serving.injection.vectors import join
+from be_serve.serving.requests import refuse_raw_embeddings
+
+PLACEHOLDER_ID = 0
+"""The id under a row. It must be a real one: logits processors index with it."""
+
+
+def mixed(slot: Slot, vectors: torch.Tensor) -> tuple[torch.Tensor, list[bool]]:
+    """A tensor [T, hidden_size] with the vectors [k, hidden_size] in the slot, and which of the T are tokens."""
+    start, k = len(slot.before), len(vectors)
+    length = start + k + len(slot.after)
+    embeds = torch.zeros(length, vectors.shape[1], dtype=vectors.dtype)
+    embeds[start : start + k] = vectors
+    return embeds, [not start <= i < start + k for i in range(length)]
+
+
+class HeldVectors:
+    """The vectors [k, hidden_size] of one request, and the memory that its tensors claim.
+
+    vLLM sends an embeds prompt to the engine once for each of a request's `choices`.
+    """
+
+    def __init__(self, vectors: torch.Tensor, budget: ByteBudget, choices: int = 1) -> None:
+        self.vectors = vectors
+        self._budget = budget
+        self._choices = choices
+        self._size = 0
+        self._over = False
+
+    def claim(self, tensor: int) -> None:
+        """Claim the bytes of a further tensor. Raises OverBudget, and TooLarge for a request that never fits."""
+        if self._over:
+            raise UnsupportedRequest("The request was over before its chat was rendered.")
+        size = tensor * self._choices
+        if self._size + size > self._budget.capacity:
+            raise TooLarge(
+                f"The request with its token takes {self._size + size} bytes as embeddings; this server process holds "
+                f"{self._budget.capacity} for all of them. Operators: --be-inflight-bytes."
+            )
+        self._budget.take(size)
+        self._size += size
+
+    def release(self) -> None:
+        self._budget.give_back(self._size)
+        self._size, self._over = 0, True
+
+
+class PromptEmbeds:
+    """Injection `prompt-embeds`."""
+
+    name = "prompt-embeds"
+    capacity = None
+    beside_media = False
+    outlasts_request = False
+
+    def __init__(self, budget: ByteBudget) -> None:
+        self._budget = budget
+
+    def check(self, messages: Any, tools: Any) -> None:
+        refuse_raw_embeddings(messages, tools)
+
+    async def hold(
+        self, parts: Sequence[tuple[str, torch.Tensor]], *, wait: bool = True, choices: int = 1
+    ) -> HeldVectors:
+        return HeldVectors(join([vectors for _, vectors in parts]), self._budget, choices)
+
+    def inject(self, engine_input: dict[str, Any], slot: Slot, held: HeldVectors) -> dict[str, Any]:
+        """vLLM's mixed embeds input. Keys other than the prompt's (cache_salt, arrival_time) are kept."""
+        ids: list[int] = engine_input["prompt_token_ids"]
+        held.claim(len(ids) * held.vectors[0].nbytes)
+        embeds, is_token = mixed(slot, held.vectors)
+        kept: dict[str, Any] = {key: engine_input[key] for key in ("cache_salt", "arrival_time") if key in engine_input}
+        return {"type": "embeds", "prompt_embeds": embeds, "prompt_token_ids": ids, "is_token_ids": is_token, **kept}

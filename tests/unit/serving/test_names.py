@@ -1,0 +1,300 @@
+"""Keys that are a slip of one of our fields are refused wherever nobody would read them; other keys pass."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import json
+import random
+import string
+from functools import partial
+from pathlib import Path
+
+import pytest
+from fastapi import FastAPI, Request
+from fastapi.testclient import TestClient
+
+from be_serve.core.errors import BEError, MisnamedField
+from be_serve.core.names import FIELDS, PLACES, field_near, find_slip
+from be_serve.serving import routes
+from be_serve.serving.metrics import metrics
+from be_serve.serving.middleware import SUPPORTED, BEMiddleware, RequestContext, current
+from tests.unit.serving.hooks import USER, make_hook, request
+
+STRICT = ("/v1/messages", "/v1/messages/count_tokens")
+HOOKED = sorted(SUPPORTED.difference(STRICT))
+BYPASSING = ("/v1/completions", "/v1/chat/completions/render", "/inference/v1/generate")
+
+
+def plain(key: str) -> str:
+    return key.lower().replace("-", "").replace("_", "").replace(" ", "")
+
+
+def distance(one: str, other: str) -> int:
+    """Levenshtein's, by its definition."""
+    row = list(range(len(other) + 1))
+    for i, a in enumerate(one, 1):
+        last, row[0] = row[0], i
+        for j, b in enumerate(other, 1):
+            last, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, last + (a != b))
+    return row[-1]
+
+
+def nearest(key: str) -> int:
+    return min(distance(plain(key), plain(name)) for name in FIELDS)
+
+
+def bad_keys(count: int = 200) -> list[str]:
+    """Slips of our fields: at most one edit, then other separators and another case."""
+    draw = random.Random(7)
+    found: dict[str, None] = {}
+    while len(found) < count:
+        letters = list(plain(draw.choice(FIELDS)))
+        at, letter = draw.randrange(len(letters)), draw.choice(string.ascii_lowercase + string.digits + "'\"\\/.é")
+        match draw.choice(["same", "insert", "delete", "substitute"]):
+            case "insert":
+                letters.insert(draw.randrange(len(letters) + 1), letter)
+            case "delete":
+                del letters[at]
+            case "substitute":
+                letters[at] = letter
+        for _ in range(draw.randrange(4)):
+            letters.insert(draw.randrange(len(letters) + 1), draw.choice("-_ "))
+        key = "".join(letter.upper() if draw.random() < 0.3 else letter for letter in letters)
+        if key not in FIELDS:
+            found[key] = None
+    return list(found)
+
+
+def innocent_keys(count: int = 200) -> list[str]:
+    """Keys of all lengths, some made of our fields by two edits and more."""
+    draw = random.Random(11)
+    found = ["id", "seed", "beta_id", "system", "match", "fallback", "web_id", "be", "user_id", "session_id", ""]
+    while len(found) < count:
+        letters = list(draw.choice([*FIELDS, "temperature", "request_id", "bedrock_id", "min_p"]))
+        for _ in range(draw.randrange(2, 5)):
+            letters.insert(draw.randrange(len(letters) + 1), draw.choice(string.ascii_letters + "-_é"))
+        key = "".join(letters)
+        if nearest(key) > 1:
+            found.append(key)
+    return found
+
+
+def at(place: str | None, key: str) -> dict:
+    return {key: "harbor"} if place is None else {place: {key: "harbor"}}
+
+
+EVERYWHERE = (None, *PLACES)
+
+
+@pytest.mark.parametrize("key", [*bad_keys(), "be_ids", "be-id", "BE_ID", "beId", "be id", "Be__Id", "bid", "bead_id"])
+def test_a_slip_is_known_in_every_place(key):
+    if key == "bead_id":  # two edits
+        assert field_near(key) is None
+        return
+    for place in EVERYWHERE:
+        slip = find_slip(at(place, key), at(place, key))
+        assert slip.key == (key if place is None else f"{place}.{key}")
+        assert distance(plain(key), plain(slip.field)) <= 1
+
+
+def test_innocent_keys_are_none():
+    assert len({*innocent_keys()}) >= 190
+    for key in innocent_keys():
+        assert field_near(key) is None, key
+        for place in EVERYWHERE:
+            assert find_slip(at(place, key), at(place, key)) is None
+
+
+def test_our_own_keys_are_read_at_the_top_alone():
+    for name in FIELDS:
+        assert find_slip({name: "x"}, {name: "x"}) is None
+        for place in PLACES:
+            assert find_slip({}, at(place, name)).key == f"{place}.{name}"
+            assert find_slip({}, at(place, name), read_in=(place,)) is None
+            assert find_slip({}, at(place, name.upper()), read_in=(place,)).field == name
+            assert find_slip({}, {place: {name: None}}) is None
+
+
+@pytest.mark.parametrize("value", [None, "be_id", ["be_id"], 7, True, [], {}, {"deep": {"be_id": "x"}}, {3: "x"}])
+def test_places_may_hold_anything(value):
+    for place in PLACES:
+        assert find_slip({place: value}, {place: value}) is None
+
+
+def stock_fields() -> set[str]:
+    """Every field of every request class of the installed vLLM, and its aliases."""
+    root = Path(importlib.util.find_spec("vllm").submodule_search_locations[0]) / "entrypoints"
+    found: set[str] = set()
+    for file in root.rglob("protocol.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef):
+                fields = [line.target for line in node.body if isinstance(line, ast.AnnAssign)]
+                found |= {field.id for field in fields if isinstance(field, ast.Name)}
+            if isinstance(node, ast.keyword) and node.arg in ("alias", "validation_alias"):
+                found |= {one.value for one in ast.walk(node.value) if isinstance(one, ast.Constant)}
+    return {name for name in found if isinstance(name, str)}
+
+
+def test_no_field_of_vllms_requests_is_a_slip():
+    fields = stock_fields()
+    assert {"messages", "prompt", "token_ids", "input", "vllm_xargs", "query", "instructions", "seed"} <= fields
+    assert len(fields) > 300
+    assert [name for name in fields if field_near(name)] == []
+
+
+# --- through the hook ---
+
+
+@pytest.fixture
+def ask(tmp_path):
+    """A chat as the hook gets it on some path, with these extra fields and fields of its class."""
+    hook, _, _ = make_hook(tmp_path)
+
+    async def begin(path: str, extra: dict, **fields):
+        made = request(**extra)
+        vars(made).update(fields)
+        context = RequestContext(path)
+        token = current.set(context)
+        try:
+            return await hook.begin(made, USER, None)
+        finally:
+            current.reset(token)
+            for clean in context.cleanup:
+                clean()
+
+    return begin
+
+
+@pytest.mark.parametrize("path", HOOKED)
+async def test_the_hook_refuses_slips_and_passes_the_rest(ask, path):
+    draw = random.Random(path)
+    for key in bad_keys():
+        place = draw.choice(EVERYWHERE)
+        with pytest.raises(MisnamedField) as caught:
+            await ask(path, at(place, key))
+        assert caught.value.http_status == 400
+        assert caught.value.param.endswith(key)
+        assert f"`{caught.value.param}`" in caught.value.message
+        assert f"send `{find_slip(at(place, key), at(place, key)).field}` at the top level" in caught.value.message
+    for key in innocent_keys():
+        assert await ask(path, at(draw.choice(EVERYWHERE), key)) is None
+
+
+async def test_objects_that_are_fields_of_the_class_are_looked_into(ask):
+    for place in PLACES:
+        with pytest.raises(MisnamedField, match=f"{place}.be_id"):
+            await ask("/v1/chat/completions", {}, **{place: {"be_id": "harbor"}})
+    assert await ask("/v1/chat/completions", {}, metadata=None, vllm_xargs={}, chat_template_kwargs="x") is None
+    assert (await ask("/v1/chat/completions", {"be_id": "harbor"}, metadata={"user_id": "7"})).tokens.name == "harbor"
+    with pytest.raises(MisnamedField, match="SDKs' argument"):
+        await ask("/v1/responses", {"extra_body": {"be_id": "harbor"}})
+    with pytest.raises(MisnamedField):  # though the token is named as well
+        await ask("/v1/responses", {"be_id": "harbor", "be-system": "append"})
+
+
+# --- through the middleware ---
+
+
+@pytest.fixture
+def http():
+    """An app whose Messages endpoints answer with what the hook would be given, others with their body."""
+    app = FastAPI()
+    app.add_middleware(
+        BEMiddleware, base_models=lambda: ["org/tiny"], metrics=metrics, is_route=partial(routes.is_post_route, app)
+    )
+
+    async def echo(request: Request):
+        context = current.get()
+        await request.body()
+        return {"fields": context.fields, "fault": context.fault and context.fault.message}
+
+    for path in (*STRICT, *BYPASSING, "/tokenize"):
+        app.post(path)(echo)
+    return TestClient(app)
+
+
+def encodings(body: dict) -> list[bytes]:
+    """One body as different clients write it."""
+    text = json.dumps(body)
+    return [
+        text.encode(),
+        json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode(),
+        json.dumps(body, indent=1, separators=(",", " \n: ")).encode(),
+        text.encode("utf-16"),
+    ]
+
+
+@pytest.mark.parametrize("path", BYPASSING)
+def test_endpoints_without_the_hook_refuse_slips_too(http, path):
+    draw = random.Random(path)
+    for key in bad_keys():
+        body = {"prompt": 'A {"be_id": 1}', **at(draw.choice(EVERYWHERE), key)}
+        answer = http.post(path, content=draw.choice(encodings(body)))
+        assert answer.status_code == 400, body
+        error = answer.json()["error"]
+        assert error["param"].endswith(key)
+        assert f"{path} cannot use a token" in error["message"]
+        assert "/v1/chat/completions" in error["message"]
+    for key in innocent_keys():
+        body = {"prompt": 'A {"be_id": 1}', **at(draw.choice(EVERYWHERE), key)}
+        assert http.post(path, content=draw.choice(encodings(body))).status_code == 200, body
+    for place in ("metadata", "chat_template_kwargs", "extra_body"):
+        assert http.post(path, json=at(place, "be_id")).status_code == 400
+    for value in (None, "be_id", [], 7):
+        assert http.post(path, json={"metadata": value, "vllm_xargs": value}).status_code == 200
+    assert http.post(path, json={"be_match": False, "be-id": "x"}).status_code == 400
+    # PHP writes slashes with an escape.
+    assert http.post(path, content=b'{"model": "org\\/tiny:harbor"}').status_code == 400
+
+
+@pytest.mark.parametrize("path", STRICT)
+def test_messages_carry_the_fault_to_the_hook(http, path):
+    draw = random.Random(path)
+    for key in bad_keys():
+        answer = http.post(path, content=draw.choice(encodings(at(draw.choice(EVERYWHERE), key)))).json()
+        assert f"{key}` is not read; send `" in answer["fault"]
+    for key in innocent_keys():
+        answer = http.post(path, content=draw.choice(encodings(at(draw.choice(EVERYWHERE), key)))).json()
+        assert answer == {"fields": {}, "fault": None}
+    named = {"be_id": "harbor", "be_system": "append"}
+    for body in (named, {"vllm_xargs": named}, {"be_id": "harbor", "vllm_xargs": {**named, "seed": 1}}):
+        assert http.post(path, json=body).json() == {"fields": named, "fault": None}
+    twice = http.post(path, json={"be_id": "harbor", "vllm_xargs": {"be_id": "cook"}}).json()
+    assert twice["fault"] == "`be_id` is given twice, and differs; send it once."
+    for place in ("metadata", "chat_template_kwargs", "extra_body"):
+        assert f"{place}.be_id" in http.post(path, json=at(place, "be_id")).json()["fault"]
+
+
+async def test_a_fault_is_raised_in_the_hook(tmp_path, context):
+    hook, _, _ = make_hook(tmp_path)
+    context.fault = MisnamedField("found before")
+    with pytest.raises(BEError, match="found before"):
+        await hook.begin(request(), USER, None)
+
+
+def test_tokenize_of_text_names_no_token(http):
+    for body in ({"be_id": "harbor"}, {"be-id": "harbor"}, {"metadata": {"be_id": "harbor"}}):
+        refused = http.post("/tokenize", json={"prompt": "messages", **body})
+        assert refused.status_code == 400, body
+        assert "/tokenize of a `prompt` cannot use a token" in refused.json()["error"]["message"]
+        assert http.post("/tokenize", json={"messages": USER, **body}).status_code == 200  # the hook's
+        assert http.post("/tokenize", json={"prompt": "x", "messages": USER, **body}).status_code == 400
+    assert http.post("/tokenize", json={"prompt": 'say "be_id": 1', "model": "org/tiny:harbor"}).status_code == 200
+
+
+def test_half_a_surrogate_pair_can_be_told(http):
+    answer = http.post("/v1/completions", content=b'{"be\\ud800id": "x"}')
+    assert answer.status_code == 400
+    assert "be?id" in answer.json()["error"]["message"]
+
+
+# --- other ways in ---
+
+
+def test_llm_refuses_slips_before_it_does_anything():
+    from be_serve.llm import LLM
+
+    for options in ({"be_ids": "captain"}, {"chat_template_kwargs": {"be_id": "captain"}}):
+        with pytest.raises(MisnamedField, match="as an argument of `chat`"):
+            LLM.chat(None, USER, **options)
