@@ -98,7 +98,7 @@ class TrainConfig(BaseModel):
     steps: int = Field(default=240, ge=0)
     """Optimiser steps of distillation (stage 2)."""
     batch_size: int = Field(default=2, ge=1)
-    """Queries a step. For the same number of queries small batches came further (docs/training.md). The paper: 1."""
+    """Queries a step. Small batches came further with as many queries (docs/results/training.md). The paper: 1."""
     lr: float = Field(default=1e-2, gt=0)
     """Peak learning rate of AdamW. The paper's code: 1e-2."""
     warmup: int = Field(default=10, ge=0)

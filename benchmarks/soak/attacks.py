@@ -26,7 +26,7 @@ ATTACKS = {
 }
 _IN_THE_CROWD = [kind for kind in ATTACKS if kind != "takeover"]
 _REFUSED = {"raw_ids": 400, "allowed_ids": 400, "logit_bias": 400, "prompt_logprobs": 400}
-_GAP = 1024  # ids between the padded vocabulary and the first row (docs/operations.md)
+_GAP = 1024  # ids between the padded vocabulary and the first row (docs/how-it-works.md)
 _PADDING = 64  # of vLLM's vocabulary
 
 

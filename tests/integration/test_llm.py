@@ -104,7 +104,7 @@ def test_a_token_of_another_model_stops_it_before_the_engine_starts(files, tmp_p
 
 
 def test_the_script_in_the_docs_runs_as_it_stands(tmp_path):
-    page = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "reference" / "python.md").read_text(encoding="utf-8")
     (script,) = (block for block in page.split("```python\n")[1:] if "be_serve.llm" in block)
     (tmp_path / "script.py").write_text(script.partition("```")[0])
     env = {**ENV, "PYTHONPATH": str(ROOT)}
