@@ -180,3 +180,17 @@ class BatchStopped(BEError):
     """What answers the rows is gone, or answers something else; the answers so far are kept."""
 
     code = "be_batch_stopped"
+
+
+class TooLarge(UnsupportedRequest):
+    """A request whose embeddings exceed what this server would hold of all requests together."""
+
+    http_status = 422
+    code = "be_over_capacity"
+
+
+class TooManyVectors(UnsupportedRequest):
+    """A token, or several in one request, that no server of this size can hold."""
+
+    http_status = 422
+    code = "be_too_many_vectors"

@@ -10,13 +10,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from be_serve.core.errors import BEError, RegistryError, RequestError, TokenNotFound, Unfit, UnsupportedRequest
+from be_serve.core.errors import (
+    BEError,
+    RegistryError,
+    RequestError,
+    TokenNotFound,
+    TooLarge,
+    TooManyVectors,
+    Unfit,
+    UnsupportedRequest,
+)
 from be_serve.core.slots import SlotRenderer
 from be_serve.registry import TokenIndex
 from be_serve.serving.composition import Composition
-from be_serve.serving.injection.byte_budget import TooLarge
 from be_serve.serving.injection.resident_rows import salt
-from be_serve.serving.injection.row_pool import TooManyVectors
 from be_serve.serving.middleware import RequestContext
 from be_serve.serving.requests import BEFields
 from be_serve.serving.resolve import Message, Resolver

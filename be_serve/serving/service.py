@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from be_serve.core.artifact import Manifest, Token, check_vectors, read_limited
-from be_serve.core.errors import WrongModel
+from be_serve.core.errors import TooManyVectors, WrongModel
 from be_serve.core.fingerprint import Fingerprint
 from be_serve.core.prompts import prompt_sha256
 from be_serve.registry import PutResult, Record, Registry, TokenIndex
-from be_serve.serving.injection.row_pool import TooManyVectors, too_many_vectors
+from be_serve.serving.injection.row_pool import too_many_vectors
 from be_serve.serving.metrics import Metrics
 from be_serve.serving.settings import Settings
 

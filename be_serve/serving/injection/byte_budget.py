@@ -5,14 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
-from be_serve.core.errors import OverBudget, UnsupportedRequest
-
-
-class TooLarge(UnsupportedRequest):
-    """A request whose embeddings exceed what this server would hold of all requests together."""
-
-    http_status = 422
-    code = "be_over_capacity"
+from be_serve.core.errors import OverBudget
 
 
 class ByteBudget:

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from be_serve.core.errors import UnsupportedRequest
+from be_serve.core.errors import TooLarge, UnsupportedRequest
 from be_serve.core.slots import Slot
-from be_serve.serving.injection.byte_budget import ByteBudget, TooLarge
+from be_serve.serving.injection.byte_budget import ByteBudget
 from be_serve.serving.injection.vectors import join
 from be_serve.serving.requests import refuse_raw_embeddings
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from be_serve.core.errors import RowsBusy, UnsupportedRequest
+from be_serve.core.errors import RowsBusy, TooManyVectors
 
 Write = Callable[[list[int], Any], Coroutine[Any, Any, None]]
 _PASSED = 32
@@ -29,13 +29,6 @@ _PASSED = 32
 _ALONE = 3.0
 _LOOKS = 128
 """How far into the queue room is looked for, since thousands may wait. A queue of more is overtaken by nobody."""
-
-
-class TooManyVectors(UnsupportedRequest):
-    """A token, or several in one request, that no server of this size can hold."""
-
-    http_status = 422
-    code = "be_too_many_vectors"
 
 
 def too_many_vectors(k: int, capacity: int) -> TooManyVectors:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from be_serve.core.errors import UnsupportedRequest
-from be_serve.serving.injection.byte_budget import TooLarge
+from be_serve.core.errors import TooLarge, TooManyVectors, UnsupportedRequest
 from be_serve.serving.injection.resident_rows import ResidentRows
-from be_serve.serving.injection.row_pool import RowPool, TooManyVectors
+from be_serve.serving.injection.row_pool import RowPool
 from tests.factories import PROMPT, make_token
 from tests.unit.serving.hooks import FULL, USER, make_hook, request
 

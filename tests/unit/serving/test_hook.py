@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from be_serve.core.errors import BEError, NotAuthenticated, OverBudget, UnsupportedRequest
+from be_serve.core.errors import BEError, NotAuthenticated, OverBudget, TooLarge, UnsupportedRequest
 from be_serve.core.slots import Slot
 from be_serve.registry import TokenIndex
-from be_serve.serving.injection.byte_budget import ByteBudget, TooLarge
+from be_serve.serving.injection.byte_budget import ByteBudget
 from be_serve.serving.injection.prompt_embeds import PromptEmbeds
 from be_serve.serving.injection.resident_rows import ResidentRows, salt
 from be_serve.serving.injection.row_pool import RowPool

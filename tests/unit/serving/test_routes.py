@@ -11,9 +11,16 @@ from fastapi import FastAPI, Request
 from fastapi.testclient import TestClient
 
 from be_serve.client import BEClient
-from be_serve.core.errors import ArtifactTooLarge, BEError, InputError, RowsBusy, ServerRefused, WrongModel
+from be_serve.core.errors import (
+    ArtifactTooLarge,
+    BEError,
+    InputError,
+    RowsBusy,
+    ServerRefused,
+    TooManyVectors,
+    WrongModel,
+)
 from be_serve.serving import middleware, routes
-from be_serve.serving.injection.row_pool import TooManyVectors
 from be_serve.serving.metrics import metrics
 from be_serve.serving.middleware import BEMiddleware, current
 from be_serve.serving.service import ServedModel, Service

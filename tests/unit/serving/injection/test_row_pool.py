@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from be_serve.core.errors import RowsBusy
+from be_serve.core.errors import RowsBusy, TooManyVectors
 from be_serve.serving.injection.resident_rows import RowIds, salt
-from be_serve.serving.injection.row_pool import RowPool, TooManyVectors
+from be_serve.serving.injection.row_pool import RowPool
 from be_serve.serving.vllm.rows import _leased
 from tests.unit.serving.injection.rows_table import make_pool, vectors
 
