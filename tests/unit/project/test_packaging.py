@@ -191,6 +191,30 @@ def test_locked_default_model_is_the_one_the_code_knows() -> None:
             assert read_lock(accel)[model.package] == model.version
 
 
+def test_the_default_models_name_stands_in_one_file() -> None:
+    from be_serve.models import DEFAULT_MODEL
+
+    folders = ("be_serve/", "trainer/", "benchmarks/", "scripts/")
+    files = [path for path in tracked_files() if str(path.relative_to(ROOT)).startswith(folders)]
+    found = [
+        str(path.relative_to(ROOT))
+        for path in files
+        if path.suffix in ("", ".py") and DEFAULT_MODEL in path.read_text(encoding="utf-8")
+    ]
+    assert found == ["be_serve/models/builtin.py"]
+
+
+def test_the_default_models_name_costs_help_nothing() -> None:
+    """Every verb's options name it: it must not bring what only a model's preparation needs."""
+    code = (
+        "import sys; from be_serve.models import DEFAULT_MODEL; "
+        "print([m for m in ('numpy', 'pydantic', 'httpx', 'sqlalchemy', 'huggingface_hub') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[]"
+
+
 def test_installed_packages_are_the_locked_ones() -> None:
     """What was tested is what a user gets. Packages beside the lock are the user's own affair."""
     accel = (Path(sys.prefix) / ".be-serve-accel").read_text(encoding="utf-8").strip() if made_by_install() else None
