@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[3]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PROJECT = PYPROJECT["project"]
 HEAVY = ["torch", "vllm", "transformers", "fastapi", "matplotlib"]
+SCRIPTS = sorted(path.name for path in (ROOT / "scripts").iterdir() if path.is_file())
 PYTHONS = ["3.11", "3.12", "3.13", "3.14"]
 TEXT_SUFFIXES = {"", ".py", ".toml", ".yaml", ".in", ".txt", ".lock", ".sh", ".cpu", ".cuda"}
 
@@ -255,7 +256,7 @@ def test_no_symlink_leaves_the_project() -> None:
             assert path.resolve().is_relative_to(ROOT), path
 
 
-@pytest.mark.parametrize("name", ["scripts/install", "scripts/demo", "scripts/lock", ".ci/run"])
+@pytest.mark.parametrize("name", [".ci/run", *(f"scripts/{name}" for name in SCRIPTS)])
 def test_scripts_are_executable_and_parse(name: str) -> None:
     path = ROOT / name
     assert os.access(path, os.X_OK)
@@ -265,3 +266,15 @@ def test_scripts_are_executable_and_parse(name: str) -> None:
         subprocess.run(["bash", "-n", str(path)], check=True)
     else:
         compile(text, name, "exec")
+
+
+def test_every_python_script_is_linted_and_typed() -> None:
+    in_python = [f"scripts/{name}" for name in SCRIPTS if "python" in (ROOT / "scripts" / name).read_text()[:40]]
+    shown = subprocess.run(
+        [sys.executable, "-m", "ruff", "check", "--show-files"], cwd=ROOT, capture_output=True, text=True
+    )
+    linted = [str(Path(line).relative_to(ROOT)) for line in shown.stdout.splitlines()]
+    assert sorted(name for name in linted if name.startswith("scripts/")) == in_python
+    planned = subprocess.run(["make", "-n", "check"], cwd=ROOT, capture_output=True, text=True).stdout
+    typed = [line.split()[1:] for line in planned.splitlines() if "/mypy scripts/" in line]
+    assert typed == [in_python]
