@@ -313,7 +313,8 @@ class Registry:
         holder = session.scalar(query)
         if holder is not None:
             raise TokenConflict(
-                f"Token {holder!r} already answers for this prompt: register without match, or remove {holder!r}.",
+                f"Token {holder!r} already answers for this prompt, and only one can: register the file of {holder!r} "
+                f"again with match=false (`be-serve register FILE --id {holder} --no-match`), or remove {holder!r}.",
                 param="match",
             )
 

@@ -206,6 +206,34 @@ def test_refused_uploads_name_the_reason(http):
     assert http.get("/v1/be/tokens", headers=KEY).json()["data"] == []
 
 
+def refusals() -> dict[str, float]:
+    """The counter's values by code."""
+    samples = [sample for family in metrics().refusals.collect() for sample in family.samples]
+    return {s.labels["code"]: s.value for s in samples if s.name.endswith("_total")}
+
+
+def test_refusals_of_the_admin_routes_are_counted(http):
+    data = make_token().to_bytes()
+    http.post("/v1/be/tokens", content=data, headers=KEY)
+    before = refusals()
+    http.get("/v1/be/tokens")
+    http.get("/v1/be/tokens", headers={"X-BE-Key": "wrong"})
+    http.get("/v1/be/tokens/nobody", headers=KEY)
+    http.post("/v1/be/tokens", content=b"junk", headers=KEY)
+    http.post("/v1/be/tokens", content=make_token(seed=9).to_bytes(), headers=KEY)
+    http.put("/v1/be/tokens/harbor/prompt", content=b"\xff", headers=KEY)
+    http.delete("/v1/be/tokens/nobody", headers=KEY)
+    http.delete("/v1/be/tokens/harbor", headers=KEY)  # not refused
+    grown = {code: value - before.get(code, 0) for code, value in refusals().items()}
+    assert {code: value for code, value in grown.items() if value} == {
+        "be_not_authenticated": 1,
+        "be_forbidden": 1,
+        "be_not_found": 2,
+        "be_invalid_artifact": 2,
+        "be_conflict": 1,
+    }
+
+
 def test_keys(tmp_path):
     open_app = TestClient(make_app(tmp_path / "a"))
     assert open_app.get("/v1/be/tokens").status_code == 401
