@@ -63,6 +63,14 @@ class Server:
         self._frozen = False
 
     async def __aenter__(self) -> Server:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.stop()
+
+    async def start(self) -> None:
+        """Start the server and wait until it answers. Raises ServerError; what was started is then stopped."""
         begin = time.monotonic()
         with contextlib.ExitStack() as files:
             sink = _STDERR
@@ -88,10 +96,6 @@ class Server:
             self.stop()
             raise
         self.start_seconds = time.monotonic() - begin
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        self.stop()
 
     async def _wait_until_healthy(self, begin: float) -> None:
         assert self._process is not None

@@ -55,7 +55,9 @@ class RunResult:
     evaluation: Evaluation
     start: Start
     seconds: dict[str, float] = field(default_factory=dict)
-    """Wall time of each phase; `step` is the median of one optimiser step."""
+    """Wall time of each phase of this call; `step` is the median of one optimiser step."""
+    before: dict[str, float] | None = None
+    """Of a run that was continued: the `steps` that it had done, and the `seconds` that these took."""
 
     def to_json(self) -> dict[str, Any]:
         """The object of `train --json`."""
@@ -66,6 +68,7 @@ class RunResult:
             **self.evaluation.to_json(),
             "start": {"text": self.start.text, "kl": self.start.kl},
             "seconds": {name: round(value, 2) for name, value in self.seconds.items()},
+            **({"before": self.before} if self.before else {}),
         }
 
 
@@ -98,6 +101,7 @@ class Run:
         self.say = say
         self.quiet = quiet
         self.seconds: dict[str, float] = {}
+        self._continued = False
         self._training: Training
         self._teacher: Teacher
         self._begin: Start
@@ -187,7 +191,9 @@ class Run:
         self._report(made.manifest, evaluation)
         for way in self.model.slow_ways():
             self.say(f"Slower than on most models: {way} ({self.model.name}).")
-        return RunResult(made, self.folder, evaluation, self._begin, self.seconds)
+        earlier = training.seconds_before
+        before = {"steps": len(earlier), "seconds": round(sum(earlier), 2)} if self._continued else None
+        return RunResult(made, self.folder, evaluation, self._begin, self.seconds, before)
 
     def _queries(self) -> tuple[list[Query], list[Query]]:
         """Training and held-out queries, without near-duplicates across or within."""
@@ -252,6 +258,7 @@ class Run:
         file, note = self.folder / "checkpoint.safetensors", self.folder / "start.json"
         if file.exists():
             found = Checkpoint.load(file, digest)
+            self._continued = True
             self.say(f"Continuing the run in {self.folder} (stage {found.stage + 1}, step {found.step}).")
             start = Start(found.parameters["vectors"], **(json.loads(note.read_text()) if note.exists() else {}))
             return self._soft_token(start), start

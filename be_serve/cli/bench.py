@@ -13,6 +13,7 @@ from be_serve.cli._bench import server_flags
 from be_serve.cli.bench_load import command as load_command
 from be_serve.cli.bench_soak import command as soak_command
 from be_serve.cli.bench_train import command as train_command
+from be_serve.models import DEFAULT_MODEL
 
 if TYPE_CHECKING:
     from benchmarks.ttft.figures import Run
@@ -41,7 +42,7 @@ def _parse_cases(_: click.Context, __: click.Parameter, value: str) -> tuple[tup
 
 
 @command.command("ttft")
-@click.option("--model", default="builtin:smollm2-135m-instruct", show_default=True, help="Model name or folder.")
+@click.option("--model", default=DEFAULT_MODEL, show_default=True, help="Model name or folder.")
 @click.option("--revision", help="Revision of a Hugging Face model.")
 @click.option("--url", help="A running server with the plugin. Without it, servers are started and stopped.")
 @click.option("--baseline-url", help="A running stock vLLM, for the plain and full-prompt arms beside --url.")

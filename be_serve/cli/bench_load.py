@@ -11,10 +11,11 @@ from typing import Any
 import click
 
 from be_serve.cli._bench import server_flags
+from be_serve.models import DEFAULT_MODEL
 
 
 @click.command("load")
-@click.option("--model", default="builtin:smollm2-135m-instruct", show_default=True, help="Model name or folder.")
+@click.option("--model", default=DEFAULT_MODEL, show_default=True, help="Model name or folder.")
 @click.option(
     "--beside",
     type=click.Choice(["stock", "prompt-embeds", "resident-rows"]),

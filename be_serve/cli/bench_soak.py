@@ -10,10 +10,11 @@ from pathlib import Path
 import click
 
 from be_serve.cli._bench import server_flags
+from be_serve.models import DEFAULT_MODEL
 
 
 @click.command("soak")
-@click.option("--model", default="builtin:smollm2-135m-instruct", show_default=True, help="Model name or folder.")
+@click.option("--model", default=DEFAULT_MODEL, show_default=True, help="Model name or folder.")
 @click.option("--minutes", type=click.FloatRange(0, min_open=True), default=30.0, show_default=True)
 @click.option("--clients", type=click.IntRange(1), default=16, show_default=True, help="Clients at one time.")
 @click.option("--tokens", type=click.IntRange(2, 64), default=24, show_default=True, help="Tokens on the server.")

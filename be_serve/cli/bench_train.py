@@ -10,10 +10,12 @@ from typing import Any
 
 import click
 
+from be_serve.models import DEFAULT_MODEL
+
 
 @click.command("train")
 @click.argument("prompt_file")
-@click.option("--model", default="builtin:smollm2-135m-instruct", show_default=True, help="Model name or folder.")
+@click.option("--model", default=DEFAULT_MODEL, show_default=True, help="Model name or folder.")
 @click.option("--queries", required=True, help="JSONL of queries.")
 @click.option("--tokens", type=click.IntRange(1), default=1, show_default=True, help="Number of vectors k.")
 @click.option("--steps", type=click.IntRange(1), default=12, show_default=True, help="Timed steps of each arm.")

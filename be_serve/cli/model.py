@@ -6,9 +6,11 @@ import json
 
 import click
 
+from be_serve.models import DEFAULT_MODEL
+
 
 @click.command("model")
-@click.argument("name", default="builtin:smollm2-135m-instruct")
+@click.argument("name", default=DEFAULT_MODEL)
 def command(name: str) -> None:
     """Prepare a model (the built-in one is converted on first use) and print where it is."""
     from be_serve.core.fingerprint import fingerprint_folder

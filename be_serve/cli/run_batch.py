@@ -17,13 +17,14 @@ import click
 
 from be_serve.cli._serving import PassOnCommand, takes_plugin_options, variables
 from be_serve.core.redaction import redact, redact_word
+from be_serve.models import DEFAULT_MODEL
 
 _FAULTY, _STOPPED = 2, 3
 _NO_PORT = ("--host", "--port", "--uds", "--api-key", "--root-path", "--ssl-keyfile", "--ssl-certfile", "--headless")
 
 
 @click.command("run-batch", cls=PassOnCommand)
-@click.argument("model", default="builtin:smollm2-135m-instruct")
+@click.argument("model", default=DEFAULT_MODEL)
 @click.option("-i", "--input-file", required=True, metavar="FILE", help="JSONL of requests, one a line.")
 @click.option("-o", "--output-file", required=True, metavar="FILE", help="JSONL of answers to write, in their order.")
 @click.option("--url", help="Send the file to this running server; no model is loaded.")

@@ -8,10 +8,11 @@ from typing import Any
 import click
 
 from be_serve.cli._serving import PassOnCommand, takes_plugin_options, variables
+from be_serve.models import DEFAULT_MODEL
 
 
 @click.command("serve", cls=PassOnCommand)
-@click.argument("model", default="builtin:smollm2-135m-instruct")
+@click.argument("model", default=DEFAULT_MODEL)
 @takes_plugin_options
 @click.option("--be-off", is_flag=True, help="Plain vLLM without the plugin, for comparison.")
 @click.pass_context

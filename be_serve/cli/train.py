@@ -118,6 +118,10 @@ def command(
     shown = {"output": settings.output, **result.to_json()}
     print_evaluation(result.evaluation)
     seconds = ", ".join(f"{name} {value:.1f} s" for name, value in result.seconds.items())
+    if before := result.before:
+        seconds += (
+            f"; all since the run was continued: its {before['steps']} steps before took {before['seconds']:.1f} s"
+        )
     click.echo(
         f"\nToken:  {settings.output}\nRun:    {folder} (report.html, log.jsonl, curves.png, run.yaml)"
         f"\nTime:   {seconds}"

@@ -36,6 +36,10 @@ MANIFEST_KEY = "be_manifest"
 FORMAT_VERSION: Literal[1] = 1
 MAX_BYTES = 64 * 1024 * 1024
 _MAX_HEADER_BYTES = 1024 * 1024
+_NO_SAFETENSORS = (
+    "This is not a .safetensors file. Give the token file that `be-serve train` wrote; the body of an upload is that "
+    "file's bytes and nothing else (curl --data-binary @FILE)."
+)
 
 Placement = Literal["system", "block", "prefix"]
 TEMPLATE_VARIABLES = frozenset({"date_string"})
@@ -287,8 +291,10 @@ def _umask() -> int:
 def _header(head: bytes, size: int) -> dict[str, Any]:
     """The safetensors header as JSON; `head` holds the file's first bytes, `size` its length."""
     if len(head) < 8:
-        raise InvalidArtifact("Not a safetensors file: shorter than its own header.")
+        raise InvalidArtifact(_NO_SAFETENSORS)
     (length,) = struct.unpack("<Q", head[:8])
+    if length > _MAX_HEADER_BYTES and 8 + length > size:  # text, an archive, a form: these bytes are no length
+        raise InvalidArtifact(_NO_SAFETENSORS)
     if length > _MAX_HEADER_BYTES:
         raise InvalidArtifact("Not a token file: the safetensors header is larger than 1 MiB.")
     if 8 + length > size or 8 + length > len(head):

@@ -9,19 +9,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import struct
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from be_serve.core.checkpoint_files import find_embedding
 from be_serve.core.errors import InputError
 
 # Keys that say how a checkpoint was written or is to be run, not what it computes.
 _VOLATILE_CONFIG = {"transformers_version", "_name_or_path", "torch_dtype", "dtype", "use_cache"}
-_EMBEDDING_NAMES = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
 _SAMPLED_ROWS = 256
-_MAX_HEADER = 100 * 1024 * 1024
 
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
@@ -98,43 +96,18 @@ def _tokenizer_digest(folder: Path) -> str:
     return _digest(*(p.read_bytes() for p in found))
 
 
-def _safetensors_header(path: Path) -> tuple[dict[str, Any], int]:
-    with path.open("rb") as handle:
-        (length,) = struct.unpack("<Q", handle.read(8))
-        if length > _MAX_HEADER:
-            raise InputError(f"{path} has a damaged safetensors header.")
-        header: dict[str, Any] = json.loads(handle.read(length))
-    return header, 8 + length
-
-
 def _embedding_digest(folder: Path) -> str:
     """Hash dtype, shape and 256 evenly spaced rows: seconds, not minutes, on a large model."""
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        weight_map: dict[str, str] = _read_json(index)["weight_map"]
-        files = sorted({folder / f for n, f in weight_map.items() if n.endswith(_EMBEDDING_NAMES)})
-    else:
-        files = sorted(folder.glob("*.safetensors"))
-    for file in files:
-        header, base = _safetensors_header(file)
-        names = sorted(n for n in header if n.endswith(_EMBEDDING_NAMES))
-        if not names:
-            continue
-        # A multimodal checkpoint has several; the language model's is the largest.
-        entry = max((header[n] for n in names), key=lambda e: int(e["data_offsets"][1]) - int(e["data_offsets"][0]))
-        start, end = entry["data_offsets"]
-        rows = int(entry["shape"][0])
-        width = (end - start) // rows
-        chunks = [_canonical([entry["dtype"], entry["shape"]])]
-        with file.open("rb") as handle:
-            for i in range(min(rows, _SAMPLED_ROWS)):
-                handle.seek(base + start + (i * rows // min(rows, _SAMPLED_ROWS)) * width)
-                chunks.append(handle.read(width))
-        return _digest(*chunks)
-    raise InputError(
-        f"{folder} holds no input embedding in safetensors form. Convert the checkpoint "
-        "(save_pretrained writes safetensors): pickled weights are never opened here."
-    )
+    embedding = find_embedding(folder)
+    if embedding is None:
+        raise InputError(
+            f"{folder} holds no input embedding in safetensors form. Convert the checkpoint "
+            "(save_pretrained writes safetensors): pickled weights are never opened here."
+        )
+    rows = embedding.shape[0]
+    sampled = min(rows, _SAMPLED_ROWS)
+    chunks = embedding.row_bytes(i * rows // sampled for i in range(sampled))
+    return _digest(_canonical([embedding.dtype, embedding.shape]), *chunks)
 
 
 def fingerprint_folder(folder: str | Path, *, chat_template: str | None = None) -> Fingerprint:

@@ -179,7 +179,8 @@ def credentials_in(url: str) -> set[str]:
 def secrets_of(command: Iterable[str], env: Mapping[str, str]) -> set[str]:
     """The secrets that a process was given, by its command line and environment, for `hide`."""
     words = list(command)
-    found = {value for name, value in env.items() if names_a_secret(name) and len(value) >= _REPLACED_ANYWHERE}
+    named = {name for name in env if names_a_secret(name)} - {"PWD"}  # the shell's: the folder in which one works
+    found = {env[name] for name in named if len(env[name]) >= _REPLACED_ANYWHERE}
     for word, shown in zip(words, redact(words), strict=True):
         name, _, value = word.partition("=")
         if shown in (MASK, f"{name}={MASK}"):

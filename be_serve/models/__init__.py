@@ -4,6 +4,7 @@ Knows nothing of tokens. Weights are only ever read as safetensors, apart from t
 one conversion in `convert`, which runs in a process of its own.
 """
 
-from be_serve.models.resolve import DEFAULT_MODEL, ResolvedModel, be_home, resolve_model
+from be_serve.models.builtin import DEFAULT_MODEL
+from be_serve.models.resolve import ResolvedModel, be_home, resolve_model
 
 __all__ = ["DEFAULT_MODEL", "ResolvedModel", "be_home", "resolve_model"]

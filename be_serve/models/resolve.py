@@ -12,7 +12,6 @@ from be_serve.core.errors import InputError
 from be_serve.core.redaction import hide
 from be_serve.models.builtin import BUILTIN, prepare_builtin
 
-DEFAULT_MODEL = "builtin:smollm2-135m-instruct"
 _PATTERNS = ["*.json", "*.jinja", "*.safetensors", "tokenizer.model", "*.txt"]
 
 

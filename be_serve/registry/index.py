@@ -1,7 +1,8 @@
 """The in-memory view of the registry that requests are answered from.
 
 Resolving an id touches no database: a thread polls the registry's revision and
-fetches only what changed. Vectors are loaded on first use into a byte-bounded LRU.
+fetches only what changed. Vectors lie in a byte-bounded LRU: from registration on in
+the process that took the upload, from first use on in all others.
 """
 
 from __future__ import annotations
@@ -223,6 +224,14 @@ class TokenIndex(Generic[V]):
             value = self._prepare(token)
             self._cache.put(record.digest, value, len(data))
             return value
+
+    def keep(self, record: Record, token: Token, size: int) -> None:
+        """Have the vectors of a checked token file of `size` bytes ready, as `load` would.
+
+        For the process that has just registered the file: its first request reads no database.
+        """
+        if self._cache.get(record.digest) is None:
+            self._cache.put(record.digest, self._prepare(token), size)
 
     def refuse_static(self, be_id: str) -> None:
         """Raise TokenConflict for an id that `--be-token` holds."""

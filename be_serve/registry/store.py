@@ -100,16 +100,23 @@ class Registry:
             self._prepare()
 
     def put(
-        self, data: bytes, *, be_id: str | None = None, match: bool | None = None, replace: bool = False
+        self,
+        data: bytes,
+        *,
+        be_id: str | None = None,
+        match: bool | None = None,
+        replace: bool = False,
+        token: Token | None = None,
     ) -> PutResult:
         """Register a token file's bytes under `be_id`, or the id in its manifest.
 
+        `token` is what the bytes hold, from a caller who has parsed and checked them already.
         The same digest again is no error and changes only `match`, which None leaves as
         it is (a replaced token goes on answering for the same prompt). Raises
         InvalidArtifact, TokenConflict (another digest without `replace`, or a prompt
         that another token already matches).
         """
-        token = Token.from_bytes(data)
+        token = token or Token.from_bytes(data)
         token_id = validate_be_id(be_id if be_id is not None else token.manifest.id, param="id")
         digest = file_digest(data)
         wanted = token.manifest.prompt.sha256 if match else None
@@ -126,7 +133,8 @@ class Registry:
                 if match is not None and row.match_sha256 != wanted:
                     self._claim_match(session, token_id, wanted)
                     row.match_sha256, row.revision = wanted, revision
-                return PutResult(_record(row, current, self._stored(session, token_id)), created=False)
+                record = _record(row, current, token.manifest, self._stored(session, token_id))
+                return PutResult(record, created=False)
             if current is not None and not replace:
                 raise TokenConflict(
                     f"Token {token_id!r} is registered with digest {current.digest}; this file has {digest}. "
@@ -155,7 +163,8 @@ class Registry:
             other = (PromptRow.id == token_id) & (PromptRow.sha256 != token.manifest.prompt.sha256)
             session.execute(delete(PromptRow).where(other))
             version = session.get_one(VersionRow, (token_id, row.version))
-            return PutResult(_record(row, version, self._stored(session, token_id)), created=True)
+            record = _record(row, version, token.manifest, self._stored(session, token_id))
+            return PutResult(record, created=True)
 
     def store_prompt(self, be_id: str, text: str) -> None:
         """Keep the prompt's text of a registered token, so that it can answer where the token cannot.
@@ -304,7 +313,8 @@ class Registry:
         holder = session.scalar(query)
         if holder is not None:
             raise TokenConflict(
-                f"Token {holder!r} already answers for this prompt: register without match, or remove {holder!r}.",
+                f"Token {holder!r} already answers for this prompt, and only one can: register the file of {holder!r} "
+                f"again with match=false (`be-serve register FILE --id {holder} --no-match`), or remove {holder!r}.",
                 param="match",
             )
 
@@ -317,9 +327,8 @@ class Registry:
             raise RegistryError(text) from None  # a traceback would show the driver's own text
 
 
-def _record(row: TokenRow, version: VersionRow, prompt: str | None) -> Record:
+def _record(row: TokenRow, version: VersionRow, manifest: Manifest, prompt: str | None) -> Record:
     """The record; `prompt` is the SHA-256 of the text that is stored under the id."""
-    manifest = Manifest.model_validate_json(version.manifest)
     stored = prompt == manifest.prompt.sha256
     return Record(row.id, version.version, version.digest, manifest, row.match_sha256, stored_prompt=stored)
 
@@ -329,7 +338,7 @@ def _readable(row: TokenRow, version: VersionRow | None, prompt: str | None) -> 
     if version is None:
         return None
     try:
-        return _record(row, version, prompt)
+        return _record(row, version, Manifest.model_validate_json(version.manifest), prompt)
     except ValidationError as exc:
         # The error's own text quotes what it read, the prompt's among it.
         faults = "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in exc.errors())

@@ -35,7 +35,9 @@ class Metrics:
         self.cache = Counter(
             "be_serve_registry_lookups", "Vectors found in memory (hit) or read from the registry (miss).", ["result"]
         )
-        self.refusals = Counter("be_serve_refusals", "Requests refused by the plugin, by error code.", ["code"])
+        self.refusals = Counter(
+            "be_serve_refusals", "Requests that the plugin refused, admin routes included, by error code.", ["code"]
+        )
         self.refreshed = Gauge(
             "be_serve_registry_refreshed_timestamp_seconds",
             "When the registry was last read; seconds in the past: changes and removals are not arriving.",

@@ -4,22 +4,41 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+from collections.abc import Callable, Coroutine
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Header, Query, Request
+from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
 
 from be_serve.core.errors import ArtifactTooLarge, BEError, Forbidden, InvalidArtifact, NotAuthenticated, TokenNotFound
 from be_serve.serving.middleware import error_body
 from be_serve.serving.service import Service
-
-router = APIRouter(tags=["be-serve"])
 
 
 def service(request: Request) -> Service:
     """The plugin's service on this app."""
     found: Service = request.app.state.be_serve
     return found
+
+
+class AdminRoute(APIRoute):
+    """A route that counts what it refuses, keys included. Refusals of chats are counted where they are raised."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        answer = super().get_route_handler()
+
+        async def counted(request: Request) -> Response:
+            try:
+                return await answer(request)
+            except BEError as exc:
+                service(request).metrics.refused(exc)
+                raise
+
+        return counted
+
+
+router = APIRouter(tags=["be-serve"], route_class=AdminRoute)
 
 
 async def be_error_handler(_request: Request, exc: BEError) -> JSONResponse:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from be_serve.core.artifact import Manifest, Token, check_vectors, read_limited
+from be_serve.core.artifact import MAX_BYTES, Manifest, Token, check_vectors, read_limited
 from be_serve.core.errors import TooManyVectors, WrongModel
 from be_serve.core.fingerprint import Fingerprint
 from be_serve.core.prompts import prompt_sha256
@@ -98,11 +98,16 @@ class Service:
         return self._listed[1]
 
     def register(self, data: bytes, *, be_id: str | None, match: bool | None, replace: bool) -> PutResult:
-        """Check a token file against the model and store it. Blocks; raises BEError."""
-        token = Token.from_bytes(data, max_bytes=self.settings.max_upload)
+        """Check a token file against the model, store it and have its vectors ready. Blocks; raises BEError.
+
+        Here the file is parsed for the only time in this process.
+        """
+        # The registry's own limit holds, too: other processes read the file back under it.
+        token = Token.from_bytes(data, max_bytes=min(self.settings.max_upload, MAX_BYTES))
         self.check(token)
         self.index.refuse_static(be_id if be_id is not None else token.manifest.id)
-        result = self.registry.put(data, be_id=be_id, match=match, replace=replace)
+        result = self.registry.put(data, be_id=be_id, match=match, replace=replace, token=token)
+        self.index.keep(result.record, token, len(data))
         self.index.refresh()
         return result
 

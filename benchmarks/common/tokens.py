@@ -8,23 +8,20 @@ which also proves that the vectors really arrived in the model.
 
 from __future__ import annotations
 
-import json
-import struct
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from be_serve.core.artifact import BaseModelRef, Manifest, PromptRef, Token
+from be_serve.core.checkpoint_files import find_embedding
 from be_serve.core.errors import InputError
 from be_serve.core.fingerprint import chat_template_text, fingerprint_folder
 from be_serve.core.prompts import prompt_sha256
 from be_serve.core.slots import pinned_template_kwargs
 
 BENCH_ID = "bench-ttft"
-_NAMES = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
 _WIDTHS = {"BF16": 2, "F16": 2, "F32": 4}
 
 
@@ -54,41 +51,17 @@ def embedding_rows(folder: Path, ids: Sequence[int]) -> NDArray[np.float32]:
     Only those rows are read. Raises InputError for an embedding that is missing,
     quantised, or shorter than an id.
     """
-    for file in _candidates(folder):
-        header, base = _header(file)
-        entries = [header[name] for name in sorted(header) if name.endswith(_NAMES)]
-        if not entries:
-            continue
-        # A multimodal checkpoint has several; the language model's is the largest.
-        entry = max(entries, key=lambda e: int(np.prod(e["shape"])))
-        rows, width = (int(n) for n in entry["shape"])
-        size = _WIDTHS.get(entry["dtype"])
-        if size is None:
-            raise InputError(f"The input embedding in {file} is {entry['dtype']}: give a token with --token.")
-        if max(ids) >= rows:
-            raise InputError(f"Token id {max(ids)} lies outside the {rows} rows of the embedding in {file}.")
-        with file.open("rb") as handle:
-            chunks = []
-            for i in ids:
-                handle.seek(base + int(entry["data_offsets"][0]) + i * width * size)
-                chunks.append(handle.read(width * size))
-        return _to_float32(b"".join(chunks), entry["dtype"]).reshape(len(ids), width)
-    raise InputError(f"{folder} holds no input embedding in safetensors form: give a token with --token.")
-
-
-def _candidates(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    if not index.exists():
-        return sorted(folder.glob("*.safetensors"))
-    weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    return sorted({folder / file for name, file in weight_map.items() if name.endswith(_NAMES)})
-
-
-def _header(file: Path) -> tuple[dict[str, Any], int]:
-    """A safetensors file's header and the offset at which its data begins."""
-    with file.open("rb") as handle:
-        (length,) = struct.unpack("<Q", handle.read(8))
-        return json.loads(handle.read(length)), 8 + length
+    embedding = find_embedding(folder)
+    if embedding is None:
+        raise InputError(f"{folder} holds no input embedding in safetensors form: give a token with --token.")
+    file, shape, size = embedding.file, embedding.shape, _WIDTHS.get(embedding.dtype)
+    if size is None:
+        raise InputError(f"The input embedding in {file} is {embedding.dtype}: give a token with --token.")
+    if len(shape) != 2 or embedding.size != shape[0] * shape[1] * size:
+        raise InputError(f"The input embedding in {file} is no plain matrix: give a token with --token.")
+    if max(ids) >= shape[0]:
+        raise InputError(f"Token id {max(ids)} lies outside the {shape[0]} rows of the embedding in {file}.")
+    return _to_float32(b"".join(embedding.row_bytes(ids)), embedding.dtype).reshape(len(ids), shape[1])
 
 
 def _to_float32(data: bytes, dtype: str) -> NDArray[np.float32]:

@@ -73,7 +73,7 @@ class Training:
         self.settings = settings
         self.digest = digest
         self.seconds: list[float] = []
-        """Wall time of each step, shared with the tokens trained beside this one."""
+        """Wall time of each step done here, shared with the tokens trained beside this one."""
         self.fault: InputError | None = None
         self.index = self.step = 0
         self._fed: Tensor
@@ -83,6 +83,8 @@ class Training:
         if found:
             self.index, self.step = found.stage, found.step
         self._log.keep(self.index, self.step)
+        self.seconds_before = [float(row["seconds"]) for row in self._log.rows()]
+        """The same of the steps that an interrupted run had done."""
         self._optimiser = self._new_optimiser()
         if found:
             _restore(found, token, self._optimiser)

@@ -31,7 +31,7 @@ Chat = list[dict[str, Any]]
 class LLM(vllm.LLM):  # type: ignore[misc]
     """A `vllm.LLM` whose `chat` takes `be_id`.
 
-        llm = LLM("builtin:smollm2-135m-instruct", tokens={"captain": "captain.safetensors"})
+        llm = LLM(DEFAULT_MODEL, tokens={"captain": "captain.safetensors"})
         outputs = llm.chat([{"role": "user", "content": "Who are you?"}], be_id="captain")
 
     `tokens` maps ids to token files; every other argument is vLLM's own, but for a tokenizer or

@@ -87,8 +87,30 @@ def test_too_large(tmp_path):
 
 
 def test_a_header_that_claims_to_be_huge():
-    with pytest.raises(InvalidArtifact, match="larger than 1 MiB"):
+    """Of a file that is long enough for it, it is a header; of any other it is no header at all."""
+    with pytest.raises(InvalidArtifact, match=r"not a \.safetensors file"):
         Token.from_bytes(struct.pack("<Q", 1 << 60) + GOOD[8:])
+    with pytest.raises(InvalidArtifact, match="larger than 1 MiB"):
+        Token.from_bytes(struct.pack("<Q", (1 << 20) + 1) + b" " * (1 << 21))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"junk",
+        b"You are a harbour master. Answer in rhyme.",
+        b'{"id": "harbor", "file": "..."}',
+        b"PK\x03\x04\x14\x00\x00\x00\x08\x00 pytorch_model.bin",
+        b"--------------------------d74496d66958873e\r\nContent-Disposition: form-data; name=file\r\n\r\n" + GOOD,
+    ],
+)
+def test_what_is_no_safetensors_file_is_called_so(data, tmp_path):
+    with pytest.raises(InvalidArtifact, match=r"not a \.safetensors file.*be-serve train.*--data-binary"):
+        Token.from_bytes(data)
+    (tmp_path / "t.safetensors").write_bytes(data)
+    with pytest.raises(InvalidArtifact, match=r"not a \.safetensors file"):
+        read_manifest(tmp_path / "t.safetensors")
 
 
 def test_missing_file(tmp_path):

@@ -214,3 +214,9 @@ def test_what_a_process_was_given():
     found = secrets_of(command, {"BE_ADMIN_KEY": "fifth-key", "HOME": "/home/me"})
     assert {"first-key", "second-key", "third-key", "fourth", "fifth-key"} <= found
     assert "/home/me" not in found
+
+
+def test_the_working_folder_is_no_secret():
+    """A shell keeps it in PWD; paths in the tail of a log are what its reader needs."""
+    env = {"PWD": "/home/me/project", "DB_PWD": "hunter2-of-the-database"}
+    assert secrets_of(["serve", "--port", "1"], env) == {"hunter2-of-the-database"}

@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[3]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PROJECT = PYPROJECT["project"]
 HEAVY = ["torch", "vllm", "transformers", "fastapi", "matplotlib"]
+SCRIPTS = sorted(path.name for path in (ROOT / "scripts").iterdir() if path.is_file())
 PYTHONS = ["3.11", "3.12", "3.13", "3.14"]
 TEXT_SUFFIXES = {"", ".py", ".toml", ".yaml", ".in", ".txt", ".lock", ".sh", ".cpu", ".cuda"}
 
@@ -191,6 +192,30 @@ def test_locked_default_model_is_the_one_the_code_knows() -> None:
             assert read_lock(accel)[model.package] == model.version
 
 
+def test_the_default_models_name_stands_in_one_file() -> None:
+    from be_serve.models import DEFAULT_MODEL
+
+    folders = ("be_serve/", "trainer/", "benchmarks/", "scripts/")
+    files = [path for path in tracked_files() if str(path.relative_to(ROOT)).startswith(folders)]
+    found = [
+        str(path.relative_to(ROOT))
+        for path in files
+        if path.suffix in ("", ".py") and DEFAULT_MODEL in path.read_text(encoding="utf-8")
+    ]
+    assert found == ["be_serve/models/builtin.py"]
+
+
+def test_the_default_models_name_costs_help_nothing() -> None:
+    """Every verb's options name it: it must not bring what only a model's preparation needs."""
+    code = (
+        "import sys; from be_serve.models import DEFAULT_MODEL; "
+        "print([m for m in ('numpy', 'pydantic', 'httpx', 'sqlalchemy', 'huggingface_hub') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[]"
+
+
 def test_installed_packages_are_the_locked_ones() -> None:
     """What was tested is what a user gets. Packages beside the lock are the user's own affair."""
     accel = (Path(sys.prefix) / ".be-serve-accel").read_text(encoding="utf-8").strip() if made_by_install() else None
@@ -231,7 +256,7 @@ def test_no_symlink_leaves_the_project() -> None:
             assert path.resolve().is_relative_to(ROOT), path
 
 
-@pytest.mark.parametrize("name", ["scripts/install", "scripts/demo", "scripts/lock", ".ci/run"])
+@pytest.mark.parametrize("name", [".ci/run", *(f"scripts/{name}" for name in SCRIPTS)])
 def test_scripts_are_executable_and_parse(name: str) -> None:
     path = ROOT / name
     assert os.access(path, os.X_OK)
@@ -241,3 +266,15 @@ def test_scripts_are_executable_and_parse(name: str) -> None:
         subprocess.run(["bash", "-n", str(path)], check=True)
     else:
         compile(text, name, "exec")
+
+
+def test_every_python_script_is_linted_and_typed() -> None:
+    in_python = [f"scripts/{name}" for name in SCRIPTS if "python" in (ROOT / "scripts" / name).read_text()[:40]]
+    shown = subprocess.run(
+        [sys.executable, "-m", "ruff", "check", "--show-files"], cwd=ROOT, capture_output=True, text=True
+    )
+    linted = [str(Path(line).relative_to(ROOT)) for line in shown.stdout.splitlines()]
+    assert sorted(name for name in linted if name.startswith("scripts/")) == in_python
+    planned = subprocess.run(["make", "-n", "check"], cwd=ROOT, capture_output=True, text=True).stdout
+    typed = [line.split()[1:] for line in planned.splitlines() if "/mypy scripts/" in line]
+    assert typed == [in_python]

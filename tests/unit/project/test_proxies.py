@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
+import os
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from importlib.machinery import SourceFileLoader
-from pathlib import Path
 
 import pytest
 
@@ -17,6 +15,7 @@ from be_serve.batch import connect
 from be_serve.client import BEClient
 from be_serve.core.addresses import is_exposed, is_local, warn_of_clear_text
 from be_serve.core.errors import BEError, InputError
+from be_serve.process import Server
 from benchmarks.common.client import ServerClient
 from trainer.data.chat_server import Endpoint
 
@@ -167,14 +166,12 @@ async def test_no_credentials_are_taken_from_netrc(ask, noted, monkeypatch, tmp_
     assert "Basic" not in "".join(server.seen)
 
 
-def test_the_demo_asks_its_own_server_directly(noted, proxy, monkeypatch):
-    path = Path(__file__).parents[3] / "scripts" / "demo"
-    loader = SourceFileLoader("demo", str(path))
-    spec = importlib.util.spec_from_loader("demo", loader)
-    demo = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "demo", demo)  # its dataclass looks itself up
-    loader.exec_module(demo)
-    assert demo.answers(f"{noted().url()}/health")
+async def test_a_server_that_is_waited_for_is_asked_directly(noted, proxy):
+    """The demo's, the benchmarks' and the trainer's: all are started by this class."""
+    answering = noted()
+    command, port = [sys.executable, "-c", "import time; time.sleep(60)"], answering.server_port
+    async with Server("test", command, log=None, env=dict(os.environ), at=port, timeout=30):
+        assert "/health" in "".join(answering.seen)
     assert proxy.seen == []
 
 

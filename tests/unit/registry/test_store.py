@@ -52,9 +52,14 @@ def test_versions_are_immutable_and_idempotent_by_digest(registry):
 
 def test_one_token_a_prompt(registry):
     registry.put(make_token("a").to_bytes(), match=True)
-    with pytest.raises(TokenConflict, match="'a'"):
+    with pytest.raises(TokenConflict, match=r"'a'.*--id a --no-match`\), or remove 'a'"):
         registry.put(make_token("b", seed=1).to_bytes(), match=True)
     assert registry.put(make_token("b", seed=1).to_bytes()).created
+    # Both ways out.
+    registry.put(make_token("a").to_bytes(), match=False)
+    assert registry.put(make_token("b", seed=1).to_bytes(), match=True).record.match_sha256 is not None
+    registry.put(make_token("b", seed=1).to_bytes(), match=False)
+    registry.put(make_token("a").to_bytes(), match=True)
     registry.remove("a")
     put = registry.put(make_token("b", seed=1).to_bytes(), match=True)
     assert put.created is False

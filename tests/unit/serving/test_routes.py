@@ -11,6 +11,7 @@ from fastapi import FastAPI, Request
 from fastapi.testclient import TestClient
 
 from be_serve.client import BEClient
+from be_serve.core.artifact import Token
 from be_serve.core.errors import (
     ArtifactTooLarge,
     BEError,
@@ -98,6 +99,73 @@ def test_a_token_that_no_request_could_use_is_refused_at_once(tmp_path):
         service.index.load(service.index.get("harbor"))
 
 
+@pytest.fixture
+def parses(monkeypatch):
+    """Sizes of the token files that were parsed, in order."""
+    sizes, parse = [], Token.from_bytes
+
+    def from_bytes(data, **options):
+        sizes.append(len(data))
+        return parse(data, **options)
+
+    monkeypatch.setattr(Token, "from_bytes", from_bytes)
+    return sizes
+
+
+def test_an_upload_is_parsed_once_and_once_on_each_replica(tmp_path, parses):
+    app, replica = make_app(tmp_path), make_app(tmp_path).state.be_serve
+    token, index = make_token(), app.state.be_serve.index
+    data = token.to_bytes()
+    assert TestClient(app).post("/v1/be/tokens", content=data, headers=KEY).status_code == 201
+    record = index.get("harbor")
+    ready = index.cached(record)
+    assert ready is not None
+    assert index.load(record) is ready
+    assert parses == [len(data)]
+    replica.index.refresh()
+    for _ in range(2):
+        assert (replica.index.load(replica.index.get("harbor")) == ready).all()
+    assert parses == [len(data)] * 2
+    assert index._cache.used == replica.index._cache.used == len(data)
+
+
+def test_an_upload_again_and_under_another_id_shares_its_vectors(tmp_path, parses):
+    app = make_app(tmp_path)
+    http, index, data = TestClient(app), app.state.be_serve.index, make_token().to_bytes()
+    assert http.post("/v1/be/tokens", content=data, headers=KEY).status_code == 201
+    ready = index.cached(index.get("harbor"))
+    assert http.post("/v1/be/tokens", content=data, headers=KEY).status_code == 200
+    assert http.post("/v1/be/tokens?id=second", content=data, headers=KEY).status_code == 201
+    assert index.cached(index.get("harbor")) is index.cached(index.get("second")) is ready
+    assert (len(parses), index._cache.used) == (3, len(data))
+
+
+def test_a_refused_upload_leaves_no_vectors(tmp_path):
+    app = make_app(tmp_path)
+    http, index = TestClient(app), app.state.be_serve.index
+    assert http.post("/v1/be/tokens", content=make_token().to_bytes(), headers=KEY).status_code == 201
+    used = index._cache.used
+    assert http.post("/v1/be/tokens", content=make_token(seed=9).to_bytes(), headers=KEY).status_code == 409
+    assert index._cache.used == used
+
+
+def test_a_token_larger_than_the_memory_for_vectors_is_read_when_it_is_used(tmp_path):
+    app = make_app(tmp_path)
+    index = app.state.be_serve.index
+    index._cache.capacity = 10
+    assert TestClient(app).post("/v1/be/tokens", content=make_token().to_bytes(), headers=KEY).status_code == 201
+    assert index.cached(index.get("harbor")) is None
+    assert (index.load(index.get("harbor")) == make_token().vectors).all()
+
+
+def test_the_registrys_own_limit_holds_for_uploads(tmp_path, monkeypatch):
+    """Other processes read the file back under it."""
+    monkeypatch.setattr("be_serve.serving.service.MAX_BYTES", 100)
+    refused = TestClient(make_app(tmp_path)).post("/v1/be/tokens", content=make_token().to_bytes(), headers=KEY)
+    assert refused.status_code == 413
+    assert "at most 100 are accepted" in refused.json()["error"]["message"]
+
+
 def test_another_models_token_is_refused_before_it_is_read(tmp_path, monkeypatch):
     service = make_app(tmp_path).state.be_serve
     stranger = FINGERPRINT.model_copy(update={"config": "f" * 16})
@@ -136,6 +204,34 @@ def test_refused_uploads_name_the_reason(http):
     chunked = http.post("/v1/be/tokens", content=iter([b"x" * 60_000, b"x" * 60_000]), headers=KEY)
     assert chunked.status_code == 413
     assert http.get("/v1/be/tokens", headers=KEY).json()["data"] == []
+
+
+def refusals() -> dict[str, float]:
+    """The counter's values by code."""
+    samples = [sample for family in metrics().refusals.collect() for sample in family.samples]
+    return {s.labels["code"]: s.value for s in samples if s.name.endswith("_total")}
+
+
+def test_refusals_of_the_admin_routes_are_counted(http):
+    data = make_token().to_bytes()
+    http.post("/v1/be/tokens", content=data, headers=KEY)
+    before = refusals()
+    http.get("/v1/be/tokens")
+    http.get("/v1/be/tokens", headers={"X-BE-Key": "wrong"})
+    http.get("/v1/be/tokens/nobody", headers=KEY)
+    http.post("/v1/be/tokens", content=b"junk", headers=KEY)
+    http.post("/v1/be/tokens", content=make_token(seed=9).to_bytes(), headers=KEY)
+    http.put("/v1/be/tokens/harbor/prompt", content=b"\xff", headers=KEY)
+    http.delete("/v1/be/tokens/nobody", headers=KEY)
+    http.delete("/v1/be/tokens/harbor", headers=KEY)  # not refused
+    grown = {code: value - before.get(code, 0) for code, value in refusals().items()}
+    assert {code: value for code, value in grown.items() if value} == {
+        "be_not_authenticated": 1,
+        "be_forbidden": 1,
+        "be_not_found": 2,
+        "be_invalid_artifact": 2,
+        "be_conflict": 1,
+    }
 
 
 def test_keys(tmp_path):

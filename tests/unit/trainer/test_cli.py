@@ -183,7 +183,12 @@ def test_an_interrupted_command_continues(here, train, monkeypatch, capsys):
     monkeypatch.undo()
     monkeypatch.chdir(here)
     (folder,) = (here / "runs").glob("b-*")
-    resumed = last_json(be_serve("train", "--resume", folder, "--json"))
+    output = be_serve("train", "--resume", folder, "--json")
+    resumed, rows = last_json(output), (folder / "log.jsonl").read_text().splitlines()
+    assert "before" not in whole
+    spent = sum(json.loads(row)["seconds"] for row in rows)
+    assert resumed["before"] == {"steps": len(rows), "seconds": pytest.approx(spent, abs=0.01)}
+    assert f"; all since the run was continued: its {len(rows)} steps before took" in output
     assert resumed["arms"] == whole["arms"]
     assert resumed["start"] == whole["start"]
     assert "start" not in resumed["seconds"]  # nothing was searched again
