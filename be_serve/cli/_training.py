@@ -1,15 +1,13 @@
-"""What the training verbs share: tables for people and the name of a run folder."""
+"""Helpers of the training commands: printed tables and names of run folders."""
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import textwrap
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -17,43 +15,6 @@ if TYPE_CHECKING:
     from be_serve.core.artifact import Token
     from trainer.config import TrainConfig
     from trainer.evaluation.evaluate import Evaluation
-    from trainer.model.frozen import FrozenModel
-
-json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line.")
-seed_option = click.option("--seed", type=int, default=0, show_default=True)
-
-
-@dataclass(frozen=True)
-class ModelChoice:
-    """What the options --model, --device and --dtype name."""
-
-    name: str | None
-    device: str
-    dtype: str
-
-    def load(self) -> FrozenModel:
-        """The frozen model; the built-in one where none was named. Raises InputError."""
-        from be_serve.models import DEFAULT_MODEL, resolve_model
-        from trainer.model.frozen import FrozenModel
-
-        found = resolve_model(self.name or DEFAULT_MODEL)
-        return FrozenModel.load(
-            found.path, name=found.name, revision=found.revision, device=self.device, dtype=self.dtype
-        )
-
-
-def takes_model(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a verb the options of `ModelChoice`, as its argument `model`."""
-
-    @click.option("--model", help="Hugging Face name, local folder or builtin:NAME. [default: the built-in model]")
-    @click.option("--device", default="auto", show_default=True)
-    @click.option("--dtype", type=click.Choice(["auto", "bfloat16", "float16", "float32"]), default="auto")
-    @functools.wraps(command)
-    def wrapped(*args: Any, model: str | None, device: str, dtype: str, **kwargs: Any) -> None:
-        command(*args, model=ModelChoice(model, device, dtype), **kwargs)
-
-    return wrapped
-
 
 _SHOWN = 3
 """Answers printed side by side; all that were made are in the JSON."""

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from be_serve.cli._bench import server_flags
 from be_serve.cli.bench_load import command as load_command
 from be_serve.cli.bench_soak import command as soak_command
 from be_serve.cli.bench_train import command as train_command
+from be_serve.cli.options import benchmark_server_options
 
 if TYPE_CHECKING:
     from benchmarks.ttft.figures import Run
@@ -77,7 +77,7 @@ def _parse_cases(_: click.Context, __: click.Parameter, value: str) -> tuple[tup
 @click.option("--max-tokens", default=2, show_default=True, type=click.IntRange(min=1), help="Length of an answer.")
 @click.option("--seed", default=0, show_default=True, help="Seed of texts, order and bootstrap.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for results and logs [runs/bench-ttft-DATE].")
-@server_flags
+@benchmark_server_options
 @click.option(
     "--kv-gib",
     default=1,

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from be_serve.cli._bench import server_flags
+from be_serve.cli.options import benchmark_server_options
 
 
 @click.command("load")
@@ -40,7 +40,7 @@ from be_serve.cli._bench import server_flags
 @click.option("--registered", type=click.IntRange(1), default=100, show_default=True, help="Tokens on the server.")
 @click.option("--seed", default=0, show_default=True, help="Seed of texts, order and bootstrap.")
 @click.option("--kv-gib", type=click.IntRange(1), default=1, show_default=True, help="KV cache of a server on a CPU.")
-@server_flags
+@benchmark_server_options
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for results and logs [runs/bench-load-DATE].")
 def command(
     model: str,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from be_serve.cli._bench import server_flags
+from be_serve.cli.options import benchmark_server_options
 
 
 @click.command("soak")
@@ -23,7 +23,7 @@ from be_serve.cli._bench import server_flags
 )
 @click.option("--seed", default=0, show_default=True, help="Seed of texts and actions.")
 @click.option("--kv-gib", type=click.IntRange(1), default=1, show_default=True, help="KV cache of a server on a CPU.")
-@server_flags
+@benchmark_server_options
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for results and logs [runs/bench-soak-DATE].")
 def command(
     model: str,

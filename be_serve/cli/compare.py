@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from be_serve.cli._training import ModelChoice, json_option, seed_option, takes_model
+from be_serve.cli.options import ModelChoice, json_option, model_options, seed_option
 
 DEFAULT_METHODS = "truncate:4,memory:1,pt:1,kd:1,pt:4,kd:4"
 
@@ -18,7 +18,7 @@ DEFAULT_METHODS = "truncate:4,memory:1,pt:1,kd:1,pt:4,kd:4"
 @click.option(
     "--methods", default=DEFAULT_METHODS, show_default=True, help="kd, joint, stages, memory, pt, truncate, fewshot."
 )
-@takes_model
+@model_options
 @click.option("--queries", required=True, help="JSONL of unlabeled queries.")
 @click.option("--held-out", type=click.IntRange(2), default=32, show_default=True, help="Queries kept for the table.")
 @click.option("--ae", help="[AE] file, or `builtin`, for the methods joint and stages.")

@@ -8,7 +8,7 @@ import textwrap
 
 import click
 
-from be_serve.cli._training import ModelChoice, json_option, takes_model
+from be_serve.cli.options import ModelChoice, json_option, model_options
 
 # Wording that is lost first: ids, numbers, addresses, code, schemas.
 _VERBATIM = re.compile(r"\d{2,}|https?://|\S+@\S+|[{}<>`]|\b[A-Z]{2,}[-_]\w+")
@@ -16,7 +16,7 @@ _VERBATIM = re.compile(r"\d{2,}|https?://|\S+@\S+|[{}<>`]|\b[A-Z]{2,}[-_]\w+")
 
 @click.command("fit")
 @click.argument("prompt_file")
-@takes_model
+@model_options
 @json_option
 def command(prompt_file: str, model: ModelChoice, as_json: bool) -> None:
     """Hold the bits of a prompt's wording against what the vectors of the model hold.

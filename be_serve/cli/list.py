@@ -6,12 +6,12 @@ from typing import Any
 
 import click
 
-from be_serve.cli.remote import server_options
+from be_serve.cli.options import remote_server_options
 
 
 @click.command("list")
 @click.option("--json", "as_json", is_flag=True, help="Print the manifests as JSON.")
-@server_options
+@remote_server_options
 def command(as_json: bool, url: str, api_key: str, vllm_api_key: str | None) -> None:
     """List the tokens of a running server."""
     import json

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from be_serve.cli._training import ModelChoice, json_option, seed_option, takes_model
+from be_serve.cli.options import ModelChoice, json_option, model_options, seed_option
 
 if TYPE_CHECKING:
     from trainer.model.frozen import FrozenModel
 
 
 @click.command("probe")
-@takes_model
+@model_options
 @click.option(
     "--corpus", multiple=True, help="Texts to hold: .txt or .jsonl (`text`), also .gz. [default: random words]"
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from be_serve.cli.remote import server_options
+from be_serve.cli.options import remote_server_options
 
 
 @click.command("register")
@@ -24,7 +24,7 @@ from be_serve.cli.remote import server_options
     "requests with `be_fallback`.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the server's answer as JSON.")
-@server_options
+@remote_server_options
 def command(
     file: str,
     be_id: str | None,

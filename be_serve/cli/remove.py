@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import click
 
-from be_serve.cli.remote import server_options
+from be_serve.cli.options import remote_server_options
 
 
 @click.command("remove")
 @click.argument("be_id", metavar="ID")
 @click.option("--forget-prompt", is_flag=True, help="Also forget its prompt's text, where that was stored.")
-@server_options
+@remote_server_options
 def command(be_id: str, forget_prompt: bool, url: str, api_key: str, vllm_api_key: str | None) -> None:
     """Remove token ID with all its versions; it stops answering at once.
 

@@ -15,7 +15,8 @@ from typing import Any
 
 import click
 
-from be_serve.cli._serving import PassOnCommand, takes_plugin_options, variables
+from be_serve.cli._serving import PassOnCommand
+from be_serve.cli.options import plugin_options, plugin_variables
 from be_serve.core.redaction import redact, redact_word
 
 _FAULTY, _STOPPED = 2, 3
@@ -40,7 +41,7 @@ _NO_PORT = ("--host", "--port", "--uds", "--api-key", "--root-path", "--ssl-keyf
 )
 @click.option("--start-timeout", default=1800.0, show_default=True, help="Seconds until the model must be loaded.")
 @click.option("--fresh", is_flag=True, help="Set an earlier output and its answers aside (.old), and begin anew.")
-@takes_plugin_options
+@plugin_options
 @click.pass_context
 def command(
     ctx: click.Context,
@@ -89,7 +90,7 @@ def command(
         with tempfile.TemporaryDirectory(prefix="be-serve-") as folder:  # for this user alone
             socket = Path(folder) / "server"
             line = [sys.executable, "-m", "be_serve.cli.main", "serve", model, *ctx.args, "--uds", str(socket)]
-            env = {**os.environ, **variables(plugin), "VLLM_API_KEY": key}
+            env = {**os.environ, **plugin_variables(plugin), "VLLM_API_KEY": key}
             async with Server("model's", line, log=None, env=env, at=socket, timeout=start_timeout) as server:
                 found: dict[str, Any] = await feed_to(server.url, key, server.socket, alive=lambda: server.alive)
                 return found
@@ -107,7 +108,9 @@ def command(
     rows = read_rows(input_file)
     output = check_output(output_file, input_file)
     try:
-        made_by = _made_by(model, ctx.args, variables(plugin)) if url is None else {"models": asyncio.run(models())}
+        made_by = (
+            _made_by(model, ctx.args, plugin_variables(plugin)) if url is None else {"models": asyncio.run(models())}
+        )
         with Journal(output, rows, made_by, fresh=fresh) as journal:
             failed: dict[str, Any] = {}
             if len(journal) < len(rows):

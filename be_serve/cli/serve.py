@@ -7,12 +7,13 @@ from typing import Any
 
 import click
 
-from be_serve.cli._serving import PassOnCommand, takes_plugin_options, variables
+from be_serve.cli._serving import PassOnCommand
+from be_serve.cli.options import plugin_options, plugin_variables
 
 
 @click.command("serve", cls=PassOnCommand)
 @click.argument("model", default="builtin:smollm2-135m-instruct")
-@takes_plugin_options
+@plugin_options
 @click.option("--be-off", is_flag=True, help="Plain vLLM without the plugin, for comparison.")
 @click.pass_context
 def command(ctx: click.Context, model: str, plugin: dict[str, Any], be_off: bool) -> None:
@@ -33,7 +34,7 @@ def command(ctx: click.Context, model: str, plugin: dict[str, Any], be_off: bool
         if value_of("--served-model-name", arguments) is None:
             arguments += ["--served-model-name", model]
     # Every API server process reads these; they are how settings reach a plugin.
-    os.environ.update(variables(plugin))
+    os.environ.update(plugin_variables(plugin))
     settings = Settings.from_env()
 
     # Must be set before vLLM is imported: it decides what vLLM loads, in all of its processes.

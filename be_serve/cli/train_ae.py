@@ -9,12 +9,12 @@ from typing import Literal
 
 import click
 
-from be_serve.cli._training import ModelChoice, json_option, seed_option, takes_model
+from be_serve.cli.options import ModelChoice, json_option, model_options, seed_option
 
 
 @click.command("train-ae")
 @click.option("--corpus", multiple=True, required=True, help="Text to train on: .txt or .jsonl (`text`), also .gz.")
-@takes_model
+@model_options
 @click.option("-o", "--output", required=True, help="[AE] file to write.")
 @click.option("--steps", type=click.IntRange(1), default=200, show_default=True)
 @click.option("--length", type=click.IntRange(2), default=64, show_default=True, help="Tokens of each piece of text.")
