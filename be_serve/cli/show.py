@@ -1,4 +1,4 @@
-"""`be-serve show ID`: one token of a server."""
+"""`be-serve show ID`: print the manifest of a token on a server."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from benchmarks.load.figures import shown
+from benchmarks.load.figures import headline
 
 _PANELS = {"tokens_per_s": "tokens per second", "itl_ms": "inter-token latency", "ttft_ms": "time to first token"}
 _SAME = "#7b8794"
@@ -26,7 +26,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
             colour = _SAME if name.startswith("again_other") else _OURS
             starts = ratio["of_medians_by_start"]
             axis.scatter(starts, [y] * len(starts), s=22, color=colour, alpha=0.4, linewidths=0, zorder=2)
-            middle, interval = shown(ratio)
+            middle, interval = headline(ratio)
             if interval:
                 axis.hlines(y, *interval, color=colour, linewidth=2.4, zorder=3)
             axis.vlines(middle, y - 0.2, y + 0.2, color=colour, linewidth=2.4, zorder=3)

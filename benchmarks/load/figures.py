@@ -130,8 +130,8 @@ def within(found: dict[str, float], share: float) -> str:
     return next(bound for bound, held in found.items() if held >= share)
 
 
-def shown(ratio: dict[str, Any]) -> tuple[float, tuple[float, float] | None]:
-    """The figure and interval of a ratio to show: the balanced one, where there is any."""
+def headline(ratio: dict[str, Any]) -> tuple[float, tuple[float, float] | None]:
+    """Return the value and 95 % interval of a ratio to report: the balanced ratio if there is one."""
     balanced = ratio.get("balanced")
     if balanced:
         return balanced["ratio"], balanced["ci95"]

@@ -327,12 +327,12 @@ def test_the_token_for_a_server_of_ours_names_its_model(tiny_model_dir):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--baseline-url", "http://x"], "--baseline-url goes with --url"),
+        (["--baseline-url", "http://x"], "--baseline-url needs --url"),
         (["--be-id", "x"], "--be-id names a token of the server at --url"),
         (["--cases", "12"], "not PROMPT:QUESTION"),
-        (["--cases", "12:3,12:3"], "given twice"),
+        (["--cases", "12:3,12:3"], "the same case twice"),
         (["--cases", "0:3"], "not PROMPT:QUESTION"),
-        (["--prompt-file", "p.txt", "--cases", "1:2"], "use --question-tokens"),
+        (["--prompt-file", "p.txt", "--cases", "1:2"], "with --question-tokens, not with --cases"),
     ],
 )
 def test_options_that_do_not_go_together(arguments, message):
