@@ -1,9 +1,9 @@
-"""A token to measure with, made without training and without torch.
+"""Make a token for measurements, without training and without torch.
 
-What a request with a token costs depends on the number of vectors, not on their
-values. So the benchmark takes k rows of the model's own input embedding, those of
-the plain k-token prompt it is compared with: the answers must then be the same,
-which also proves that the vectors really arrived in the model.
+The cost of a request with a token depends on the number of vectors, not on their values. The
+token holds k rows of the model's input embedding: the rows of the plain k-token prompt that the
+benchmark compares it with. Both must give the same answers. Equal answers also prove that the
+vectors reached the model.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ _WIDTHS = {"BF16": 2, "F16": 2, "F32": 4}
 
 
 def make_token(folder: Path, model: str, revision: str | None, ids: Sequence[int], prompt: str) -> Token:
-    """A token whose vectors are the embedding rows of `ids`, standing for `prompt`.
+    """Return a token that replaces `prompt`; its vectors are the embedding rows of `ids`.
 
-    Raises InputError where the folder's embedding cannot be read.
+    Raises InputError if the folder's embedding cannot be read.
     """
     fingerprint = fingerprint_folder(folder)
     vectors = embedding_rows(folder, ids)
@@ -49,31 +49,31 @@ def make_token(folder: Path, model: str, revision: str | None, ids: Sequence[int
 
 
 def embedding_rows(folder: Path, ids: Sequence[int]) -> NDArray[np.float32]:
-    """Rows `ids` of the model's input embedding, [len(ids), hidden_size] float32.
+    """Return rows `ids` of the model's input embedding, [len(ids), hidden_size] float32.
 
-    Only those rows are read. Raises InputError for an embedding that is missing,
-    quantised, or shorter than an id.
+    The function reads these rows only. Raises InputError if the embedding is missing or
+    quantised, or if an id is not below its number of rows.
     """
     for file in _candidates(folder):
         header, base = _header(file)
         entries = [header[name] for name in sorted(header) if name.endswith(_NAMES)]
         if not entries:
             continue
-        # A multimodal checkpoint has several; the language model's is the largest.
+        # A multimodal checkpoint has several embeddings. The language model's is the largest.
         entry = max(entries, key=lambda e: int(np.prod(e["shape"])))
         rows, width = (int(n) for n in entry["shape"])
         size = _WIDTHS.get(entry["dtype"])
         if size is None:
-            raise InputError(f"The input embedding in {file} is {entry['dtype']}: give a token with --token.")
+            raise InputError(f"The input embedding in {file} has dtype {entry['dtype']}. Give a token with --token.")
         if max(ids) >= rows:
-            raise InputError(f"Token id {max(ids)} lies outside the {rows} rows of the embedding in {file}.")
+            raise InputError(f"Token id {max(ids)} is outside the {rows} rows of the embedding in {file}.")
         with file.open("rb") as handle:
             chunks = []
             for i in ids:
                 handle.seek(base + int(entry["data_offsets"][0]) + i * width * size)
                 chunks.append(handle.read(width * size))
         return _to_float32(b"".join(chunks), entry["dtype"]).reshape(len(ids), width)
-    raise InputError(f"{folder} holds no input embedding in safetensors form: give a token with --token.")
+    raise InputError(f"{folder} holds no input embedding in safetensors form. Give a token with --token.")
 
 
 def _candidates(folder: Path) -> list[Path]:
@@ -85,14 +85,14 @@ def _candidates(folder: Path) -> list[Path]:
 
 
 def _header(file: Path) -> tuple[dict[str, Any], int]:
-    """A safetensors file's header and the offset at which its data begins."""
+    """Return a safetensors file's header and the byte offset of its data."""
     with file.open("rb") as handle:
         (length,) = struct.unpack("<Q", handle.read(8))
         return json.loads(handle.read(length)), 8 + length
 
 
 def _to_float32(data: bytes, dtype: str) -> NDArray[np.float32]:
-    """Little-endian BF16, F16 or F32 bytes as float32; bfloat16 is the upper half of a float32."""
+    """Return little-endian BF16, F16 or F32 bytes as float32. A bfloat16 is the upper half of a float32."""
     if dtype == "BF16":
         return (np.frombuffer(data, dtype="<u2").astype(np.uint32) << 16).view(np.float32)
     return np.frombuffer(data, dtype="<f2" if dtype == "F16" else "<f4").astype(np.float32)
