@@ -8,15 +8,16 @@ QUICK_FLAG = $(if $(filter-out 0 no false,$(QUICK)),--quick)
 MODEL ?=
 MODEL_FLAG = $(if $(MODEL),--model $(MODEL))
 # Tests marked gpu run where there is one.
-MARKS = $(shell nvidia-smi -L 2>/dev/null | grep -q '^GPU ' || echo '-m "not gpu"')
+NOT_GPU = $(shell nvidia-smi -L 2>/dev/null | grep -q '^GPU ' || echo 'and not gpu')
 
-.PHONY: help install demo test check format bench lock clean
+.PHONY: help install demo test test-more check format bench lock clean
 
 help:
 	@echo "make install        .venv with everything pinned; about 1.0 GB to download (CUDA: 4.1 GB)"
 	@echo "make demo           train, evaluate, serve, register, ask, measure: at most 25 minutes on 2 cores"
 	@echo "make demo QUICK=1   the same with the shipped token: at most 5 minutes"
-	@echo "make test           checks and all tests that this machine can run"
+	@echo "make test           checks and tests: at most 25 minutes on 2 cores"
+	@echo "make test-more      the longer tests (MORE_ARGS='--minutes 20': what fits)"
 	@echo "make check          ruff, mypy, import contracts"
 	@echo "make format         let ruff format and fix"
 	@echo "make bench          the full TTFT benchmark (BENCH_ARGS=...)"
@@ -39,7 +40,10 @@ check: install
 
 # Parts of a test run: make test TEST_ARGS="tests/unit -x".
 test: check
-	$(BIN)/python -m pytest $(MARKS) $(TEST_ARGS)
+	$(BIN)/python -m pytest -m "not more $(NOT_GPU)" $(TEST_ARGS)
+
+test-more: install
+	$(BIN)/python scripts/test_more $(MORE_ARGS)
 
 format: install
 	$(BIN)/ruff format

@@ -32,25 +32,29 @@ def test_links_lead_somewhere(page):
 
 def test_the_readmes_tree_names_what_there_is():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    block = text.split("## File tree", 1)[1].split("```", 2)[1]
-    named = [line.split()[0] for line in block.splitlines()[1:] if line.strip() and not line.startswith("```")]
-    assert len(named) > 10
-    folder = ""
-    for line in block.splitlines()[1:]:
-        if not line.strip():
-            continue
-        name = line.split()[0]
-        indent = len(line) - len(line.lstrip())
-        if indent == 0:
-            folder = name if name.endswith("/") else ""
-        path = ROOT / name if indent == 0 else ROOT / folder / name
-        assert path.exists(), f"README names {path.relative_to(ROOT)}"
+    lines = text.split("## Where to read on", 1)[1].split("```text\n", 1)[1].split("```", 1)[0].splitlines()
+    assert len(lines) >= 4
+    named = []
+    for line in lines:
+        folders = re.findall(r"(\w+)/", line)
+        named += folders
+        if len(folders) == 1:  # then its rooms follow
+            rooms = line.split("/", 1)[1].rpartition(":")[2].split(";")[0]
+            named += [f"{folders[0]}/{room.strip()}" for room in rooms.split(",")]
+    for name in named:
+        path = ROOT / name
+        assert path.exists() or path.with_suffix(".py").exists(), f"README names {name}"
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
 
 
 def test_the_commands_in_the_readme_exist():
     from be_serve.cli.main import _VERBS
 
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    used = set(re.findall(r"be-serve ([a-z][a-z-]+)\b", text)) - {"is", "serves", "trains"}
+    used = set(re.findall(r"(?:^|[`|] ?)be-serve ([a-z][a-z-]+)\b", text, re.MULTILINE)) - {"replaces"}
     unknown = {word for word in used if word not in _VERBS}
+    assert {"serve", "bench"} <= used
     assert not unknown, f"README uses be-serve {unknown}"
