@@ -13,7 +13,7 @@ from be_serve.core.errors import InputError
 from benchmarks.common.answers import Answer
 from benchmarks.gpu import run as gpu_run
 from benchmarks.gpu import steps as gpu_steps
-from benchmarks.gpu.parity import _Response, _compare
+from benchmarks.gpu.parity import _compare, _Response
 from benchmarks.gpu.report import report
 from benchmarks.gpu.run import GpuRun
 from benchmarks.gpu.shapes import PAPER_BOUND, PAPER_CASES, SHAPES, tiny
