@@ -159,9 +159,8 @@ def _made_by(model: str, arguments: Sequence[str], settings: Mapping[str, str]) 
         name, equals, inside = given.partition("=")
         if name == "--config":
             files.append(Path(inside if equals else value))
-    contents = [
-        file.read_bytes() if file.is_file() else b"" for file in files
-    ]  # for a missing file, the server prints the error
+    # The server reports a missing file, so the digest takes it as empty.
+    contents = [file.read_bytes() if file.is_file() else b"" for file in files]
     return {
         "model": model,
         "options": _digest(json.dumps(options).encode()),
@@ -186,4 +185,5 @@ def _refuse(ctx: click.Context, names: Sequence[str], beside: str) -> None:
     if beside == "--url":
         given += [a.split("=")[0] for a in ctx.args if a.startswith("--")]
     if given or (beside == "--url" and ctx.args):
-        raise InputError(f"With {beside}, {', '.join(given) or 'further arguments'} has no effect. Omit it.")
+        unused = ", ".join(given) or "further arguments"
+        raise InputError(f"With {beside}, run-batch does not use {unused}. Omit {unused}.")

@@ -14,12 +14,12 @@ from be_serve.core.errors import InputError
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--url", "http://h", "--concurency=8"], "With --url, MODEL has no effect"),
-        (["--url", "http://h", "--be-token", "a=b"], "With --url, --be-token has no effect"),
-        (["--url", "http://h", "m", "--api-key", "SECRET"], "With --url, MODEL, --api-key has no effect"),
+        (["--url", "http://h", "--concurency=8"], "With --url, run-batch does not use MODEL"),
+        (["--url", "http://h", "--be-token", "a=b"], "With --url, run-batch does not use --be-token"),
+        (["--url", "http://h", "m", "--api-key", "SECRET"], "With --url, run-batch does not use MODEL, --api-key"),
         (["--url", ""], "--url is empty"),
-        (["--url", "http://h", "--start-timeout", "5"], "With --url, --start-timeout has no effect"),
-        (["m", "--vllm-api-key", "SECRET"], "With its own server, --vllm-api-key has no effect"),
+        (["--url", "http://h", "--start-timeout", "5"], "With --url, run-batch does not use --start-timeout"),
+        (["m", "--vllm-api-key", "SECRET"], "With its own server, run-batch does not use --vllm-api-key"),
         (["m", "--port=3"], "Omit --port"),
         (["--enforce-eager", "m"], "Give the model before the options"),
     ],
