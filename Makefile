@@ -1,30 +1,30 @@
-# Every target sets up all that it needs. Settings: BE_ACCEL=cpu|cuda, PYTHON=..., MODEL=... (see scripts/install).
+# Every target installs what it needs. Settings: BE_ACCEL=cpu|cuda, PYTHON=..., MODEL=... (see scripts/install).
 .DEFAULT_GOAL := help
 BIN := .venv/bin
 
-# `make demo QUICK=1` takes the token shipped in examples/ in place of training one.
+# `make demo QUICK=1` uses the token in examples/ and trains none.
 QUICK ?=
 QUICK_FLAG = $(if $(filter-out 0 no false,$(QUICK)),--quick)
 MODEL ?=
 MODEL_FLAG = $(if $(MODEL),--model $(MODEL))
-# Those in Python; they have no ending by which mypy would find them.
+# The Python scripts; they have no ending by which mypy would find them.
 SCRIPTS = $(shell grep -ls '^\#!.*python' scripts/*)
-# Tests marked gpu run where there is one.
+# Tests marked gpu run only if nvidia-smi lists a GPU.
 NOT_GPU = $(shell nvidia-smi -L 2>/dev/null | grep -q '^GPU ' || echo 'and not gpu')
 
 .PHONY: help install demo test test-more check format bench lock clean
 
 help:
-	@echo "make install        .venv with everything pinned; about 1.0 GB to download (CUDA: 4.1 GB)"
-	@echo "make demo           train, evaluate, serve, register, ask, measure: at most 25 minutes on 2 cores"
-	@echo "make demo QUICK=1   the same with the shipped token: at most 5 minutes"
+	@echo "make install        .venv with all pinned packages; downloads about 1.0 GB (CUDA: 4.1 GB)"
+	@echo "make demo           train, evaluate, serve, register, chat, measure: at most 25 minutes on 2 cores"
+	@echo "make demo QUICK=1   the same with the token in examples/: at most 5 minutes"
 	@echo "make test           checks and tests: at most 25 minutes on 2 cores"
-	@echo "make test-more      the longer tests (MORE_ARGS='--minutes 20': what fits)"
+	@echo "make test-more      the longer tests (MORE_ARGS='--minutes 20': those that fit into 20 minutes)"
 	@echo "make check          ruff, mypy, import contracts"
-	@echo "make format         let ruff format and fix"
+	@echo "make format         ruff format and ruff's automatic fixes"
 	@echo "make bench          the full TTFT benchmark (BENCH_ARGS=...)"
-	@echo "make lock           resolve requirements/*.lock anew (LOCK_ARGS=...)"
-	@echo "make clean          remove caches and outputs; .venv and prepared models stay"
+	@echo "make lock           resolve requirements/*.lock again (LOCK_ARGS=...)"
+	@echo "make clean          remove caches and outputs; keep .venv and prepared models"
 
 install:
 	@scripts/install
@@ -39,7 +39,7 @@ check: install
 	$(BIN)/mypy $(SCRIPTS)
 	$(BIN)/lint-imports
 
-# Parts of a test run: make test TEST_ARGS="tests/unit -x".
+# To run some tests only: make test TEST_ARGS="tests/unit -x".
 test: check
 	$(BIN)/python -m pytest -m "not more $(NOT_GPU)" $(TEST_ARGS)
 

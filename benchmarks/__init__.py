@@ -1,11 +1,11 @@
-"""Benchmarks of a running server, measured from the client's side.
+"""Benchmarks of a running server, measured by an HTTP client.
 
-    common/   client, servers, texts, statistics: what all share
+    common/   shared code: client, servers, texts, statistics
     ttft/     time to first token
-    load/     concurrent chats beside another server
-    soak/     abuse at saturation, every answer compared
-    gpu/      all of them, and training steps, on a GPU
+    load/     bursts of concurrent chats, compared with a second server
+    soak/     overload with attacks; every answer is compared with a reference
+    gpu/      all of these, and training steps, on a GPU
 
-They speak HTTP only. Of be-serve they know the core (token files, errors), so the
-same code measures a server on this machine, in a container or far away.
+The benchmarks use HTTP and be_serve's core (token files, errors) only. The same code
+measures a server on this machine, in a container or on another machine.
 """

@@ -19,7 +19,7 @@ from typing import Any
 import click
 import numpy as np
 
-from be_serve.cli._training import ModelChoice, takes_model
+from be_serve.cli.options import ModelChoice, model_options
 from be_serve.core.errors import InputError
 from be_serve.core.prompts import read_prompt_file
 from be_serve.models import be_home
@@ -100,7 +100,7 @@ def draw(points: list[Point], path: Path, title: str) -> None:
 @click.command()
 @click.argument("runs", type=click.Path(path_type=Path, exists=True))
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Path without ending.")
-@takes_model
+@model_options
 def main(runs: Path, out: Path, model: ModelChoice) -> None:
     """Hold the demand of many prompts against what their tokens kept."""
     frozen = model.load()

@@ -28,7 +28,7 @@ import click
 import torch
 from torch import Tensor
 
-from be_serve.cli._training import ModelChoice, takes_model
+from be_serve.cli.options import ModelChoice, model_options
 from be_serve.core.digests import digest_of
 from be_serve.core.prompts import read_prompt_file
 from trainer.data.queries import Query, drop_near_duplicates, read_queries, split_held_out
@@ -113,7 +113,7 @@ def record(
 @click.option("--steps", type=click.IntRange(1), default=60, show_default=True)
 @click.option("--only", multiple=True, help="One of the failures; may be repeated.")
 @click.option("--run-dir", type=click.Path(path_type=Path), default=Path("runs/failures"), show_default=True)
-@takes_model
+@model_options
 def main(
     prompt_file: str, queries: str, out: Path, steps: int, only: tuple[str, ...], run_dir: Path, model: ModelChoice
 ) -> None:

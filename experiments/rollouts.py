@@ -15,7 +15,7 @@ from pathlib import Path
 import click
 import torch
 
-from be_serve.cli._training import ModelChoice, takes_model
+from be_serve.cli.options import ModelChoice, model_options
 from be_serve.core.artifact import Token
 from trainer.data.queries import read_queries, write_queries
 from trainer.evaluation.arms import RESPONSE_TOKENS, Arm
@@ -27,7 +27,7 @@ from trainer.evaluation.arms import RESPONSE_TOKENS, Arm
 @click.option("--out", type=click.Path(path_type=Path), required=True)
 @click.option("--max-queries", type=click.IntRange(1))
 @click.option("--temperature", type=float, default=0.0, show_default=True)
-@takes_model
+@model_options
 def main(
     token_file: str, queries_file: str, out: Path, max_queries: int | None, temperature: float, model: ModelChoice
 ) -> None:

@@ -16,7 +16,7 @@ import click
 import torch
 from torch import Tensor
 
-from be_serve.cli._training import ModelChoice, takes_model
+from be_serve.cli.options import ModelChoice, model_options
 from be_serve.core.artifact import Token
 from be_serve.core.prompts import read_prompt_file
 from trainer.data.queries import read_queries
@@ -43,7 +43,7 @@ def difference(own_N: Tensor, base_N: Tensor, none_N: Tensor, lengths_Q: Tensor,
 @click.option("--summary", help="File with a short text of the same intent.")
 @click.option("--cache", type=click.Path(path_type=Path), help="Folder of the teacher's responses.")
 @click.option("--out", type=click.Path(path_type=Path), required=True)
-@takes_model
+@model_options
 def main(
     prompt_file: str,
     queries: str,

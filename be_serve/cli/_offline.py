@@ -1,4 +1,4 @@
-"""The teacher's responses by vLLM offline: a child process that is gone before training begins."""
+"""Teacher responses from offline vLLM. The engine is a child process that ends before training begins."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 _ROUNDING = 1024
 _PATIENCE = 20
-_HINT = "Leave out --teacher vllm, or serve the model yourself and give --teacher-url."
+_HINT = "Omit --teacher vllm, or serve the model yourself and give --teacher-url."
 
 
 class OfflineDecoder:
-    """Decodes chats in an engine that is started with the first of them and ends with `close`."""
+    """Decodes chats in a vLLM engine. The first call starts the engine; `close` ends it."""
 
     name = "vllm"
 
@@ -35,12 +35,12 @@ class OfflineDecoder:
     def __call__(
         self, chats: Sequence[Sequence[int]], max_tokens: int, temperature: float, seed: int
     ) -> list[list[int]]:
-        """Response ids to each chat (ids), the end of the turn included where it was reached.
+        """Return the token ids of each chat's response, with the end-of-turn id if the response reached it.
 
-        Raises InputError where the engine does not start, refuses or dies; its log stands above.
+        Raises InputError if the engine does not start, refuses the chats or dies. The engine's log is on stderr.
         """
         if self._failed:
-            raise InputError(f"vLLM did not start before; its log is above. {_HINT}")
+            raise InputError(f"vLLM did not start before. Its log is above. {_HINT}")
         longest = max(map(len, chats)) + max_tokens
         if self._process is None or longest > self._longest:
             self.close()
@@ -59,7 +59,7 @@ class OfflineDecoder:
         return [list(map(int, ids)) for ids in result["responses"]]
 
     def close(self) -> None:
-        """End the engine, whatever it does, and wait until its memory is free."""
+        """End the engine, even a hanging one, and wait until its memory is free."""
         process, self._process = self._process, None
         if process is None:
             return
@@ -85,13 +85,13 @@ class OfflineDecoder:
         try:
             process.stdin.write(json.dumps(job) + "\n")
             process.stdin.flush()
-            found: dict[str, Any] = json.loads(process.stdout.readline())
-            return found
+            answer: dict[str, Any] = json.loads(process.stdout.readline())
+            return answer
         except (BrokenPipeError, ValueError) as exc:
             self._failed = True
-            process.stdin.close = lambda: None  # type: ignore[method-assign]  # what is left in it reaches nobody
+            process.stdin.close = lambda: None  # type: ignore[method-assign]  # a flush would fail: the reader is gone
             self.close()
-            raise InputError(f"vLLM gave no answers; its log is above. {_HINT}") from exc
+            raise InputError(f"vLLM gave no answers. Its log is above. {_HINT}") from exc
 
     def _start(self) -> subprocess.Popen[str]:
         settings = {
@@ -99,7 +99,7 @@ class OfflineDecoder:
             "dtype": str(self._model.dtype).removeprefix("torch."),
             "max_model_len": self._longest,
         }
-        # -P: nothing in the current folder may stand in for a module. A session of its own, to end all of it.
+        # -P: no file in the current folder may replace a module. A new session lets `close` end all its processes.
         command = [sys.executable, "-P", "-m", "be_serve.serving.vllm.offline", json.dumps(settings)]
         return subprocess.Popen(  # noqa: S603
             command,
@@ -111,7 +111,7 @@ class OfflineDecoder:
         )
 
     def _one_gpu(self) -> dict[str, str]:
-        """The variable that shows the child the model's own GPU, and no other."""
+        """Return the environment variable that limits the child to the model's GPU; empty for a CPU."""
         device = self._model.device
         if device.type != "cuda":
             return {}

@@ -1,15 +1,13 @@
-"""What the training verbs share: tables for people and the name of a run folder."""
+"""Helpers of the training commands: printed tables and names of run folders."""
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import textwrap
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -17,50 +15,13 @@ if TYPE_CHECKING:
     from be_serve.core.artifact import Token
     from trainer.config import TrainConfig
     from trainer.evaluation.evaluate import Evaluation
-    from trainer.model.frozen import FrozenModel
 
-json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line.")
-seed_option = click.option("--seed", type=int, default=0, show_default=True)
-
-
-@dataclass(frozen=True)
-class ModelChoice:
-    """What the options --model, --device and --dtype name."""
-
-    name: str | None
-    device: str
-    dtype: str
-
-    def load(self) -> FrozenModel:
-        """The frozen model; the built-in one where none was named. Raises InputError."""
-        from be_serve.models import DEFAULT_MODEL, resolve_model
-        from trainer.model.frozen import FrozenModel
-
-        found = resolve_model(self.name or DEFAULT_MODEL)
-        return FrozenModel.load(
-            found.path, name=found.name, revision=found.revision, device=self.device, dtype=self.dtype
-        )
-
-
-def takes_model(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a verb the options of `ModelChoice`, as its argument `model`."""
-
-    @click.option("--model", help="Hugging Face name, local folder or builtin:NAME. [default: the built-in model]")
-    @click.option("--device", default="auto", show_default=True)
-    @click.option("--dtype", type=click.Choice(["auto", "bfloat16", "float16", "float32"]), default="auto")
-    @functools.wraps(command)
-    def wrapped(*args: Any, model: str | None, device: str, dtype: str, **kwargs: Any) -> None:
-        command(*args, model=ModelChoice(model, device, dtype), **kwargs)
-
-    return wrapped
-
-
-_SHOWN = 3
-"""Answers printed side by side; all that were made are in the JSON."""
+_PRINTED_SAMPLES = 3
+"""Number of printed samples. The JSON holds all samples."""
 
 
 def short_digest(settings: TrainConfig) -> str:
-    """Eight hex digits of the settings and of the files they name."""
+    """Return eight hex digits of the SHA-256 of the settings and of the files that they name."""
     sha = hashlib.sha256(json.dumps(settings.model_dump(), sort_keys=True).encode())
     for name in (settings.prompt_file, *settings.files()):
         if Path(name).is_file():
@@ -69,18 +30,18 @@ def short_digest(settings: TrainConfig) -> str:
 
 
 def stop_texts(given: Sequence[str]) -> list[str]:
-    """The `--stop` options as typed: `\\n` stands for a line break."""
+    """Return the `--stop` options with `\\n` replaced by a line break; empty ones are dropped."""
     return [text.replace("\\n", "\n") for text in given if text]
 
 
 def trained_stop(token: Token) -> list[str]:
-    """The stop texts of a token's training, where its manifest names any."""
+    """Return the stop texts of the token's training from its manifest; empty if the manifest names none."""
     found = token.manifest.recipe.get("stop")
     return [text for text in found if isinstance(text, str) and text] if isinstance(found, list) else []
 
 
 def print_evaluation(evaluation: Evaluation) -> None:
-    """Print the arms as a table, the verdict and samples side by side."""
+    """Print the table of arms, the verdict and a few samples."""
     from trainer.evaluation.verdict import judge
 
     click.echo(f"\n{evaluation.n_queries} held-out queries, {evaluation.n_tokens} tokens of the full prompt's answers")
@@ -98,8 +59,9 @@ def print_evaluation(evaluation: Evaluation) -> None:
     )
     if evaluation.recitals:
         click.echo(
-            f"left out: {evaluation.recitals} queries to which the full prompt's answer recites the prompt "
-            f"(the token's to {evaluation.recitals_be} of them; with them rho {evaluation.rho_with_recitals:.3f})"
+            f"excluded: {evaluation.recitals} queries, because the full prompt's answer recites the prompt "
+            f"(the token's answer recites it for {evaluation.recitals_be}; "
+            f"rho with these queries {evaluation.rho_with_recitals:.3f})"
         )
     if evaluation.compliance:
         for line in evaluation.compliance.lines():
@@ -107,25 +69,27 @@ def print_evaluation(evaluation: Evaluation) -> None:
     for turn in evaluation.turns:
         click.echo(f"  turn {turn['turn']}: KL none {turn['none']:.3f}, be {turn['be']:.3f}, rho {turn['rho']:.3f}")
     if evaluation.off_topic:
-        found = evaluation.off_topic
-        click.echo(f"  off topic: KL none {found['none']:.3f}, be {found['be']:.3f}, rho {found['rho']:.3f}")
+        off_topic = evaluation.off_topic
+        click.echo(
+            f"  off topic: KL none {off_topic['none']:.3f}, be {off_topic['be']:.3f}, rho {off_topic['rho']:.3f}"
+        )
     for effect in sorted(evaluation.clauses, key=lambda c: -c.kl):
-        kept = "too few tokens to say" if effect.retained is None else f"{effect.retained:.0%} kept"
-        click.echo(f"  KL {effect.kl:.3f} when left out, {kept}: {textwrap.shorten(effect.text, 70)}")
+        kept = "too few tokens to measure" if effect.retained is None else f"token keeps {effect.retained:.0%}"
+        click.echo(f"  sentence effect KL {effect.kl:.3f}, {kept}: {textwrap.shorten(effect.text, 70)}")
     if evaluation.samples:
         shares = [
             f"{name.replace('_', ' ')} {share:.0%} ({evaluation.signatures['full'][name]:.0%})"
             for name, share in evaluation.signatures["be"].items()
         ]
-        click.echo(f"in {len(evaluation.samples)} answers (the full prompt's): {', '.join(shares)}")
+        click.echo(f"failure signatures in {len(evaluation.samples)} answers, token (full prompt): {', '.join(shares)}")
     for rival, tally in evaluation.judged.items():
-        score = "no verdict could be read" if tally.score is None else f"score {tally.score:.2f} (.50: no difference)"
+        score = "no readable verdict" if tally.score is None else f"score {tally.score:.2f} (0.50: no difference)"
         click.echo(
-            f"judge, token against {rival}: {tally.wins} better, {tally.ties} equal, {tally.losses} worse, "
+            f"judge, token against {rival}: token {tally.wins} better, {tally.ties} equal, {tally.losses} worse, "
             f"{tally.unreadable} unreadable; {score}"
         )
     click.echo(f"verdict: {judge(evaluation)}")
-    for sample in evaluation.samples[:_SHOWN]:
+    for sample in evaluation.samples[:_PRINTED_SAMPLES]:
         click.echo()
         for name, text in sample.items():
             click.echo(

@@ -1,4 +1,4 @@
-"""`be-serve bench ttft`: time to first token, beside the full prompt cold and cached."""
+"""`be-serve bench ttft`: time to first token of a token, compared with the full prompt, cold and cached."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from be_serve.cli._bench import server_flags
 from be_serve.cli.bench_load import command as load_command
 from be_serve.cli.bench_soak import command as soak_command
 from be_serve.cli.bench_train import command as train_command
+from be_serve.cli.options import benchmark_server_options
 from be_serve.models import DEFAULT_MODEL
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @click.group("bench")
 def command() -> None:
-    """Measure a server from the client's side, or the trainer."""
+    """Measure a server over HTTP, or a training step."""
 
 
 command.add_command(load_command, "load")
@@ -34,73 +34,95 @@ def _parse_cases(_: click.Context, __: click.Parameter, value: str) -> tuple[tup
     for part in value.split(","):
         prompt, colon, question = part.strip().partition(":")
         if not (colon and prompt.isdecimal() and question.isdecimal() and int(prompt) and int(question)):
-            raise click.BadParameter(f"{part!r} is not PROMPT:QUESTION in tokens, such as 1584:58.")
+            raise click.BadParameter(f"{part!r} is not PROMPT:QUESTION in tokens. Example: 1584:58.")
         cases.append((int(prompt), int(question)))
     if len(set(cases)) < len(cases):
-        raise click.BadParameter("a case is given twice.")
+        raise click.BadParameter("the list has the same case twice. Remove one.")
     return tuple(cases)
 
 
 @command.command("ttft")
 @click.option("--model", default=DEFAULT_MODEL, show_default=True, help="Model name or folder.")
 @click.option("--revision", help="Revision of a Hugging Face model.")
-@click.option("--url", help="A running server with the plugin. Without it, servers are started and stopped.")
-@click.option("--baseline-url", help="A running stock vLLM, for the plain and full-prompt arms beside --url.")
-@click.option("--be-id", help="A token that the server at --url already has; give its size with --k.")
-@click.option("--token", "token_file", type=click.Path(path_type=Path), help="Token file to measure with.")
-@click.option("--k", default=1, show_default=True, type=click.IntRange(1, 4096), help="Vectors of the token.")
+@click.option(
+    "--url",
+    help="URL of a running server with the plugin. Without --url, the benchmark starts and stops its own servers.",
+)
+@click.option("--baseline-url", help="URL of a running stock vLLM, for the plain and full-prompt arms. Needs --url.")
+@click.option("--be-id", help="Token that the server at --url already has. Give its number of vectors with --k.")
+@click.option(
+    "--token",
+    "token_file",
+    type=click.Path(path_type=Path),
+    help="Token file to measure. [default: the benchmark makes a token]",
+)
+@click.option("--k", default=1, show_default=True, type=click.IntRange(1, 4096), help="Number of vectors in the token.")
 @click.option(
     "--cases",
     default="337:26,1584:58,3000:58",
     show_default=True,
     callback=_parse_cases,
-    help="PROMPT:QUESTION lengths in tokens.",
+    help="Comma-separated PROMPT:QUESTION lengths in tokens.",
 )
-@click.option("--arms", help="Only these arms, such as floor,be: where a question takes long. [default: all six]")
-@click.option("--prompt-file", type=click.Path(path_type=Path), help="Your own prompt in place of built-in text.")
+@click.option(
+    "--arms", help="Measure these arms only, for example floor,be. Saves time if questions are slow. [default: all six]"
+)
+@click.option(
+    "--prompt-file", type=click.Path(path_type=Path), help="File with a prompt of yours, in place of the built-in text."
+)
 @click.option(
     "--question-tokens",
     default=58,
     show_default=True,
     type=click.IntRange(min=1),
-    help="Length of the questions beside --prompt-file.",
+    help="Question length in tokens, with --prompt-file.",
 )
-@click.option("--rounds", default=100, show_default=True, type=click.IntRange(min=1), help="Timed rounds.")
+@click.option("--rounds", default=100, show_default=True, type=click.IntRange(min=1), help="Number of timed rounds.")
 @click.option(
     "--close",
     default=2,
     show_default=True,
     type=click.IntRange(min=0),
-    help="Further passes a round over [BE] and its floor, to tell them apart.",
+    help="Extra passes in each round over the arms be and floor only, for a narrower interval of their ratio.",
 )
-@click.option("--warmup", default=3, show_default=True, type=click.IntRange(min=1), help="Rounds before, not counted.")
-@click.option("--quick", is_flag=True, help="10 rounds of the paper's two cases, for a first look.")
-@click.option("--max-tokens", default=2, show_default=True, type=click.IntRange(min=1), help="Length of an answer.")
-@click.option("--seed", default=0, show_default=True, help="Seed of texts, order and bootstrap.")
-@click.option("--out", type=click.Path(path_type=Path), help="Folder for results and logs [runs/bench-ttft-DATE].")
-@server_flags
+@click.option(
+    "--warmup",
+    default=3,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Untimed rounds before the first timed round.",
+)
+@click.option("--quick", is_flag=True, help="Run 10 rounds of the paper's two cases only.")
+@click.option("--max-tokens", default=2, show_default=True, type=click.IntRange(min=1), help="Tokens in each answer.")
+@click.option("--seed", default=0, show_default=True, help="Seed for texts, order and bootstrap.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder for results and logs. [runs/bench-ttft-DATE]")
+@benchmark_server_options
 @click.option(
     "--kv-gib",
     default=1,
     show_default=True,
     type=click.IntRange(min=1),
-    help="KV cache of each server started here on a CPU.",
+    help="KV cache in GiB of each server that the benchmark starts on a CPU.",
 )
-@click.option("--start-timeout", default=600.0, show_default=True, help="Seconds until a server must be up.")
+@click.option("--start-timeout", default=600.0, show_default=True, help="Seconds that a server may take to start.")
 @click.option(
     "--freeze/--no-freeze",
     default=True,
     show_default=True,
-    help="Suspend the idle one of the servers started here while the other is timed.",
+    help="Suspend the idle server during requests to the other one. Applies to servers that the benchmark starts.",
 )
 @click.option(
     "--pause",
     type=click.FloatRange(min=0),
-    help="Seconds of rest where the server changes [1.2 for --url and --baseline-url on one host, else 0].",
+    help="Seconds to wait before a request to the other server. [1.2 for --url and --baseline-url on one host, else 0]",
 )
-@click.option("--admin-key", envvar="BE_ADMIN_KEY", help="Admin key of --url, to register a token [env BE_ADMIN_KEY].")
-@click.option("--api-key", envvar="VLLM_API_KEY", help="vLLM's own key of the servers [env VLLM_API_KEY].")
-@click.option("--check", is_flag=True, help="Exit with status 1 where a bound is missed or not measured.")
+@click.option(
+    "--admin-key",
+    envvar="BE_ADMIN_KEY",
+    help="Admin key of the server at --url, to register a token. [env BE_ADMIN_KEY]",
+)
+@click.option("--api-key", envvar="VLLM_API_KEY", help="vLLM's own API key of the servers. [env VLLM_API_KEY]")
+@click.option("--check", is_flag=True, help="Exit with status 1 if a bound is missed or not measured.")
 @click.pass_context
 def ttft(
     ctx: click.Context,
@@ -132,19 +154,21 @@ def ttft(
     api_key: str | None,
     check: bool,
 ) -> None:
-    """Time to first token of a [BE] token, measured beside five other ways of asking.
+    """Measure the time to first token of a [BE] token and of five other arms.
 
-    Starts a server with the plugin and a stock one (or takes --url and
-    --baseline-url), sends the arms interleaved, and writes a table, ttft.json with
-    every sample, and ttft.png. The last line printed is one JSON object.
+    The command starts a server with the plugin and a stock vLLM server, or uses --url and
+    --baseline-url. It interleaves the requests of all arms. It prints a table and writes
+    ttft.json (every sample) and ttft.png. The last printed line is one JSON object.
     """
     given = {name for name in ctx.params if ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE}
     if baseline_url and not url:
-        raise click.UsageError("--baseline-url goes with --url; without both, servers are started.")
+        raise click.UsageError("--baseline-url needs --url. Without both, the benchmark starts its own servers.")
     if be_id and (not url or token_file):
-        raise click.UsageError("--be-id names a token of the server at --url; it does not go with --token.")
+        raise click.UsageError("--be-id names a token of the server at --url. Give --url, and do not give --token.")
     if prompt_file and "cases" in given:
-        raise click.UsageError("--prompt-file is measured at its own length; use --question-tokens, not --cases.")
+        raise click.UsageError(
+            "--prompt-file sets the prompt length. Set the question length with --question-tokens, not with --cases."
+        )
     if quick:
         rounds = rounds if "rounds" in given else 10
         warmup = warmup if "warmup" in given else 1
@@ -197,7 +221,7 @@ def ttft(
 
 
 def _report(run: Run, out: Path, check: bool) -> int:
-    """Write and print the result; the exit status."""
+    """Write and print the result; return the exit status."""
     from benchmarks.ttft.chart import draw
     from benchmarks.ttft.figures import analyse
     from benchmarks.ttft.report import summary, table, write_json

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from be_serve.cli._bench import server_flags
+from be_serve.cli.options import benchmark_server_options
 from be_serve.models import DEFAULT_MODEL
 
 
@@ -21,28 +21,30 @@ from be_serve.models import DEFAULT_MODEL
     type=click.Choice(["stock", "prompt-embeds", "resident-rows"]),
     default="stock",
     show_default=True,
-    help="The other server: vLLM without the plugin, or with it and this injection.",
+    help="The other server: stock vLLM, or vLLM with the plugin and this injection.",
 )
-@click.option("--rounds", type=click.IntRange(1), default=200, show_default=True, help="Bursts of each arm.")
+@click.option("--rounds", type=click.IntRange(1), default=200, show_default=True, help="Bursts for each arm.")
 @click.option(
     "--starts",
     type=click.IntRange(1),
     default=8,
     show_default=True,
-    help="Starts of the servers, over which the rounds are spread.",
+    help="How often both servers are started. The rounds are divided among the starts.",
 )
-@click.option(
-    "--warmup", type=click.IntRange(0), default=3, show_default=True, help="Rounds of each start that do not count."
-)
-@click.option("--concurrency", type=click.IntRange(1), default=4, show_default=True, help="Chats of a burst.")
+@click.option("--warmup", type=click.IntRange(0), default=3, show_default=True, help="Untimed rounds after each start.")
+@click.option("--concurrency", type=click.IntRange(1), default=4, show_default=True, help="Chats in a burst.")
 @click.option("--question-tokens", type=click.IntRange(8), default=58, show_default=True)
-@click.option("--max-tokens", type=click.IntRange(2), default=16, show_default=True, help="Length of an answer.")
-@click.option("--k", type=click.IntRange(1), default=1, show_default=True, help="Vectors of the token.")
-@click.option("--registered", type=click.IntRange(1), default=100, show_default=True, help="Tokens on the server.")
-@click.option("--seed", default=0, show_default=True, help="Seed of texts, order and bootstrap.")
-@click.option("--kv-gib", type=click.IntRange(1), default=1, show_default=True, help="KV cache of a server on a CPU.")
-@server_flags
-@click.option("--out", type=click.Path(path_type=Path), help="Folder for results and logs [runs/bench-load-DATE].")
+@click.option("--max-tokens", type=click.IntRange(2), default=16, show_default=True, help="Tokens in each answer.")
+@click.option("--k", type=click.IntRange(1), default=1, show_default=True, help="Number of vectors in the token.")
+@click.option(
+    "--registered", type=click.IntRange(1), default=100, show_default=True, help="Number of registered tokens."
+)
+@click.option("--seed", default=0, show_default=True, help="Seed for texts, order and bootstrap.")
+@click.option(
+    "--kv-gib", type=click.IntRange(1), default=1, show_default=True, help="KV cache in GiB of each server on a CPU."
+)
+@benchmark_server_options
+@click.option("--out", type=click.Path(path_type=Path), help="Folder for results and logs. [runs/bench-load-DATE]")
 def command(
     model: str,
     beside: str,
@@ -60,9 +62,9 @@ def command(
     plugin_args: tuple[str, ...],
     out: Path | None,
 ) -> None:
-    """Bursts of concurrent chats at two servers in turns: what does the plugin cost plain traffic?
+    """Measure what the plugin costs chats without a token: bursts of concurrent chats to two servers in turn.
 
-    Writes load.json and load.png. The last line printed is one JSON object.
+    The command writes load.json and load.png. The last printed line is one JSON object.
     """
     from be_serve.core.artifact import write_atomically
     from be_serve.models import resolve_model
@@ -99,13 +101,13 @@ def command(
 
 
 def _table(result: dict[str, Any], beside: str) -> list[str]:
-    from benchmarks.load.figures import shown, within
+    from benchmarks.load.figures import headline, within
 
     options = result["options"]
     lines = [
-        f"{result['rounds']} bursts of {options['concurrency']} chats over {result['starts']} starts of the servers, "
+        f"{result['rounds']} bursts of {options['concurrency']} chats, {result['starts']} starts of the servers, "
         f"{options['question_tokens']} + {options['k']} tokens in and {options['max_tokens']} out; "
-        f"{options['registered']} tokens registered; medians of bursts",
+        f"{options['registered']} tokens registered; medians over bursts",
         "",
         f"{'arm':<14}{'tokens/s':>10}{'ITL ms':>10}{'TTFT ms':>10}",
     ]
@@ -113,16 +115,16 @@ def _table(result: dict[str, Any], beside: str) -> list[str]:
         lines.append(
             f"{arm:<14}{figures['tokens_per_s']:>10.1f}{figures['median_itl_ms']:>10.1f}{figures['median_ttft_ms']:>10.1f}"
         )
-    lines += ["", f"ratios over pairs of starts with 95 % intervals, and of single starts (_other: {beside}):"]
+    lines += ["", f"ratios over pairs of starts, 95 % interval, (lowest to highest single start); _other is {beside}:"]
     for name, ratios in result["ratios"].items():
         for metric, ratio in ratios.items():
-            middle, interval = shown(ratio)
+            middle, interval = headline(ratio)
             each = sorted(ratio["of_medians_by_start"])
-            reach = f"{interval[0]:.3f} to {interval[1]:.3f}" if interval else "one pair only"
+            reach = f"{interval[0]:.3f} to {interval[1]:.3f}" if interval else "only one pair"
             lines.append(f"  {name:<24}{metric:<14}{middle:.3f}  {reach:<16} ({each[0]:.3f} to {each[-1]:.3f})")
     for clock, found in result["injection_seconds"].items():
-        words = {"wall": "time", "cpu": "processor time"}[clock]
-        lines += ["", f"{words} of a token's request in the plugin: p99 within {within(found, 0.99)} s"]
+        words = {"wall": "time", "cpu": "CPU time"}[clock]
+        lines += ["", f"{words} that the plugin takes for a request with a token: p99 at most {within(found, 0.99)} s"]
     if result["failed_chats"]:
         lines += ["", f"{result['failed_chats']} chats failed: {'; '.join(result['errors'])}"]
     return lines

@@ -1,4 +1,4 @@
-"""`be-serve bench soak`: a long time at saturation, every answer compared."""
+"""`be-serve bench soak`: overload a server for minutes and compare every answer."""
 
 from __future__ import annotations
 
@@ -9,23 +9,35 @@ from pathlib import Path
 
 import click
 
-from be_serve.cli._bench import server_flags
+from be_serve.cli.options import benchmark_server_options
 from be_serve.models import DEFAULT_MODEL
 
 
 @click.command("soak")
 @click.option("--model", default=DEFAULT_MODEL, show_default=True, help="Model name or folder.")
-@click.option("--minutes", type=click.FloatRange(0, min_open=True), default=30.0, show_default=True)
-@click.option("--clients", type=click.IntRange(1), default=16, show_default=True, help="Clients at one time.")
-@click.option("--tokens", type=click.IntRange(2, 64), default=24, show_default=True, help="Tokens on the server.")
-@click.option("--rows", type=click.IntRange(8), default=48, show_default=True, help="Rows, fewer than the tokens need.")
 @click.option(
-    "--kv-tokens", type=click.IntRange(1024), default=4096, show_default=True, help="Tokens that the KV cache holds."
+    "--minutes", type=click.FloatRange(0, min_open=True), default=30.0, show_default=True, help="Length of the run."
 )
-@click.option("--seed", default=0, show_default=True, help="Seed of texts and actions.")
-@click.option("--kv-gib", type=click.IntRange(1), default=1, show_default=True, help="KV cache of a server on a CPU.")
-@server_flags
-@click.option("--out", type=click.Path(path_type=Path), help="Folder for results and logs [runs/bench-soak-DATE].")
+@click.option("--clients", type=click.IntRange(1), default=16, show_default=True, help="Concurrent clients.")
+@click.option(
+    "--tokens", type=click.IntRange(2, 64), default=24, show_default=True, help="Number of registered tokens."
+)
+@click.option(
+    "--rows",
+    type=click.IntRange(8),
+    default=48,
+    show_default=True,
+    help="Rows for vectors. Choose fewer than the tokens need.",
+)
+@click.option(
+    "--kv-tokens", type=click.IntRange(1024), default=4096, show_default=True, help="Size of the KV cache in tokens."
+)
+@click.option("--seed", default=0, show_default=True, help="Seed for texts and actions.")
+@click.option(
+    "--kv-gib", type=click.IntRange(1), default=1, show_default=True, help="KV cache in GiB of each server on a CPU."
+)
+@benchmark_server_options
+@click.option("--out", type=click.Path(path_type=Path), help="Folder for results and logs. [runs/bench-soak-DATE]")
 def command(
     model: str,
     minutes: float,
@@ -39,11 +51,11 @@ def command(
     plugin_args: tuple[str, ...],
     out: Path | None,
 ) -> None:
-    """Abuse a server for a while: too few rows, a full KV cache, tokens that come and go, attacks.
+    """Overload a server: too few rows, a full KV cache, tokens registered and removed, attacks.
 
-    Answers are compared with stock vLLM's to the tokens' texts. Writes soak.json. Exit
-    status 1 where an answer was wrong, an attack succeeded, a request failed by our fault,
-    memory grew, or the run was too short or too easy to show any of it.
+    Stock vLLM answers the tokens' texts first; these answers are the reference. The command
+    writes soak.json. Exit status 1: a wrong answer, a successful attack, a server error, growing
+    memory, or a run too short or too light to detect these faults.
     """
     from be_serve.core.artifact import write_atomically
     from be_serve.models import resolve_model

@@ -1,4 +1,4 @@
-"""`be-serve bench train`: the trainer's steps beside a plain loop's."""
+"""`be-serve bench train`: time a training step and compare it with a plain training loop."""
 
 from __future__ import annotations
 
@@ -16,16 +16,22 @@ from be_serve.models import DEFAULT_MODEL
 @click.command("train")
 @click.argument("prompt_file")
 @click.option("--model", default=DEFAULT_MODEL, show_default=True, help="Model name or folder.")
-@click.option("--queries", required=True, help="JSONL of queries.")
+@click.option("--queries", required=True, help="JSONL file of queries.")
 @click.option("--tokens", type=click.IntRange(1), default=1, show_default=True, help="Number of vectors k.")
-@click.option("--steps", type=click.IntRange(1), default=12, show_default=True, help="Timed steps of each arm.")
+@click.option("--steps", type=click.IntRange(1), default=12, show_default=True, help="Timed steps for each arm.")
 @click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True)
 @click.option("--response-tokens", type=click.IntRange(1), default=64, show_default=True)
-@click.option("--examples", type=click.IntRange(2), default=64, show_default=True, help="Queries that are used.")
-@click.option("--run-steps", type=click.IntRange(1), default=160, show_default=True, help="Run that pays the cache.")
+@click.option("--examples", type=click.IntRange(2), default=64, show_default=True, help="Number of queries to use.")
+@click.option(
+    "--run-steps",
+    type=click.IntRange(1),
+    default=160,
+    show_default=True,
+    help="Steps of the run over which the cost of the teacher cache is spread.",
+)
 @click.option("--device", default="auto", show_default=True)
 @click.option("--dtype", type=click.Choice(["auto", "bfloat16", "float16", "float32"]), default="auto")
-@click.option("--arm", type=click.Choice(["plain", "be-serve"]), help="One arm alone: its peak memory.")
+@click.option("--arm", type=click.Choice(["plain", "be-serve"]), help="Run this arm only and report its peak memory.")
 @click.option("--out", type=click.Path(path_type=Path), help="JSON file to write.")
 def command(
     prompt_file: str,
@@ -42,9 +48,10 @@ def command(
     arm: str | None,
     out: Path | None,
 ) -> None:
-    """Time a training step beside a plain loop (teacher in every step, full logits), in turns.
+    """Time training steps of be-serve and of a plain loop, in alternation.
 
-    Peak memory comes from a process of its own for each arm.
+    The plain loop runs the teacher in every step and computes full logits. Peak memory is
+    measured in a separate process for each arm.
     """
     import torch
 
@@ -88,7 +95,7 @@ def command(
 
 
 def _alone(arm: str) -> dict[str, Any]:
-    """The same command for one arm, two steps, in a process of its own."""
+    """Run this command for one arm and two steps in a separate process; return its JSON result."""
     words = [sys.executable, "-m", "be_serve.cli.main", *sys.argv[1:], "--arm", arm, "--steps", "2"]
     if "--out" in words:
         at = words.index("--out")
@@ -105,6 +112,6 @@ def _print(result: dict[str, Any]) -> None:
             f"{name:<10}{arm['step_seconds']:>10.2f}{arm['tokens_per_second']:>10.0f}{arm['peak_bytes'] / 2**30:>10.2f}"
         )
     click.echo(
-        f"speed-up {result['speed_up']:.2f}; {result['speed_up_with_cache']:.2f} with the cost of the teacher's cache. "
+        f"speed-up {result['speed_up']:.2f}; {result['speed_up_with_cache']:.2f} including the teacher cache. "
         f"Losses differ by at most {result['largest_loss_difference']:.4f}."
     )

@@ -1,4 +1,4 @@
-"""`be-serve compare PROMPT_FILE`: methods beside each other on one prompt."""
+"""`be-serve compare PROMPT_FILE`: compare training methods on one prompt."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from be_serve.cli._training import ModelChoice, json_option, seed_option, takes_model
+from be_serve.cli.options import ModelChoice, json_option, model_options, seed_option
 
 DEFAULT_METHODS = "truncate:4,memory:1,pt:1,kd:1,pt:4,kd:4"
 
@@ -16,17 +16,22 @@ DEFAULT_METHODS = "truncate:4,memory:1,pt:1,kd:1,pt:4,kd:4"
 @click.command("compare")
 @click.argument("prompt_file")
 @click.option(
-    "--methods", default=DEFAULT_METHODS, show_default=True, help="kd, joint, stages, memory, pt, truncate, fewshot."
+    "--methods",
+    default=DEFAULT_METHODS,
+    show_default=True,
+    help="Comma-separated METHOD:K. Methods: kd, joint, stages, memory, pt, truncate, fewshot.",
 )
-@takes_model
-@click.option("--queries", required=True, help="JSONL of unlabeled queries.")
-@click.option("--held-out", type=click.IntRange(2), default=32, show_default=True, help="Queries kept for the table.")
-@click.option("--ae", help="[AE] file, or `builtin`, for the methods joint and stages.")
-@click.option("--summary", help="A short text in the prompt's place, as a method of its own.")
+@model_options
+@click.option("--queries", required=True, help="JSONL file of unlabeled queries.")
+@click.option(
+    "--held-out", type=click.IntRange(2), default=32, show_default=True, help="Queries kept for the evaluation."
+)
+@click.option("--ae", help="[AE] file or `builtin`. The methods joint and stages need it.")
+@click.option("--summary", help="Short text with the same intent. It is one more method in the table.")
 @click.option("--steps", type=click.IntRange(1), default=240, show_default=True)
 @click.option("--batch-size", type=click.IntRange(1), default=2, show_default=True)
 @click.option("--lr", type=float, default=1e-2, show_default=True)
-@click.option("--stop", multiple=True, help="A text that ends a response; \\n is a line break.")
+@click.option("--stop", multiple=True, help="Text that ends a response. \\n is a line break. Repeatable.")
 @seed_option
 @click.option("--run-dir", help="Run folder. [default: runs/compare-<prompt>-<digest>]")
 @json_option
@@ -46,9 +51,9 @@ def command(
     run_dir: str | None,
     as_json: bool,
 ) -> None:
-    """Train methods on the same data for the same steps and print them in one table.
+    """Train each method on the same data for the same number of steps; print one table.
 
-    The same command continues an interrupted comparison.
+    To continue an interrupted comparison, run the same command again.
     """
     from be_serve.cli._training import stop_texts
     from be_serve.core.prompts import read_prompt_file
@@ -78,7 +83,10 @@ def command(
         ae_1H=load_ae(ae, frozen) if ae else None,
         summary=summary,
     )
-    click.echo(f"{len(training)} queries to train on, {len(kept)} held out; {steps} steps of batch {batch_size} each\n")
+    click.echo(
+        f"{len(training)} training queries, {len(kept)} held-out queries; {steps} steps per method, "
+        f"batch size {batch_size}\n"
+    )
     click.echo(
         f"{'method':<14}{'tokens':>7}{'KL':>9}{'rho':>8}  {'95 % interval':<16}{'gain retained':>14}{'top-1':>8}"
     )

@@ -1,4 +1,4 @@
-"""`be-serve eval T.safetensors`: a token beside no prompt, a summary and the full prompt."""
+"""`be-serve eval T.safetensors`: compare a token with no prompt, a summary and the full prompt."""
 
 from __future__ import annotations
 
@@ -14,39 +14,49 @@ import click
     "--with",
     "others",
     multiple=True,
-    help="A further token in the same slot, behind the first; --prompt then holds both prompts.",
+    help="Another token in the same slot, after the first one. --prompt must then contain both prompts. Repeatable.",
 )
 @click.option("--prompt", "prompt_file", required=True, help="File with the prompt that the token replaces.")
-@click.option("--queries", required=True, help="JSONL of queries that the token was not trained on.")
+@click.option("--queries", required=True, help="JSONL file of queries that the training did not use.")
 @click.option("--model", help="[default: the model named in the token file]")
-@click.option("--summary", help="A short text of the same intent, as an arm of its own.")
+@click.option("--summary", help="Short text with the same intent. It is one more arm.")
 @click.option("--max-queries", type=click.IntRange(1), help="Use the first queries only.")
 @click.option(
-    "--stop", multiple=True, help="A text that ends a response; \\n is a line break. [default: as in training]"
+    "--stop",
+    multiple=True,
+    help="Text that ends a response. \\n is a line break. Repeatable. [default: as in training]",
 )
 @click.option(
     "--clauses",
     is_flag=True,
-    help="Leave out each of the first 16 sentences in turn, on 16 queries: what is kept of it?",
+    help="Measure how much of each of the prompt's first 16 sentences the token keeps, on 16 queries.",
 )
-@click.option("--checks", help="JSON list of checks (`trainer/evaluation/checkers.py`) on the answers' form and words.")
 @click.option(
-    "--check-tokens", type=click.IntRange(1), default=256, show_default=True, help="Answers' length for them."
+    "--checks",
+    help="JSON file with checks on the form and words of the answers (format: `trainer/evaluation/checkers.py`).",
 )
-@click.option("--turns", type=click.IntRange(2, 12), help="Also hold conversations of this many turns.")
-@click.option("--off-topic", is_flag=True, help="Also ask questions that have nothing to do with the prompt.")
+@click.option(
+    "--check-tokens",
+    type=click.IntRange(1),
+    default=256,
+    show_default=True,
+    help="Length of the answers for --checks, in tokens.",
+)
+@click.option("--turns", type=click.IntRange(2, 12), help="Also measure conversations of this many turns.")
+@click.option("--off-topic", is_flag=True, help="Also measure questions unrelated to the prompt.")
 @click.option(
     "--judge-url",
-    help="OpenAI-compatible server of a judge, which is sent the prompt and 64-token answers. [key: BE_JUDGE_KEY]",
+    help="OpenAI-compatible server of a judge model. The command sends the prompt and 64-token answers to the judge. "
+    "[key: BE_JUDGE_KEY]",
 )
-@click.option("--judge-model", help="The judge's name on that server.")
-@click.option("--report", type=click.Path(path_type=Path), help="HTML file to write.")
+@click.option("--judge-model", help="Name of the judge model on the server at --judge-url.")
+@click.option("--report", type=click.Path(path_type=Path), help="HTML report to write.")
 @click.option(
     "--samples",
     type=click.IntRange(0),
     default=12,
     show_default=True,
-    help="Answers made by each arm; three are shown.",
+    help="Answers generated for each arm. The command prints three; the JSON holds all.",
 )
 @click.option("--serving-dtype", type=click.Choice(["bfloat16", "float16", "float32"]), default="bfloat16")
 @click.option("--device", default="auto", show_default=True)
@@ -75,7 +85,7 @@ def command(
     dtype: str,
     as_json: bool,
 ) -> None:
-    """Measure TOKEN_FILE: KL(full || arm) in nats a token on the full prompt's own greedy answers."""
+    """Evaluate TOKEN_FILE: KL(full || arm) in nats per token, on the greedy answers of the full prompt."""
     from be_serve.cli._training import print_evaluation, stop_texts, trained_stop
     from be_serve.core.artifact import Token, check_vectors
     from be_serve.core.errors import InputError
@@ -84,21 +94,21 @@ def command(
     from trainer.evaluation.checkers import read_checks
 
     if judge_url and not (judge_model and samples):
-        raise InputError("--judge-url needs --judge-model, and answers to compare (--samples).")
+        raise InputError("--judge-url needs --judge-model and --samples above 0.")
     if others and report:
-        raise InputError("--report is about one token; leave it out beside --with.")
+        raise InputError("--report describes one token. Omit --report or --with.")
     token = Token.load(token_file)
     tokens = [token, *map(Token.load, others)]
     wanted = read_checks(checks) if checks else []
     for one in tokens:
         check_vectors(one.vectors, dtype=serving_dtype)
         if one.manifest.placement != token.manifest.placement:
-            raise InputError("Tokens in one slot need the same placement.")
+            raise InputError("Tokens in one slot must have the same placement.")
         if one.manifest.template_kwargs != token.manifest.template_kwargs or trained_stop(one) != trained_stop(token):
-            raise InputError("Tokens in one slot need the same template variables and stop texts.")
+            raise InputError("Tokens in one slot must have the same template variables and stop texts.")
     prompt = read_prompt_file(prompt_file)
     if not others and prompt_sha256(prompt) != token.manifest.prompt.sha256:
-        click.echo("Note: this is not the prompt that the token was made for (its SHA-256 differs).", err=True)
+        click.echo("Warning: the token was trained for another prompt (the SHA-256 differs).", err=True)
     made_for = token.manifest.base_model
     found = resolve_model(model or made_for.name, revision=None if model else made_for.revision)
 
@@ -131,7 +141,7 @@ def command(
         one.check_model(frozen.fingerprint, frozen.hidden_size, served=found.name)
     ends = stop_texts(stop) or trained_stop(token)
     if ends:
-        click.echo(f"Responses end at {ends}{'' if stop else ', as the token file says'}.", err=True)
+        click.echo(f"Responses end at {ends}{'' if stop else ' (from the token file)'}.", err=True)
     teacher = Teacher(frozen, prompt, stop=ends)
     vectors_KH = torch.cat([torch.from_numpy(one.vectors.copy()) for one in tokens])
     total = len(chats) * (7 if summary else 6) + (clause_answers(prompt, len(chats)) if clauses else 0)
@@ -160,7 +170,7 @@ def command(
                 evaluation.judged = judge_pairs(
                     server, prompt, evaluation.samples, progress=lambda count: bar.update(count) and None
                 )
-        except InputError as exc:  # told at the end: what was measured is not lost
+        except InputError as exc:  # raised at the end, so that the measured figures are printed first
             fault = exc
     print_evaluation(evaluation)
     if report:

@@ -1,4 +1,4 @@
-"""`be-serve from-text PROMPT_FILE`: the prompt's own embeddings as a token."""
+"""`be-serve from-text PROMPT_FILE`: write the prompt's input embeddings as a token."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from be_serve.core.ids import validate_be_id
 @click.argument("prompt_file")
 @click.option("--model", help="Hugging Face name, local folder or builtin:NAME. [default: the built-in model]")
 @click.option("-o", "--output", required=True, help="Token file to write.")
-@click.option("--id", "be_id", help="be_id of the token. [default: the output file's name]")
-@click.option("--with-prompt", is_flag=True, help="Write the prompt's text into the token file.")
+@click.option("--id", "be_id", help="be_id of the token. [default: the output file's name without .safetensors]")
+@click.option("--with-prompt", is_flag=True, help="Store the prompt's text in the token file.")
 def command(prompt_file: str, model: str | None, output: str, be_id: str | None, with_prompt: bool) -> None:
-    """Write the prompt's own embeddings as a token: it answers exactly as the full prompt does.
+    """Write the prompt's input embeddings as a token. The token answers exactly as the full prompt.
 
-    Nothing is compressed; the token is a reference for tests and a start for experiments.
+    The token is not compressed. Use it as a reference in tests and as a start for experiments.
     """
     from be_serve.core.prompts import read_prompt_file
     from be_serve.models import DEFAULT_MODEL, resolve_model
@@ -33,4 +33,4 @@ def command(prompt_file: str, model: str | None, output: str, be_id: str | None,
     frozen = FrozenModel.load(found.path, name=found.name, revision=found.revision, device="cpu")
     token = identity_token(frozen, prompt, be_id, with_prompt=with_prompt)
     digest = token.save(output)
-    click.echo(f"{output}: {token.manifest.k} vectors of {token.manifest.hidden_size}, sha256 {digest}")
+    click.echo(f"{output}: {token.manifest.k} vectors of size {token.manifest.hidden_size}, SHA-256 {digest}")

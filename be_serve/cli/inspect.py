@@ -1,4 +1,4 @@
-"""`be-serve inspect T.safetensors`: manifest and checks."""
+"""`be-serve inspect T.safetensors`: print a token file's manifest and checks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import click
 @click.argument("token_file")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(token_file: str, as_json: bool) -> None:
-    """Show the manifest of TOKEN_FILE and check it; a damaged file is refused."""
+    """Check TOKEN_FILE and print its manifest. A damaged file is an error."""
     import numpy as np
 
     from be_serve.core.artifact import Token, check_vectors, file_digest, read_limited
@@ -44,5 +44,5 @@ def command(token_file: str, as_json: bool) -> None:
     for title, values in (("manifest", manifest), ("checks", checks)):
         click.secho(title, bold=True)
         for name, value in values.items():
-            shown = json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else value
-            click.echo(f"  {name:<22}{shown}")
+            text = json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else value
+            click.echo(f"  {name:<22}{text}")

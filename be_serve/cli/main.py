@@ -1,4 +1,4 @@
-"""`be-serve VERB ...`: finds the verb's module and turns user errors into one line."""
+"""`be-serve COMMAND ...`: load the command's module; print user errors as one line."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ import click
 from be_serve import __version__
 from be_serve.core.errors import BEError
 
-# verb -> (module, one-line help): modules load when their verb runs, so `--help` stays quick.
+# Command -> (module, one-line help). A module loads only when its command runs, so that `--help` is fast.
 _VERBS = {
     "train": ("be_serve.cli.train", "Train a token for a system prompt."),
-    "train-ae": ("be_serve.cli.train_ae", "Train the universal [AE] token of a model (stage 0)."),
-    "from-text": ("be_serve.cli.from_text", "Write a prompt's own embeddings as a token."),
-    "eval": ("be_serve.cli.eval", "Measure a token beside no prompt and the full prompt."),
-    "compare": ("be_serve.cli.compare", "Train methods beside each other on one prompt."),
-    "probe": ("be_serve.cli.probe", "Measure how many bits a vector of a model holds."),
-    "fit": ("be_serve.cli.fit", "Estimate whether a prompt fits into a few vectors."),
-    "inspect": ("be_serve.cli.inspect", "Show and check a token file."),
-    "serve": ("be_serve.cli.serve", "Serve a model on vLLM with the be_id plugin."),
-    "run-batch": ("be_serve.cli.run_batch", "Answer a file of requests without a server."),
-    "register": ("be_serve.cli.register", "Upload a token to a running server."),
-    "list": ("be_serve.cli.list", "List a server's tokens."),
-    "show": ("be_serve.cli.show", "Show one token of a server."),
+    "train-ae": ("be_serve.cli.train_ae", "Train the [AE] embedding of a model (stage 0)."),
+    "from-text": ("be_serve.cli.from_text", "Write a prompt's input embeddings as a token."),
+    "eval": ("be_serve.cli.eval", "Evaluate a token against no prompt and the full prompt."),
+    "compare": ("be_serve.cli.compare", "Compare training methods on one prompt."),
+    "probe": ("be_serve.cli.probe", "Measure how many bits one vector of a model can store."),
+    "fit": ("be_serve.cli.fit", "Estimate how many vectors a prompt's wording needs."),
+    "inspect": ("be_serve.cli.inspect", "Check a token file and print its manifest."),
+    "serve": ("be_serve.cli.serve", "Serve a model with vLLM and the be-serve plugin."),
+    "run-batch": ("be_serve.cli.run_batch", "Answer a file of requests (OpenAI batch format)."),
+    "register": ("be_serve.cli.register", "Register a token on a running server."),
+    "list": ("be_serve.cli.list", "List the tokens of a server."),
+    "show": ("be_serve.cli.show", "Print one token's manifest from a server."),
     "remove": ("be_serve.cli.remove", "Remove a token from a server."),
-    "bench": ("be_serve.cli.bench", "Measure a server, under load too, or a training step."),
-    "model": ("be_serve.cli.model", "Prepare a model and print its folder and fingerprint."),
+    "bench": ("be_serve.cli.bench", "Benchmark a server or a training step."),
+    "model": ("be_serve.cli.model", "Prepare a model; print its folder and fingerprint."),
 }
 
 
@@ -53,9 +53,9 @@ def cli() -> None:
 
 
 def main() -> None:
-    """Console entry point. Exit status 2 for user errors, 130 after Ctrl-C, else the command's own."""
+    """Run the command line. Exit status: 2 for a user error, 130 after Ctrl-C, otherwise the command's own."""
     try:
-        status = cli(standalone_mode=False)  # what a command gave click.exceptions.Exit
+        status = cli(standalone_mode=False)  # the status of a click.exceptions.Exit that the command raised
     except BEError as exc:
         click.secho(f"be-serve: {exc}", fg="red", err=True)
         sys.exit(2)
@@ -70,8 +70,8 @@ def main() -> None:
         if extra is None:
             raise
         click.secho(
-            f"be-serve: this verb needs {exc.name}, which the extra [{extra}] brings: `make install` in a checkout, "
-            f"or pip install -e '.[{extra}]'.",
+            f"be-serve: this command needs the package {exc.name}. Install the extra [{extra}]: "
+            f"`make install` in a checkout, or pip install -e '.[{extra}]'.",
             fg="red",
             err=True,
         )

@@ -1,4 +1,4 @@
-"""`be-serve probe`: how many bits one vector of a model holds."""
+"""`be-serve probe`: measure how many bits one vector of a model can store."""
 
 from __future__ import annotations
 
@@ -12,27 +12,33 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from be_serve.cli._training import ModelChoice, json_option, seed_option, takes_model
+from be_serve.cli.options import ModelChoice, json_option, model_options, seed_option
 
 if TYPE_CHECKING:
     from trainer.model.frozen import FrozenModel
 
 
 @click.command("probe")
-@takes_model
+@model_options
 @click.option(
-    "--corpus", multiple=True, help="Texts to hold: .txt or .jsonl (`text`), also .gz. [default: random words]"
+    "--corpus",
+    multiple=True,
+    help="File with texts to store: .txt or .jsonl (field `text`), also .gz. Repeatable. [default: random words]",
 )
-@click.option("--texts", type=click.IntRange(1), default=4, show_default=True, help="How many texts.")
-@click.option("--length", type=click.IntRange(2), default=64, show_default=True, help="Tokens of each text.")
+@click.option("--texts", type=click.IntRange(1), default=4, show_default=True, help="Number of texts.")
+@click.option("--length", type=click.IntRange(2), default=64, show_default=True, help="Tokens in each text.")
 @click.option("--tokens", type=click.IntRange(1, 16), default=1, show_default=True, help="Number of vectors k.")
-@click.option("--one-step", is_flag=True, help="Tell each text in one forward pass, from two vectors e and m.")
-@click.option("--shared", is_flag=True, help="With --one-step: one m for all texts.")
-@click.option("--curve", is_flag=True, help="With --one-step: two solutions of the first text, and the way between.")
+@click.option("--one-step", is_flag=True, help="Predict each text in one forward pass from two vectors, e and m.")
+@click.option("--shared", is_flag=True, help="With --one-step: train one m for all texts.")
+@click.option(
+    "--curve",
+    is_flag=True,
+    help="With --one-step: measure accuracy on the path between two solutions of the first text.",
+)
 @click.option(
     "--restarts",
     type=click.IntRange(1),
-    help="With --one-step: starts of each text, of which the best counts. [default: 1; 2 for --curve]",
+    help="With --one-step: random starts for each text. The best start counts. [default: 1; 2 for --curve]",
 )
 @click.option("--steps", type=click.IntRange(1), default=600, show_default=True)
 @click.option("--lr", type=float, default=1e-2, show_default=True)
@@ -55,10 +61,10 @@ def command(
     run_dir: str | None,
     as_json: bool,
 ) -> None:
-    """Train vectors to repeat texts, and measure what they hold (Kuratov et al., arXiv 2502.13063).
+    """Train vectors to reproduce texts and measure their capacity (Kuratov et al., arXiv 2502.13063).
 
-    The result is kept for `be-serve fit`. With --one-step nothing of the text is fed back:
-    position i of [e, m, m, ...] predicts token i. The same command continues an interrupted probe.
+    `be-serve fit` uses the stored result. With --one-step the model receives no text: position i
+    of [e, m, m, ...] predicts token i. To continue an interrupted probe, run the same command again.
     """
     from be_serve.core.errors import InputError
     from be_serve.models import be_home
@@ -67,7 +73,8 @@ def command(
 
     if (shared or curve or restarts or one_step) and not (one_step and tokens == 1 and not (shared and curve)):
         raise InputError(
-            "--one-step trains e and m: give no --tokens, --restarts only with it, and of --shared and --curve one."
+            "--one-step does not allow --tokens above 1. --shared, --curve and --restarts need --one-step. "
+            "Give only one of --shared and --curve."
         )
     frozen = model.load()
     if corpus:
@@ -76,18 +83,20 @@ def command(
     else:
         pieces = [_random_words(frozen, length, f"{seed}/{n}") for n in range(texts)]
     if any(len(piece) < length for piece in pieces):
-        raise InputError(f"The tokenizer has too few words for texts of {length} tokens; give a smaller --length.")
+        raise InputError(
+            f"A text has fewer than {length} tokens: the tokenizer has too few words. Give a smaller --length."
+        )
     key = json.dumps(
         [str(frozen.fingerprint), str(frozen.dtype), pieces, tokens, one_step, shared, curve, restarts, steps, lr, seed]
     )
     folder = Path(run_dir or f"runs/probe-{hashlib.sha256(key.encode()).hexdigest()[:8]}")
     if one_step:
         if curve:
-            shown = _connected(frozen, pieces, folder, restarts or 2, steps, lr, seed)
+            result = _run_curve(frozen, pieces, folder, restarts or 2, steps, lr, seed)
         else:
-            shown = _told(frozen, pieces, folder, shared, restarts or 1, steps, lr, seed)
+            result = _run_one_step(frozen, pieces, folder, shared, restarts or 1, steps, lr, seed)
         if as_json:
-            click.echo(json.dumps(shown))
+            click.echo(json.dumps(result))
         return
     capacity = probe(frozen, pieces, folder, k=tokens, steps=steps, lr=lr, seed=seed)
     path = save_capacity(be_home() / "capacity", frozen, capacity)
@@ -96,12 +105,12 @@ def command(
         click.echo(
             f"{n:<6}{text.tokens:>8}{text.bits_alone:>9.0f}{text.bits_with:>9.0f}{text.gain:>9.0f}{text.exact_prefix:>14}"
         )
-    click.echo(f"{capacity.bits_a_vector:.0f} bits a vector (k={tokens}, {steps} steps); kept in {path}")
+    click.echo(f"{capacity.bits_a_vector:.0f} bits per vector (k={tokens}, {steps} steps); written to {path}")
     if as_json:
         click.echo(json.dumps({**asdict(capacity), "bits_a_vector": capacity.bits_a_vector}))
 
 
-def _told(
+def _run_one_step(
     model: FrozenModel,
     texts: list[list[int]],
     folder: Path,
@@ -111,30 +120,30 @@ def _told(
     lr: float,
     seed: int,
 ) -> dict[str, Any]:
-    """Run and print the one-step probe."""
+    """Run the one-step probe, print its table and return it as plain data."""
     from trainer.studies.one_step import probe_one_step
 
     found = probe_one_step(model, texts, folder, shared=shared, restarts=restarts, steps=steps, lr=lr, seed=seed)
     click.echo(f"{'text':<6}{'tokens':>8}{'accuracy':>10}{'mean':>8}{'C_tokens':>10}{'H_LM, bits':>12}")
-    for n, told in enumerate(found):
+    for n, text in enumerate(found):
         click.echo(
-            f"{n:<6}{told.tokens:>8}{told.accuracy:>10.3f}{told.mean_accuracy:>8.3f}{told.exact_prefix:>10}{told.bits:>12.0f}"
+            f"{n:<6}{text.tokens:>8}{text.accuracy:>10.3f}{text.mean_accuracy:>8.3f}{text.exact_prefix:>10}{text.bits:>12.0f}"
         )
     click.echo(
-        f"one step, {'one m for all texts' if shared else 'an m for each text'}, best (and mean) of {restarts} "
-        f"start{'s' if restarts > 1 else ''}, {steps} steps"
+        f"one step, {'one m for all texts' if shared else 'one m for each text'}; best and mean of {restarts} "
+        f"start{'s' if restarts > 1 else ''}; {steps} steps"
     )
-    return {"shared": shared, "restarts": restarts, "steps": steps, "texts": [asdict(told) for told in found]}
+    return {"shared": shared, "restarts": restarts, "steps": steps, "texts": [asdict(text) for text in found]}
 
 
-def _connected(
+def _run_curve(
     model: FrozenModel, texts: list[list[int]], folder: Path, restarts: int, steps: int, lr: float, seed: int
 ) -> dict[str, Any]:
-    """Run and print the way between two solutions of the first text."""
+    """Measure and print the accuracy between two solutions of the first text; return it as plain data."""
     from trainer.studies.one_step import connect
 
     found = connect(model, texts[0], folder, restarts=restarts, steps=steps, lr=lr, seed=seed)
-    click.echo(f"{'t':<6}{'line':>8}{'Bezier':>8}   accuracy between two solutions of one text")
+    click.echo(f"{'t':<6}{'line':>8}{'Bezier':>8}   accuracy on the path between two solutions of one text")
     for i, (line, bezier) in enumerate(zip(found.line, found.bezier, strict=True)):
         click.echo(f"{i / (len(found.line) - 1):<6.1f}{line:>8.3f}{bezier:>8.3f}")
     click.echo(f"accuracy of {restarts} starts: {' '.join(f'{share:.3f}' for share in found.starts)}")
@@ -142,7 +151,7 @@ def _connected(
 
 
 def _random_words(model: FrozenModel, length: int, seed: str) -> list[int]:
-    """Ids of words drawn evenly from the vocabulary: what no model can guess."""
+    """Return the ids of `length` words, drawn uniformly from the vocabulary so that no model can guess them."""
     decode = model.tokenizer.decode
     rng = random.Random(seed)  # noqa: S311
     ids = range(min(model.vocab_size, len(model.tokenizer)))

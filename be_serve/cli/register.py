@@ -1,30 +1,31 @@
-"""`be-serve register FILE`: upload a token to a running server."""
+"""`be-serve register FILE`: register a token on a running server."""
 
 from __future__ import annotations
 
 import click
 
-from be_serve.cli.remote import server_options
+from be_serve.cli.options import remote_server_options
 
 
 @click.command("register")
 @click.argument("file", type=click.Path(dir_okay=False))
-@click.option("--id", "be_id", help="Register under this id instead of the one in the file.")
+@click.option("--id", "be_id", help="Register the token under this id, not under the id in the file.")
 @click.option(
     "--match/--no-match",
     default=None,
-    help="Also answer requests, of any client, whose system message is the prompt itself. [default: as it is]",
+    help="Also use the token for requests from any client whose system message is exactly the prompt. "
+    "[default: unchanged]",
 )
-@click.option("--replace", is_flag=True, help="Make another file under the id a new version.")
+@click.option("--replace", is_flag=True, help="If the id exists with another file, register FILE as a new version.")
 @click.option(
     "--with-prompt",
     "prompt_file",
     type=click.Path(dir_okay=False),
-    help="File with the token's prompt. The server stores the text and answers by it where the token cannot, for "
-    "requests with `be_fallback`.",
+    help="File with the token's prompt. The server stores the text. For requests with `be_fallback`, the server uses "
+    "the text if it cannot use the token.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print the server's answer as JSON.")
-@server_options
+@click.option("--json", "as_json", is_flag=True, help="Print the server's response as JSON.")
+@remote_server_options
 def command(
     file: str,
     be_id: str | None,
@@ -36,7 +37,7 @@ def command(
     api_key: str,
     vllm_api_key: str | None,
 ) -> None:
-    """Upload the token FILE; no restart is needed."""
+    """Upload the token FILE to a running server. The server does not restart."""
     import json
 
     from be_serve.client import BEClient
@@ -48,11 +49,11 @@ def command(
     if as_json:
         click.echo(json.dumps({**manifest, "created": created}))
         return
-    what = "Registered" if created else "Already registered:"
+    status = "Registered" if created else "Already registered:"
     click.echo(
-        f"{what} {manifest['id']} version {manifest['version']}: k={manifest['k']} in place of "
-        f"{manifest['prompt']['tokens']} tokens, digest {manifest['digest'][:16]}. "
-        f'Send {{"be_id": "{manifest["id"]}"}} with a chat request. '
-        f"Exact match is {'on' if manifest['match'] else 'off'}, "
-        f"its full prompt {'can' if manifest.get('fallback') else 'cannot'} stand in for it (be_fallback)."
+        f"{status} {manifest['id']} version {manifest['version']}: k={manifest['k']} replaces "
+        f"{manifest['prompt']['tokens']} prompt tokens, digest {manifest['digest'][:16]}. "
+        f'To use it, add {{"be_id": "{manifest["id"]}"}} to a chat request. '
+        f"Exact match: {'on' if manifest['match'] else 'off'}. "
+        f"Stored prompt for be_fallback: {'yes' if manifest.get('fallback') else 'no'}."
     )

@@ -1,20 +1,20 @@
-"""`be-serve remove ID`: take a token off a server."""
+"""`be-serve remove ID`: remove a token from a server."""
 
 from __future__ import annotations
 
 import click
 
-from be_serve.cli.remote import server_options
+from be_serve.cli.options import remote_server_options
 
 
 @click.command("remove")
 @click.argument("be_id", metavar="ID")
-@click.option("--forget-prompt", is_flag=True, help="Also forget its prompt's text, where that was stored.")
-@server_options
+@click.option("--forget-prompt", is_flag=True, help="Also delete the stored text of the token's prompt.")
+@remote_server_options
 def command(be_id: str, forget_prompt: bool, url: str, api_key: str, vllm_api_key: str | None) -> None:
-    """Remove token ID with all its versions; it stops answering at once.
+    """Remove all versions of token ID. New requests with this id fail at once.
 
-    A prompt stored with it goes on answering requests with `be_fallback`, unless --forget-prompt.
+    A stored prompt stays and still answers requests with `be_fallback`. --forget-prompt deletes it.
     """
     from be_serve.client import BEClient
 
@@ -22,4 +22,6 @@ def command(be_id: str, forget_prompt: bool, url: str, api_key: str, vllm_api_ke
         kept = client.remove(be_id, prompt=forget_prompt)
     click.echo(f"Removed {be_id}.")
     if kept:
-        click.echo(f"Its prompt is still stored, and answers be_fallback: be-serve remove {be_id} --forget-prompt.")
+        click.echo(
+            f"Its prompt stays stored and answers be_fallback. To delete it: be-serve remove {be_id} --forget-prompt"
+        )

@@ -1,4 +1,4 @@
-"""`be-serve run-batch`: answer an OpenAI batch file, tokens and all."""
+"""`be-serve run-batch`: answer the requests of an OpenAI batch file, with tokens."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from typing import Any
 
 import click
 
-from be_serve.cli._serving import PassOnCommand, takes_plugin_options, variables
+from be_serve.cli._serving import PassOnCommand
+from be_serve.cli.options import plugin_options, plugin_variables
 from be_serve.core.redaction import redact, redact_word
 from be_serve.models import DEFAULT_MODEL
 
@@ -25,23 +26,33 @@ _NO_PORT = ("--host", "--port", "--uds", "--api-key", "--root-path", "--ssl-keyf
 
 @click.command("run-batch", cls=PassOnCommand)
 @click.argument("model", default=DEFAULT_MODEL)
-@click.option("-i", "--input-file", required=True, metavar="FILE", help="JSONL of requests, one a line.")
-@click.option("-o", "--output-file", required=True, metavar="FILE", help="JSONL of answers to write, in their order.")
-@click.option("--url", help="Send the file to this running server; no model is loaded.")
-@click.option("--vllm-api-key", envvar="VLLM_API_KEY", help="The --api-key of the server at --url, where it has one.")
+@click.option("-i", "--input-file", required=True, metavar="FILE", help="JSONL file with one request per line.")
 @click.option(
-    "--concurrency", type=click.IntRange(1), default=256, show_default=True, help="Requests in flight at one time."
+    "-o",
+    "--output-file",
+    required=True,
+    metavar="FILE",
+    help="JSONL file to write. The answers have the order of the requests.",
+)
+@click.option("--url", help="Send the requests to this running server. Without --url, the command loads MODEL.")
+@click.option("--vllm-api-key", envvar="VLLM_API_KEY", help="vLLM's own API key of the server at --url.")
+@click.option(
+    "--concurrency",
+    type=click.IntRange(1),
+    default=256,
+    show_default=True,
+    help="Maximum number of concurrent requests.",
 )
 @click.option(
     "--timeout",
     type=click.FloatRange(0, min_open=True),
     default=3600.0,
     show_default=True,
-    help="Seconds that an answer may take.",
+    help="Maximum seconds for one answer.",
 )
-@click.option("--start-timeout", default=1800.0, show_default=True, help="Seconds until the model must be loaded.")
-@click.option("--fresh", is_flag=True, help="Set an earlier output and its answers aside (.old), and begin anew.")
-@takes_plugin_options
+@click.option("--start-timeout", default=1800.0, show_default=True, help="Maximum seconds to load the model.")
+@click.option("--fresh", is_flag=True, help="Rename an earlier output and its journal to .old and start again.")
+@plugin_options
 @click.pass_context
 def command(
     ctx: click.Context,
@@ -56,15 +67,15 @@ def command(
     fresh: bool,
     plugin: dict[str, Any],
 ) -> None:
-    """Answer a file of requests for text, as `vllm run-batch` does, with be_id.
+    """Answer a file of text requests. It works as `vllm run-batch` and accepts be_id.
 
-    A row: {"custom_id": "1", "method": "POST", "url": "/v1/chat/completions", "body": {...}};
-    /v1/completions, /v1/responses and /v1/messages may be asked, too. MODEL is served on a port of this
-    machine's own until the file is answered; every option of `vllm serve` may follow. The same
-    command continues an interrupted batch.
+    A row: {"custom_id": "1", "method": "POST", "url": "/v1/chat/completions", "body": {...}}.
+    Other URLs: /v1/completions, /v1/responses and /v1/messages. The command serves MODEL on a
+    private socket until all rows are answered. Every option of `vllm serve` may follow. To
+    continue an interrupted batch, run the same command again.
 
-    Exit status: 0 all answered, 1 rows were refused or failed (their `error` says why), 2 a
-    faulty command or file, 3 stopped on the way, 130 after Ctrl-C.
+    Exit status: 0 all rows answered; 1 some rows refused or failed (see their `error`); 2 invalid
+    command or file; 3 stopped before the end; 130 after Ctrl-C.
     """
     from tqdm import tqdm
 
@@ -87,10 +98,10 @@ def command(
 
     async def here() -> dict[str, Any]:
         key = secrets.token_hex(16)
-        with tempfile.TemporaryDirectory(prefix="be-serve-") as folder:  # for this user alone
+        with tempfile.TemporaryDirectory(prefix="be-serve-") as folder:  # only this user can open it
             socket = Path(folder) / "server"
             line = [sys.executable, "-m", "be_serve.cli.main", "serve", model, *ctx.args, "--uds", str(socket)]
-            env = {**os.environ, **variables(plugin), "VLLM_API_KEY": key}
+            env = {**os.environ, **plugin_variables(plugin), "VLLM_API_KEY": key}
             async with Server("model's", line, log=None, env=env, at=socket, timeout=start_timeout) as server:
                 found: dict[str, Any] = await feed_to(server.url, key, server.socket, alive=lambda: server.alive)
                 return found
@@ -100,15 +111,17 @@ def command(
         if not url:
             raise InputError("--url is empty.")
     else:
-        _refuse(ctx, ["vllm_api_key"], "a server of its own")
+        _refuse(ctx, ["vllm_api_key"], "its own server")
         if taken := sorted({a.split("=")[0] for a in ctx.args if a.split("=")[0].replace("_", "-") in _NO_PORT}):
-            raise InputError(f"run-batch has a port and a key of its own: leave out {', '.join(taken)}.")
+            raise InputError(f"run-batch sets its own address and key. Omit {', '.join(taken)}.")
         if model.startswith("-"):
-            raise InputError("Name the model first: be-serve run-batch MODEL -i FILE -o FILE [options].")
+            raise InputError("Give the model before the options: be-serve run-batch MODEL -i FILE -o FILE [options].")
     rows = read_rows(input_file)
     output = check_output(output_file, input_file)
     try:
-        made_by = _made_by(model, ctx.args, variables(plugin)) if url is None else {"models": asyncio.run(models())}
+        made_by = (
+            _made_by(model, ctx.args, plugin_variables(plugin)) if url is None else {"models": asyncio.run(models())}
+        )
         with Journal(output, rows, made_by, fresh=fresh) as journal:
             failed: dict[str, Any] = {}
             if len(journal) < len(rows):
@@ -121,29 +134,37 @@ def command(
     answered = len(rows) - journal.refused - len(failed)
     click.echo(f"{answered} answered, {journal.refused} refused, {len(failed)} failed: {output}")
     if failed:
-        click.echo("The same command asks the failed rows again.", err=True)
+        click.echo("To retry the failed rows, run the same command again.", err=True)
     for be_id, digests in sorted(journal.digests.items()):
         if len(digests) > 1:
-            click.echo(f"{be_id} was replaced meanwhile: the answers' x-be-digest headers tell by what.", err=True)
+            click.echo(
+                f"Token {be_id} was replaced during the batch. The x-be-digest header of each answer names the "
+                "version.",
+                err=True,
+            )
     if failed or journal.refused:
         raise click.exceptions.Exit(1)
 
 
 def _made_by(model: str, arguments: Sequence[str], settings: Mapping[str, str]) -> dict[str, str]:
-    """What the answers of a model that is loaded here depend on. Of its options the digest, without the secrets."""
+    """Return what the answers depend on if the command loads the model: its name, and digests of options and files.
+
+    Secrets are not part of the digests.
+    """
     settings = {k: v for k, v in {**os.environ, **settings}.items() if k.startswith("BE_") and "KEY" not in k}
-    # A digest of a short password would tell it to who tries them all, and answers do not depend on one.
-    told = [redact(arguments), sorted((name, redact_word(value)) for name, value in settings.items())]
+    # Secrets are removed first: the digest of a short password can be found by trying all passwords.
+    options = [redact(arguments), sorted((name, redact_word(value)) for name, value in settings.items())]
     entries = [entry.partition("=") for entry in settings.get("BE_TOKEN", "").splitlines()]
     files = [Path(path) for _, _, path in entries]
     for given, value in zip(arguments, [*arguments[1:], ""], strict=True):
         name, equals, inside = given.partition("=")
         if name == "--config":
             files.append(Path(inside if equals else value))
-    contents = [file.read_bytes() if file.is_file() else b"" for file in files]  # the server says what is wrong
+    # The server reports a missing file, so the digest takes it as empty.
+    contents = [file.read_bytes() if file.is_file() else b"" for file in files]
     return {
         "model": model,
-        "options": _digest(json.dumps(told).encode()),
+        "options": _digest(json.dumps(options).encode()),
         "files": _digest(*contents),
     }
 
@@ -153,7 +174,7 @@ def _digest(*parts: bytes) -> str:
 
 
 def _refuse(ctx: click.Context, names: Sequence[str], beside: str) -> None:
-    """Raise InputError for options, given on the command line, that nobody would read. Values may be secret."""
+    """Raise InputError for options that have no effect with `beside`. The message hides their values (secrets)."""
     from be_serve.core.errors import InputError
 
     source = click.core.ParameterSource.COMMANDLINE
@@ -165,4 +186,5 @@ def _refuse(ctx: click.Context, names: Sequence[str], beside: str) -> None:
     if beside == "--url":
         given += [a.split("=")[0] for a in ctx.args if a.startswith("--")]
     if given or (beside == "--url" and ctx.args):
-        raise InputError(f"Beside {beside} nobody reads {', '.join(given) or 'further words'}: leave it out.")
+        unused = ", ".join(given) or "further arguments"
+        raise InputError(f"With {beside}, run-batch does not use {unused}. Omit {unused}.")

@@ -1,4 +1,4 @@
-"""`be-serve serve MODEL ...`: vLLM's server with the plugin on."""
+"""`be-serve serve MODEL ...`: start vLLM's server with the plugin."""
 
 from __future__ import annotations
 
@@ -7,19 +7,20 @@ from typing import Any
 
 import click
 
-from be_serve.cli._serving import PassOnCommand, takes_plugin_options, variables
+from be_serve.cli._serving import PassOnCommand
+from be_serve.cli.options import plugin_options, plugin_variables
 from be_serve.models import DEFAULT_MODEL
 
 
 @click.command("serve", cls=PassOnCommand)
 @click.argument("model", default=DEFAULT_MODEL)
-@takes_plugin_options
-@click.option("--be-off", is_flag=True, help="Plain vLLM without the plugin, for comparison.")
+@plugin_options
+@click.option("--be-off", is_flag=True, help="Start stock vLLM without the plugin, for comparison.")
 @click.pass_context
 def command(ctx: click.Context, model: str, plugin: dict[str, Any], be_off: bool) -> None:
-    """Serve MODEL (a Hugging Face name, a folder, or a builtin: model).
+    """Serve MODEL: a Hugging Face name, a local folder or builtin:NAME.
 
-    Every option of `vllm serve` may follow and is passed on unchanged.
+    Every option of `vllm serve` may follow. The command passes these options to vLLM unchanged.
     """
     from be_serve.core.errors import InputError
     from be_serve.models import resolve_model
@@ -27,17 +28,17 @@ def command(ctx: click.Context, model: str, plugin: dict[str, Any], be_off: bool
     from be_serve.serving.vllm.arguments import choose_injection, spelled_out, value_of, vllm_arguments
 
     if model.startswith("-"):
-        raise InputError("Name the model first: be-serve serve MODEL [options].")
+        raise InputError("Give the model before the options: be-serve serve MODEL [options].")
     arguments, served = spelled_out(ctx.args), model
     if model.startswith("builtin:"):
         served = str(resolve_model(model).path)
         if value_of("--served-model-name", arguments) is None:
             arguments += ["--served-model-name", model]
-    # Every API server process reads these; they are how settings reach a plugin.
-    os.environ.update(variables(plugin))
+    # vLLM passes no settings to a plugin; every API server process reads these variables.
+    os.environ.update(plugin_variables(plugin))
     settings = Settings.from_env()
 
-    # Must be set before vLLM is imported: it decides what vLLM loads, in all of its processes.
+    # Set VLLM_PLUGINS before vLLM is imported: it selects the plugins that all vLLM processes load.
     plugins = [name for name in os.environ.get("VLLM_PLUGINS", "").split(",") if name]
     if not plugins:
         from be_serve.serving.vllm.versions import installed_plugins
@@ -52,7 +53,7 @@ def command(ctx: click.Context, model: str, plugin: dict[str, Any], be_off: bool
     if versions.is_cpu_build():
         versions.spare_a_core(os.environ)
     if not be_off:
-        # vLLM only logs a plugin that fails to load; import it here, where failing is loud.
+        # vLLM only logs a plugin that fails to load. An import here raises the error.
         import be_serve.serving.plugin  # noqa: F401
 
         injection = settings.injection

@@ -1,15 +1,15 @@
-"""`be-serve show ID`: one token of a server."""
+"""`be-serve show ID`: print the manifest of a token on a server."""
 
 from __future__ import annotations
 
 import click
 
-from be_serve.cli.remote import server_options
+from be_serve.cli.options import remote_server_options
 
 
 @click.command("show")
 @click.argument("be_id", metavar="ID")
-@server_options
+@remote_server_options
 def command(be_id: str, url: str, api_key: str, vllm_api_key: str | None) -> None:
     """Print the manifest of token ID as JSON."""
     import json

@@ -1,4 +1,4 @@
-"""`be-serve train-ae`: the universal [AE] token of a model (stage 0)."""
+"""`be-serve train-ae`: train the [AE] embedding of a model (stage 0)."""
 
 from __future__ import annotations
 
@@ -9,22 +9,25 @@ from typing import Literal
 
 import click
 
-from be_serve.cli._training import ModelChoice, json_option, seed_option, takes_model
+from be_serve.cli.options import ModelChoice, json_option, model_options, seed_option
 
 
 @click.command("train-ae")
-@click.option("--corpus", multiple=True, required=True, help="Text to train on: .txt or .jsonl (`text`), also .gz.")
-@takes_model
+@click.option(
+    "--corpus", multiple=True, required=True, help="Training text: .txt or .jsonl (field `text`), also .gz. Repeatable."
+)
+@model_options
 @click.option("-o", "--output", required=True, help="[AE] file to write.")
 @click.option("--steps", type=click.IntRange(1), default=200, show_default=True)
-@click.option("--length", type=click.IntRange(2), default=64, show_default=True, help="Tokens of each piece of text.")
+@click.option("--length", type=click.IntRange(2), default=64, show_default=True, help="Tokens in each piece of text.")
 @click.option("--batch-size", type=click.IntRange(1), default=4, show_default=True)
 @click.option(
     "--packing",
     type=click.Choice(["none", "random", "filtered"]),
     default="none",
     show_default=True,
-    help="Pieces of one text, or packs of four: at random, or of related texts (Threshold Filtering Packing).",
+    help="none: each piece holds one text. random: four random texts. filtered: four related texts (Threshold "
+    "Filtering Packing).",
 )
 @click.option("--lr", type=float, default=1e-2, show_default=True)
 @seed_option
@@ -47,8 +50,8 @@ def command(
 ) -> None:
     """Train [AE], the embedding that makes a frozen model repeat the text before it (Eq. 1).
 
-    Once for each model; `be-serve train --ae` uses it. Further corpus files may follow as
-    MORE. The same command continues an interrupted run.
+    Train [AE] once for each model; `be-serve train --ae` uses it. MORE are further corpus files.
+    To continue an interrupted run, run the same command again.
     """
 
     from trainer.optim.autoencoder import AEConfig, save_ae, train_ae
@@ -59,11 +62,11 @@ def command(
     try:
         result = train_ae(frozen, [*corpus, *more], config, folder)
     except KeyboardInterrupt:
-        click.echo(f"Stopped; the state is in {folder}. Give the same command again to continue.", err=True)
+        click.echo(f"Stopped. The checkpoint is in {folder}. To continue, run the same command again.", err=True)
         raise
     loss = {"before": round(result.before, 4), "after": round(result.after, 4)}
     save_ae(output, result.ae_1H, frozen, {**dataclasses.asdict(config), "reconstruction": loss})
-    click.echo(f"{output}: reconstruction of held-out text {result.before:.3f} -> {result.after:.3f} nats a token")
+    click.echo(f"{output}: reconstruction of held-out text {result.before:.3f} -> {result.after:.3f} nats per token")
     click.echo(f"Run: {folder}")
     if as_json:
         click.echo(json.dumps({"output": output, "run_dir": str(folder), "reconstruction": loss}))

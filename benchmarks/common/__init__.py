@@ -1,1 +1,1 @@
-"""What all benchmarks share: the client with its clock, servers, texts of exact length, statistics, the machine."""
+"""Shared by all benchmarks: timing client, servers, texts of exact length, statistics, machine description."""

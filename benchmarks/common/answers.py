@@ -1,4 +1,4 @@
-"""Greedy answers compared token by token: right, a tie of rounding, or wrong."""
+"""Compare greedy answers token by token: right, tie (rounding) or wrong."""
 
 from __future__ import annotations
 
@@ -7,37 +7,42 @@ from dataclasses import dataclass, field
 from typing import Any
 
 TIE = 0.35
-"""Nats behind the likeliest token within which another order of sums may bring a token to the front (bfloat16)."""
+"""Largest log-probability gap, in nats, that a different order of bfloat16 sums may reverse."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """The tokens of a greedy answer, and how clear each choice was."""
+    """Tokens of a greedy answer, with the close alternatives at each position."""
 
     tokens: tuple[str, ...]
     close: tuple[frozenset[str], ...]
-    """The other tokens within `TIE` of the likeliest, at each place."""
+    """At each position: the other tokens within `TIE` of the most likely token."""
 
 
 @dataclass
 class Count:
-    """What became of the requests."""
+    """Counts of requests by action and outcome."""
 
     right: Counter[str] = field(default_factory=Counter)
-    """By action, as are ties: those of `plain` have nothing to do with tokens."""
+    """Right answers by action. The action `plain` uses no token and shows the engine's own rate of ties."""
     ties: Counter[str] = field(default_factory=Counter)
-    """Answers that took another token within `TIE` of the likeliest; what follows cannot be compared."""
+    """Answers that differ first at a token within `TIE` of the most likely one. Later tokens are not compared."""
     wrong: list[dict[str, Any]] = field(default_factory=list)
     asked: Counter[str] = field(default_factory=Counter)
     failures: Counter[str] = field(default_factory=Counter)
-    """Errors that are not the client's, and answers that tell nothing."""
+    """Server errors and responses that cannot be evaluated, by message."""
     attempts: Counter[str] = field(default_factory=Counter)
+    """Attacks by kind."""
     succeeded: Counter[str] = field(default_factory=Counter)
+    """Successful attacks by kind."""
     void: Counter[str] = field(default_factory=Counter)
-    """Attempts on blocks that had left the cache by then: they count as not made."""
+    """Attacks on KV blocks that the cache had evicted before. They are not in `attempts`."""
 
     def judge(self, action: str, reference: Answer, got: Answer, what: dict[str, Any]) -> None:
-        """Compare an answer with the right one, token by token."""
+        """Compare an answer with the reference token by token and count the outcome.
+
+        `what` describes the request; it is stored with a wrong answer.
+        """
         for n, right in enumerate(reference.tokens):
             ours = got.tokens[n] if n < len(got.tokens) else None
             if ours == right:
@@ -54,6 +59,7 @@ class Count:
 
 
 def answer_of(body: dict[str, Any]) -> Answer:
+    """Return the answer in a chat completion with `logprobs`. Raises LookupError or TypeError without them."""
     places = body["choices"][0]["logprobs"]["content"]
     close = [
         frozenset(one["token"] for one in place["top_logprobs"] if one["logprob"] > place["logprob"] - TIE)

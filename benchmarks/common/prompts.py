@@ -1,7 +1,7 @@
-"""System prompts and questions of an exact token count, made from our own text.
+"""System prompts and questions with an exact number of tokens, from built-in text.
 
-The counting is the server's (`/tokenize`), so the lengths are those it will see.
-Everything follows from the seed: two runs on one model send the same texts.
+The server counts the tokens (`/tokenize`), so that the lengths are exact for its tokenizer.
+The seed determines all texts: two runs with one model and one seed send the same texts.
 """
 
 from __future__ import annotations
@@ -61,19 +61,19 @@ _MORE = (
     "We would rather pay in cash if that is possible.", "The letter you sent has another date on it.",
     "Nothing about it stands on the page I was given.", "I would like to know before the tide turns.",
 )  # fmt: skip
-# One token each in most vocabularies; they close the last gap to an exact count.
+# One token each in most vocabularies. They fill the last gap to an exact count.
 _FILLERS = ("and", "the", "of", "a", "it", "so", "to", "now", "I", "x", ".", "!", "?", ",")
 
 
 def handbook(seed: int) -> str:
-    """A long rule book; the first n words are a prompt of any length up to some 20,000 tokens."""
+    """Return a rule book of about 20,000 tokens. Its first n words are a prompt of any length."""
     rng = random.Random(f"handbook {seed}")  # noqa: S311
     rules = [f"Rule {n}. When {rng.choice(_WHEN)}, {rng.choice(_DO)}, {rng.choice(_UNLESS)}." for n in range(1, 601)]
     return _PREAMBLE + " ".join(rules)
 
 
 def question_text(seed: int, label: str) -> str:
-    """A guest's letter of up to some 10,000 tokens, different from its first words on for each label."""
+    """Return a guest's letter of about 10,000 tokens. Each label gives another letter, from its first words on."""
     rng = random.Random(f"question {seed} {label}")  # noqa: S311
     opening = f"{rng.choice(('Room', 'Cabin', 'Table', 'Berth'))} {rng.randrange(10, 9_999)} here: {rng.choice(_ASK)}?"
     more = list(_MORE)
@@ -82,26 +82,26 @@ def question_text(seed: int, label: str) -> str:
 
 
 async def fit_text(text: str, target: int, count: Count) -> str:
-    """The longest run of leading words of `text` with `target` tokens, filled up to exactly that.
+    """Return the first words of `text`, with filler words at the end, in exactly `target` tokens.
 
-    Raises InputError where the text is too short or the tokenizer never gives that count.
+    Raises InputError if the text is too short or no filler gives the exact count.
     """
     words = text.split()[:target]  # a word is at least one token
     low, high = 0, len(words)
     if await count(" ".join(words)) < target:
-        raise InputError(f"{target} tokens are more than the built-in text gives; use --prompt-file.")
-    while low < high:  # the most words that still fit
+        raise InputError(f"{target} tokens are more than the built-in text holds. Use --prompt-file.")
+    while low < high:  # binary search: the most words that fit
         middle = (low + high + 1) // 2
         if await count(" ".join(words[:middle])) <= target:
             low = middle
         else:
             high = middle - 1
-    # A cut word can leave no filler that fits, so step back a little and try again.
+    # Sometimes no filler fits after the last word. Then try again with fewer words.
     for kept in range(low, max(low - 8, -1), -1):
         filled = await _fill(" ".join(words[:kept]), target, count)
         if filled is not None:
             return filled
-    raise InputError(f"Found no text of exactly {target} tokens for this tokenizer; try another length in --cases.")
+    raise InputError(f"Found no text of exactly {target} tokens for this tokenizer. Use another length in --cases.")
 
 
 async def _fill(text: str, target: int, count: Count) -> str | None:
@@ -118,10 +118,10 @@ async def _fill(text: str, target: int, count: Count) -> str | None:
 
 
 class Chat:
-    """Builds the messages of an arm and counts their tokens on a server.
+    """Builds the messages of an arm; the server counts their tokens.
 
-    `system_role` is False for templates without a system turn (Gemma 2): there the
-    prompt heads the user's message, as it does on a server of ours.
+    `system_role` is False for chat templates without a system turn (Gemma 2). The prompt is then
+    the beginning of the user's message, as on a server with the plugin.
     """
 
     def __init__(self, client: ServerClient, model: str, template_kwargs: dict[str, Any] | None = None) -> None:
@@ -131,7 +131,7 @@ class Chat:
         self.system_role = True
 
     async def prepare(self) -> None:
-        """Find out whether the template takes a system message. Raises ServerError."""
+        """Set `system_role`: whether the chat template accepts a system message. Raises ServerError."""
         try:
             await self.count("x", "Hi")
         except ServerError:
@@ -139,28 +139,29 @@ class Chat:
             await self.count("x", "Hi")
 
     def messages(self, prompt: str | None, question: str) -> Messages:
-        """The chat of an arm: `prompt` None or empty is an empty system turn."""
+        """Return the messages of an arm. `prompt` None or empty gives an empty system turn."""
         if self.system_role:
             return [{"role": "system", "content": prompt or ""}, {"role": "user", "content": question}]
         return [{"role": "user", "content": f"{prompt}\n\n{question}" if prompt else question}]
 
     async def count(self, prompt: str, question: str) -> int:
-        """Tokens of the whole rendered chat."""
+        """Return the number of tokens of the rendered chat. Raises ServerError."""
         body: dict[str, Any] = {"model": self._model, "messages": self.messages(prompt, question)}
         if self.template_kwargs:
             body["chat_template_kwargs"] = self.template_kwargs
         return int((await self._client.call("POST", "/tokenize", json=body))["count"])
 
     async def plain_ids(self, text: str) -> list[int]:
-        """Token ids of a text by itself, without special tokens."""
+        """Return the token ids of a text alone, without special tokens. Raises ServerError."""
         body = {"model": self._model, "prompt": text, "add_special_tokens": False}
         return list((await self._client.call("POST", "/tokenize", json=body))["tokens"])
 
     async def question_tokens(self, question: str) -> int:
+        """Return the number of tokens of a question alone. Raises ServerError."""
         return len(await self.plain_ids(question))
 
     async def prompt_tokens(self, prompt: str) -> int:
-        """Tokens that a system prompt adds to a chat with an empty system turn."""
+        """Return the number of tokens that a system prompt adds to a chat with an empty system turn."""
         if not self.system_role:
             return len(await self.plain_ids(prompt))
         if not hasattr(self, "_empty"):
@@ -169,5 +170,5 @@ class Chat:
 
 
 async def fit_questions(chat: Chat, tokens: int, labels: Sequence[str], seed: int) -> list[str]:
-    """One question of exactly `tokens` tokens for each label."""
+    """Return one question of exactly `tokens` tokens for each label. Raises InputError."""
     return [await fit_text(question_text(seed, label), tokens, chat.question_tokens) for label in labels]

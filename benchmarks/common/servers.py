@@ -1,4 +1,4 @@
-"""Servers that the benchmark starts itself: one with the plugin, one stock vLLM."""
+"""Start the benchmark's own servers: one with the plugin, one stock vLLM."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from benchmarks.common.machine import gpus
 
 @dataclass(frozen=True)
 class ServerOptions:
-    """How the benchmark's own servers are started."""
+    """Settings of the servers that the benchmark starts."""
 
     model: str
     server_args: Sequence[str] = ()
-    """For both servers, as the user wrote them; later ones override ours."""
+    """User's vLLM flags for both servers. They override the benchmark's flags."""
     plugin_args: Sequence[str] = ()
-    """For the plugin server alone, such as `--be-injection resident-rows`."""
+    """Flags for the plugin server only, for example `--be-injection resident-rows`."""
     kv_gib: int = 1
     """KV cache of each server on a CPU, in GiB."""
     start_timeout: float = 600.0
-    """Seconds until a server must answer `/health`."""
+    """Maximum seconds until a server answers `/health`."""
 
 
 def stock_server(options: ServerOptions, out: Path, max_model_len: int) -> Server:
-    """Plain vLLM: the same command with the plugin switched off, none of our flags."""
+    """Return a server of stock vLLM: the same command with `--be-off`, without the plugin's flags."""
     return _server("stock", options, out, max_model_len, ["--be-off"])
 
 
@@ -42,7 +42,7 @@ def plugin_server(
     token: tuple[str, Path] | None = None,
     admin_key: str | None = None,
 ) -> Server:
-    """vLLM with the plugin, with a registry of its own; `token` is an id and the file it names."""
+    """Return a server with the plugin and a new registry in `out`. `token` is an id and a token file to load."""
     registry = f"sqlite:///{(out / 'registry.db').resolve()}"
     named = ["--be-token", f"{token[0]}={token[1]}"] if token else []
     server = _server("plugin", options, out, max_model_len, ["--be-registry", registry, *named, *options.plugin_args])
@@ -54,10 +54,10 @@ def plugin_server(
 def _server(name: str, options: ServerOptions, out: Path, max_model_len: int, extra: Sequence[str]) -> Server:
     port = free_port()
     command = [sys.executable, "-m", "be_serve.cli.main", "serve", options.model, "--host", "127.0.0.1"]
-    # The flag makes `usage` tell how many prompt tokens came from the cache.
+    # The last flag adds the number of cached prompt tokens to `usage`.
     command += ["--port", str(port), "--max-model-len", str(max_model_len), "--enable-prompt-tokens-details"]
     if gpus():
-        command += ["--gpu-memory-utilization", "0.42"]  # two servers share the GPU
+        command += ["--gpu-memory-utilization", "0.42"]  # two servers share the GPU's memory
     else:
         command += ["--enforce-eager", "--dtype", "bfloat16"]
     command += [*options.server_args, *extra]
@@ -66,9 +66,9 @@ def _server(name: str, options: ServerOptions, out: Path, max_model_len: int, ex
 
 
 def run_alone(servers: Mapping[Any, Server], name: object) -> None:
-    """Let one of our servers run while the others rest.
+    """Suspend all own servers except `name`, then resume `name`.
 
-    They are frozen first, so that no server begins beside a worker that still spins.
+    The others stop first, so that no spinning worker of theirs runs at the same time.
     """
     for other, server in servers.items():
         if other != name:
@@ -78,20 +78,20 @@ def run_alone(servers: Mapping[Any, Server], name: object) -> None:
 
 
 def server_env(kv_gib: int) -> dict[str, str]:
-    """The caller's environment with the benchmark's defaults; what the caller set wins."""
+    """Return the caller's environment plus the benchmark's defaults. The caller's values override the defaults."""
     defaults = {
         "VLLM_CPU_KVCACHE_SPACE": str(kv_gib),
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_NO_USAGE_STATS": "1",
-        # Seconds; stock vLLM closes an idle connection after five, between two of our requests.
+        # Seconds. Stock vLLM closes a connection after 5 idle seconds, which can be between two requests.
         "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "3600",
     }
-    # Settings of ours in the caller's shell must not reach the stock server, nor change the plugin's.
+    # BE_ variables of the caller's shell must not change the stock server or the plugin server.
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("BE_") or k == "BE_HOME"}
     return {**defaults, **inherited}
 
 
 def engine_settings(env: Mapping[str, str]) -> dict[str, str]:
-    """The variables of an environment that steer vLLM and its threads, without secrets."""
+    """Return the environment variables that configure vLLM and its threads, with secrets redacted."""
     chosen = {k: v for k, v in env.items() if k.startswith(("VLLM_", "OMP_", "ONEDNN_", "CUDA_VISIBLE"))}
     return redact_environment(dict(sorted(chosen.items())))

@@ -1,6 +1,6 @@
-"""The arithmetic of the benchmark: percentiles, paired bootstrap, the paper's Eq. 5 and Eq. 6.
+"""Statistics of the benchmarks: percentiles, paired bootstrap, the paper's Eq. 5 and Eq. 6.
 
-Pure functions of numbers. Times are in milliseconds, lengths in tokens.
+All functions are pure. Times are in milliseconds, lengths in tokens.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 RESAMPLES = 10_000
-_BLOCK = 500  # resamples drawn at a time, so that memory stays flat for long runs
+_BLOCK = 500  # resamples per batch; bounds the memory for long runs
 
 
 def describe(values: Sequence[float], metric: str = "ttft") -> dict[str, float]:
-    """Mean, median, standard deviation and percentiles under vLLM's names (`p99_ttft_ms`).
+    """Return mean, median, standard deviation and percentiles under vLLM's names (`p99_ttft_ms`).
 
-    Percentiles interpolate linearly, the deviation is the population's, as in
-    `vllm bench serve`. All are 0 where nothing was measured, as there.
+    As in `vllm bench serve`, percentiles interpolate linearly, the standard deviation is the
+    population's, and all figures are 0 without values.
     """
     data = np.asarray(values if len(values) else [0.0], dtype=np.float64)
     out = {"mean": data.mean(), "median": np.median(data), "std": data.std()}
@@ -29,7 +29,7 @@ def describe(values: Sequence[float], metric: str = "ttft") -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Ratio:
-    """A ratio of two arms measured in the same rounds, with 95 % bootstrap intervals."""
+    """Ratio of two arms measured in the same rounds, with 95 % bootstrap intervals."""
 
     of_medians: float
     of_medians_ci95: tuple[float, float]
@@ -46,12 +46,11 @@ def paired_ratio(
     seed: int = 0,
     resamples: int = RESAMPLES,
 ) -> Ratio:
-    """Ratio of two arms, `numerator[i]` and `denominator[i]` asked one after the other.
+    """Return the ratio of two arms. `numerator[i]` and `denominator[i]` are a pair, measured in succession.
 
-    `rounds[i]` is the round of pair i; by default each pair is a round of its own.
-    Rounds are resampled whole: a slow minute of the machine stays in both arms, and
-    pairs of one round, which resemble each other, do not pass for independent ones.
-    Raises ValueError for unequal or empty series.
+    `rounds[i]` is the round of pair i; by default each pair is one round. The bootstrap draws
+    whole rounds. A slow minute of the machine then affects both arms, and the dependent pairs of
+    one round do not count as independent. Raises ValueError for unequal or empty series.
     """
     a, b = np.asarray(numerator, dtype=np.float64), np.asarray(denominator, dtype=np.float64)
     if a.shape != b.shape or a.ndim != 1 or a.size == 0:
@@ -78,26 +77,26 @@ def paired_ratio(
     )
 
 
-# Student's t, 97.5 %, by degrees of freedom from 1 on.
+# Student's t, 97.5 %; index 0 is one degree of freedom.
 _T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
 
 
 @dataclass(frozen=True)
 class BalancedRatio:
-    """A ratio in which the order of starts cancels: the geometric mean over pairs of starts, one of each order."""
+    """Ratio without the effect of the start order: geometric mean over pairs of starts, one start in each order."""
 
     ratio: float
     ci95: tuple[float, float] | None
-    """By Student's t over the pairs; None for a single one."""
+    """95 % interval by Student's t over the pairs; None for a single pair."""
     pairs: int
 
 
 def balanced_ratio(by_start: Sequence[float]) -> BalancedRatio | None:
-    """The ratio of two servers over starts that follow each other in opposite orders; None without a pair.
+    """Return the ratio of two servers over starts in alternating order; None without a pair.
 
-    The repeated measurement is the start, not the burst (Kalibera and Jones, Rigorous benchmarking in
-    reasonable time, 2013): what a process got when it was started it keeps. A last start without its
-    opposite is left out.
+    The unit of repetition is the start, not the burst, because a process keeps the conditions of
+    its start (Kalibera and Jones, Rigorous benchmarking in reasonable time, 2013). A last start
+    without a partner is not used.
     """
     pairs = len(by_start) // 2
     if not pairs:
@@ -112,7 +111,7 @@ def balanced_ratio(by_start: Sequence[float]) -> BalancedRatio | None:
 
 
 def _members(rounds: Sequence[int]) -> NDArray[np.int64]:
-    """Indices of the pairs of each round, [rounds, most pairs of a round], filled up with -1."""
+    """Return the indices of each round's pairs, [rounds, maximum pairs per round], padded with -1."""
     groups: dict[int, list[int]] = {}
     for i, number in enumerate(rounds):
         groups.setdefault(number, []).append(i)
@@ -126,40 +125,40 @@ def _interval(draws: NDArray[np.float64]) -> tuple[float, float]:
 
 
 def norm_flops(new_prompt: int, question: int, prompt: int) -> float:
-    """Eq. 5: share of the prefill left, (L'_p + L_q) / (L_p + L_q), under linear cost."""
+    """Return Eq. 5: the remaining share of the prefill, (L'_p + L_q) / (L_p + L_q), at linear cost."""
     return (new_prompt + question) / (prompt + question)
 
 
 def overhead_fraction(alpha: float, beta: float, tokens: int) -> float:
-    """Eq. 6's rho: the fixed share alpha / (alpha + beta * tokens) of a full prompt's TTFT."""
+    """Return rho of Eq. 6: the fixed share alpha / (alpha + beta * tokens) of a full prompt's TTFT."""
     return alpha / (alpha + beta * tokens)
 
 
 def predicted_ratio(fraction: float, norm: float) -> float:
-    """Eq. 6: TTFT(new) / TTFT(full) = rho + (1 - rho) * NormFLOPs."""
+    """Return Eq. 6: TTFT(new) / TTFT(full) = rho + (1 - rho) * NormFLOPs."""
     return fraction + (1.0 - fraction) * norm
 
 
 @dataclass(frozen=True)
 class LinearFit:
-    """TTFT = alpha + beta * prefilled tokens (Eq. 6's cost model), fitted to measured medians."""
+    """Cost model of Eq. 6, TTFT = alpha + beta * prefilled tokens, fitted to measured medians."""
 
     alpha_ms: float
     beta_ms_per_token: float
     largest_relative_residual: float
-    """How far the worst point lies from the line: near 0 where prefill really is linear."""
+    """Relative distance of the worst point from the line. It is near 0 if prefill is linear."""
     points: int
 
     def predict(self, tokens: float) -> float:
+        """Return the TTFT in ms for a number of prefilled tokens."""
         return self.alpha_ms + self.beta_ms_per_token * tokens
 
 
 def fit_linear(tokens: Sequence[float], ttft_ms: Sequence[float]) -> LinearFit | None:
-    """Least squares of the relative error, min sum(((alpha + beta * T) / y - 1)^2).
+    """Return the fit with the least squared relative error, min sum(((alpha + beta * T) / y - 1)^2).
 
-    Timing noise grows with the time itself, so each point is weighted by 1/y; an
-    unweighted fit would let the longest prompt alone decide alpha. None where all
-    lengths are equal: a line needs two.
+    Timing noise grows with the time, so each point has the weight 1/y. In an unweighted fit the
+    longest prompt would determine alpha alone. None if all lengths are equal.
     """
     x, y = np.asarray(tokens, dtype=np.float64), np.asarray(ttft_ms, dtype=np.float64)
     if np.unique(x).size < 2:

@@ -1,9 +1,9 @@
-"""A token to measure with, made without training and without torch.
+"""Make a token for measurements, without training and without torch.
 
-What a request with a token costs depends on the number of vectors, not on their
-values. So the benchmark takes k rows of the model's own input embedding, those of
-the plain k-token prompt it is compared with: the answers must then be the same,
-which also proves that the vectors really arrived in the model.
+The cost of a request with a token depends on the number of vectors, not on their values. The
+token holds k rows of the model's input embedding: the rows of the plain k-token prompt that the
+benchmark compares it with. Both must give the same answers. Equal answers also prove that the
+vectors reached the model.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ _WIDTHS = {"BF16": 2, "F16": 2, "F32": 4}
 
 
 def make_token(folder: Path, model: str, revision: str | None, ids: Sequence[int], prompt: str) -> Token:
-    """A token whose vectors are the embedding rows of `ids`, standing for `prompt`.
+    """Return a token that replaces `prompt`; its vectors are the embedding rows of `ids`.
 
-    Raises InputError where the folder's embedding cannot be read.
+    Raises InputError if the folder's embedding cannot be read.
     """
     fingerprint = fingerprint_folder(folder)
     vectors = embedding_rows(folder, ids)
@@ -46,26 +46,26 @@ def make_token(folder: Path, model: str, revision: str | None, ids: Sequence[int
 
 
 def embedding_rows(folder: Path, ids: Sequence[int]) -> NDArray[np.float32]:
-    """Rows `ids` of the model's input embedding, [len(ids), hidden_size] float32.
+    """Return rows `ids` of the model's input embedding, [len(ids), hidden_size] float32.
 
-    Only those rows are read. Raises InputError for an embedding that is missing,
-    quantised, or shorter than an id.
+    The function reads these rows only. Raises InputError if the embedding is missing or
+    quantised, or if an id is not below its number of rows.
     """
     embedding = find_embedding(folder)
     if embedding is None:
-        raise InputError(f"{folder} holds no input embedding in safetensors form: give a token with --token.")
+        raise InputError(f"{folder} holds no input embedding in safetensors form. Give a token with --token.")
     file, shape, size = embedding.file, embedding.shape, _WIDTHS.get(embedding.dtype)
     if size is None:
-        raise InputError(f"The input embedding in {file} is {embedding.dtype}: give a token with --token.")
+        raise InputError(f"The input embedding in {file} has dtype {embedding.dtype}. Give a token with --token.")
     if len(shape) != 2 or embedding.size != shape[0] * shape[1] * size:
-        raise InputError(f"The input embedding in {file} is no plain matrix: give a token with --token.")
+        raise InputError(f"The input embedding in {file} is not a plain matrix. Give a token with --token.")
     if max(ids) >= shape[0]:
-        raise InputError(f"Token id {max(ids)} lies outside the {shape[0]} rows of the embedding in {file}.")
+        raise InputError(f"Token id {max(ids)} is outside the {shape[0]} rows of the embedding in {file}.")
     return _to_float32(b"".join(embedding.row_bytes(ids)), embedding.dtype).reshape(len(ids), shape[1])
 
 
 def _to_float32(data: bytes, dtype: str) -> NDArray[np.float32]:
-    """Little-endian BF16, F16 or F32 bytes as float32; bfloat16 is the upper half of a float32."""
+    """Return little-endian BF16, F16 or F32 bytes as float32. A bfloat16 is the upper half of a float32."""
     if dtype == "BF16":
         return (np.frombuffer(data, dtype="<u2").astype(np.uint32) << 16).view(np.float32)
     return np.frombuffer(data, dtype="<f2" if dtype == "F16" else "<f4").astype(np.float32)

@@ -1,26 +1,25 @@
-"""Everything that only a GPU can show, in one command: `python -m benchmarks.gpu`.
+"""Run all measurements that need a GPU with one command: `python -m benchmarks.gpu`.
 
-On a machine with an NVIDIA GPU and no model hub it makes models of the paper's four
-shapes with random weights, and measures on them. Time does not depend on what the
-weights hold; quality does, so that one step takes a model with real weights.
+The command makes models with the paper's four shapes and random weights, so it needs no model
+hub. Time does not depend on the values of the weights. Quality does, so the step `quality` uses a
+model with real weights.
 
-    parity   rows and prompt embeds beside the prompt's own text and Hugging Face
-    soak     abuse at saturation: many tokens on few rows, every answer compared
+    parity   compare answers from vectors with answers from the same text and from Hugging Face
+    soak     overload: many tokens on few rows; every answer is compared
     ttft     time to first token at the lengths of the paper's Table 5, and longer
-    plain    what the plugin costs chats that name no token
-    train    a training step's time and memory, beside a plain loop
-    quality  a token trained on real weights, evaluated
+    plain    cost of the plugin for chats without a token
+    train    time and memory of a training step, compared with a plain loop
+    quality  train and evaluate a token on real weights
 
-Each step is kept in `gpu.json` as soon as it ends. A step that fails is reported with
-its reason, and the next one begins. Called again with the same `--out`, finished steps
-are not repeated.
+`gpu.json` stores each step as soon as it ends. If a step fails, the command reports the reason and
+continues with the next step. Run again with the same `--out`, the command skips finished steps.
 
-    shapes.py     the paper's models, and tiny ones of the same architectures
-    weights.py    a shape -> a Hugging Face folder           a process of its own, torch
-    reference.py  Hugging Face's own greedy answers          a process of its own, torch
-    parity.py     answers by token beside answers by text    HTTP
-    steps.py      the steps: what each needs and does
-    run.py        one after the other; kept, resumed
-    report.py     the table beside the paper's               pure
-    chart.py      the pictures
+    shapes.py     the paper's models, and tiny models of the same architectures
+    weights.py    shape -> Hugging Face folder               separate process, torch
+    reference.py  greedy answers of Hugging Face             separate process, torch
+    parity.py     answers by token and answers by text       HTTP
+    steps.py      requirements and action of each step
+    run.py        runs, stores and resumes the steps
+    report.py     tables, next to the paper's figures        pure
+    chart.py      the PNG
 """

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.gpu`: everything that only a GPU can show."""
+"""`python -m benchmarks.gpu`: run all measurements that need a GPU."""
 
 from __future__ import annotations
 
@@ -14,22 +14,33 @@ from be_serve.core.errors import BEError, InputError
 
 
 @click.command("benchmarks.gpu", context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--tiny", is_flag=True, help="Tiny shapes, a few rounds: every step on a CPU, to try the command.")
-@click.option("--steps", default="", help="Only these steps, in this order: parity,ttft-llama-3.1-8b,... [all]")
-@click.option("--out", type=click.Path(path_type=Path), help="Folder of the result. [runs/bench-gpu-DATE]")
-@click.option("--models", type=click.Path(path_type=Path), help="Folder that keeps the models. [OUT/models]")
+@click.option(
+    "--tiny",
+    is_flag=True,
+    help="Run every step with tiny shapes and few rounds. Works on a CPU; use it to try the command.",
+)
+@click.option("--steps", default="", help="Run these steps only, in this order: parity,ttft-llama-3.1-8b,... [all]")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder for the results. [runs/bench-gpu-DATE]")
+@click.option(
+    "--models", type=click.Path(path_type=Path), help="Folder for the models that the command makes. [OUT/models]"
+)
 @click.option("--tokenizer", type=click.Path(path_type=Path), help="Folder with a tokenizer. [the built-in model's]")
 @click.option("--rounds", type=click.IntRange(1), default=40, show_default=True, help="Rounds of each TTFT step.")
-@click.option("--starts", type=click.IntRange(1), default=4, show_default=True, help="Starts of the step plain.")
-@click.option("--soak-minutes", type=click.FloatRange(min=0.1), default=2.0, show_default=True)
-@click.option("--server-arg", "server_args", multiple=True, help="vLLM flag for every server; repeatable.")
-@click.option("--real", help="Model with real weights for the step quality. [the built-in model]")
-@click.option("--prompt", type=click.Path(exists=True, path_type=Path), help="Its system prompt.")
+@click.option("--starts", type=click.IntRange(1), default=4, show_default=True, help="Server starts in the step plain.")
 @click.option(
-    "--quality-arg", "quality_args", multiple=True, help="Further option of its `be-serve train`; repeatable."
+    "--soak-minutes", type=click.FloatRange(min=0.1), default=2.0, show_default=True, help="Length of the step soak."
 )
-@click.option("--commit", help="Commit to name in the result, where the sources lie outside a repository.")
-@click.option("--fresh", is_flag=True, help="Forget what OUT holds.")
+@click.option("--server-arg", "server_args", multiple=True, help="vLLM flag for every server. Repeatable.")
+@click.option("--real", help="Model with real weights for the step quality. [the built-in model]")
+@click.option("--prompt", type=click.Path(exists=True, path_type=Path), help="System prompt file for the step quality.")
+@click.option(
+    "--quality-arg",
+    "quality_args",
+    multiple=True,
+    help="More options for `be-serve train` in the step quality. Repeatable.",
+)
+@click.option("--commit", help="Commit to name in the result, if the sources are outside a repository.")
+@click.option("--fresh", is_flag=True, help="Ignore the earlier results in OUT.")
 def main(
     tiny: bool,
     steps: str,
@@ -48,7 +59,8 @@ def main(
 ) -> None:
     """Measure the paper's four model shapes on this machine's GPU: parity, safety, TTFT, plain traffic, training.
 
-    Writes gpu.json, README.md (the table) and ttft.png into OUT after every step; the same command continues.
+    After every step the command writes gpu.json, README.md (tables) and ttft.png into OUT. To continue an
+    interrupted run, run the same command again.
     """
     from be_serve.models import DEFAULT_MODEL, resolve_model
     from benchmarks.common.machine import gpus
@@ -56,7 +68,7 @@ def main(
     from benchmarks.gpu.steps import Plan, small
 
     if not tiny and not gpus():
-        raise InputError("nvidia-smi lists no GPU here. --tiny tries every step with tiny shapes on a CPU.")
+        raise InputError("nvidia-smi lists no GPU. Use --tiny to run every step with tiny shapes on a CPU.")
     out = (out or Path("runs") / f"bench-gpu-{datetime.now():%Y%m%d-%H%M%S}").resolve()
     plan = Plan(
         out=out,
@@ -79,7 +91,7 @@ def main(
 
 
 def _words(values: tuple[str, ...]) -> tuple[str, ...]:
-    """`--FLAG VALUE` in one argument, or several, as words."""
+    """Split each argument into shell words, so that one argument can hold `--FLAG VALUE`."""
     return tuple(word for value in values for word in shlex.split(value))
 
 

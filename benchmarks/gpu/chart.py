@@ -1,4 +1,4 @@
-"""The picture: time to first token by model and length, the paper's pair beside ours."""
+"""Chart of TTFT by model and length, with the paper's values as dotted lines."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _BARS = (
 
 
 def draw(state: dict[str, Any], path: Path) -> bool:
-    """Write the PNG where any time to first token was measured; whether it was."""
+    """Write the PNG if the state holds a TTFT step; return whether it was written."""
     measured = {
         name: step["figures"]["cases"]
         for name in SHAPES
@@ -26,7 +26,7 @@ def draw(state: dict[str, Any], path: Path) -> bool:
     }
     if not measured:
         return False
-    from matplotlib.figure import Figure  # no pyplot: it needs no display and loads in half the time
+    from matplotlib.figure import Figure  # Figure without pyplot needs no display and loads faster
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     figure = Figure(figsize=(max(7.6, 1.4 + 3.6 * len(measured)), 4.6), layout="constrained")

@@ -1,4 +1,4 @@
-"""Do vectors answer as the text whose embeddings they are? Under graphs, alone and in a batch, beside Hugging Face."""
+"""Check that vectors give the same answers as the text with the same embeddings, in both injections."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _MAX_MODEL_LEN = 1024
 
 @dataclass(frozen=True)
 class ParityOptions:
-    """What is asked, and of which model."""
+    """Options of the parity check: model, prompt length and questions."""
 
     name: str
     folder: Path
@@ -37,14 +37,14 @@ class ParityOptions:
 
 
 async def measure_parity(options: ParityOptions, say: Callable[[str], None]) -> dict[str, Any]:
-    """Ask the text of stock vLLM, then the vectors of both injections; compare token by token.
+    """Send the text to stock vLLM and the vectors to both injections; compare the answers token by token.
 
-    The vectors are the text's own embeddings, so a departure is a fault, unless it goes to a
-    token within `TIE` nats of the likeliest: sums in bfloat16 depend on the batch.
-    Raises ServerError, InputError.
+    The vectors are the text's embeddings, so a different answer is a fault. A difference at a
+    token within `TIE` nats of the most likely one is a tie, because bfloat16 sums depend on the batch.
+    Raises ServerError, InputError, and RuntimeError if Hugging Face's forward pass fails.
     """
     servers = ServerOptions(str(options.folder), options.server_args, start_timeout=options.start_timeout)
-    say("parity: the text, on stock vLLM ...")
+    say("parity: text on stock vLLM ...")
     async with stock_server(servers, options.out, _MAX_MODEL_LEN) as server, ServerClient(server.url) as client:
         model = await client.model_id()
         chat = Chat(client, model)
@@ -61,11 +61,11 @@ async def measure_parity(options: ParityOptions, say: Callable[[str], None]) -> 
         starts = {"stock": server.start_seconds}
     found = {"text again, together": _compare(text, together), "no prompt": _compare(text, none)}
 
-    say("parity: Hugging Face's forward pass ...")
+    say("parity: forward pass of Hugging Face ...")
     found["Hugging Face"] = _compare(text, await _reference(options, ids))
     token.save(options.out / "token.safetensors")
     for injection in INJECTIONS:
-        say(f"parity: the vectors, by {injection} ...")
+        say(f"parity: vectors with {injection} ...")
         servers = ServerOptions(
             str(options.folder), options.server_args, ("--be-injection", injection), start_timeout=options.start_timeout
         )
@@ -106,7 +106,7 @@ def _body(chat: Chat, model: str, prompt: str | None, question: str, max_tokens:
         "skip_special_tokens": False,
         "logprobs": True,
         "top_logprobs": 8,
-        "return_tokens_as_token_ids": True,  # two tokens may have one text
+        "return_tokens_as_token_ids": True,  # two tokens can have the same text
     }
     if chat.template_kwargs:
         body["chat_template_kwargs"] = chat.template_kwargs
@@ -118,22 +118,22 @@ def _by_token(body: dict[str, Any]) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class _Asked:
+class _Response:
     answer: Answer
     first: dict[str, float]
-    """Likely first tokens with their log-probabilities."""
+    """Most likely first tokens with their log-probabilities."""
 
 
-async def _ask(client: ServerClient, body: dict[str, Any]) -> _Asked:
+async def _ask(client: ServerClient, body: dict[str, Any]) -> _Response:
     found = await client.call("POST", "/v1/chat/completions", json=body)
     top = found["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
-    return _Asked(answer_of(found), {one["token"]: one["logprob"] for one in top})
+    return _Response(answer_of(found), {one["token"]: one["logprob"] for one in top})
 
 
-async def _ask_together(server: Server, bodies: Sequence[dict[str, Any]]) -> list[_Asked]:
-    """All at once, a connection each."""
+async def _ask_together(server: Server, bodies: Sequence[dict[str, Any]]) -> list[_Response]:
+    """Send all requests concurrently, each on its own connection."""
 
-    async def one(body: dict[str, Any]) -> _Asked:
+    async def one(body: dict[str, Any]) -> _Response:
         async with ServerClient(server.url) as client:
             return await _ask(client, body)
 
@@ -145,18 +145,20 @@ async def _ids(client: ServerClient, body: dict[str, Any]) -> list[int]:
     return list((await client.call("POST", "/tokenize", json=asked))["tokens"])
 
 
-async def _reference(options: ParityOptions, chats: list[list[int]]) -> list[_Asked]:
+async def _reference(options: ParityOptions, chats: list[list[int]]) -> list[_Response]:
     source, out = options.out / "reference.in.json", options.out / "reference.json"
     source.write_text(json.dumps({"chats": chats, "max_tokens": options.max_tokens}), encoding="utf-8")
     command = [sys.executable, "-m", "benchmarks.gpu.reference", str(options.folder), str(source), str(out)]
     process = await asyncio.create_subprocess_exec(*command)
     if await process.wait():
-        raise RuntimeError(f"Hugging Face's forward pass failed with status {process.returncode}; see the lines above.")
+        raise RuntimeError(
+            f"Hugging Face's forward pass failed with status {process.returncode}; see the output above."
+        )
     return [_of_reference(places) for places in json.loads(out.read_text(encoding="utf-8"))]
 
 
-def _of_reference(places: list[dict[str, Any]]) -> _Asked:
-    """An answer as the server would tell it."""
+def _of_reference(places: list[dict[str, Any]]) -> _Response:
+    """Return an answer of `benchmarks.gpu.reference` in the form of a server's answer."""
 
     def name(token: object) -> str:
         return f"token_id:{token}"
@@ -167,13 +169,13 @@ def _of_reference(places: list[dict[str, Any]]) -> _Asked:
         for place in places
     ]
     answer = Answer(tuple(name(place["id"]) for place in places), tuple(close))
-    return _Asked(answer, {name(i): logprob for i, logprob in places[0]["top"].items()})
+    return _Response(answer, {name(i): logprob for i, logprob in places[0]["top"].items()})
 
 
-def _compare(reference: Sequence[_Asked], others: Sequence[_Asked]) -> dict[str, Any]:
-    """Answers that are equal, that part at a tie, and that are wrong; and how far first tokens' log-probabilities lie.
+def _compare(reference: Sequence[_Response], others: Sequence[_Response]) -> dict[str, Any]:
+    """Return the numbers of equal answers, ties and wrong answers, and the difference of the first tokens.
 
-    `first_logprob_difference`: most nats between the two, over the likely first tokens of both.
+    `first_logprob_difference` is the largest difference in nats over the first tokens that both list.
     """
     count = Count()
     for number, (right, got) in enumerate(zip(reference, others, strict=True)):

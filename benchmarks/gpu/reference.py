@@ -1,7 +1,7 @@
-"""Greedy answers of Hugging Face's own forward pass: `python -m benchmarks.gpu.reference MODEL IN.json OUT.json`.
+"""Greedy answers from Hugging Face's forward pass: `python -m benchmarks.gpu.reference MODEL IN.json OUT.json`.
 
-IN holds `{"chats": [[ids], ...], "max_tokens": n}`; OUT a list of answers, each a list of places
-`{"id", "logprob", "top": {id: logprob}}`. A process of its own, so that the GPU's memory is given back.
+IN holds `{"chats": [[ids], ...], "max_tokens": n}`. OUT holds a list of answers; an answer is a list of
+positions `{"id", "logprob", "top": {id: logprob}}`. A separate process frees the GPU's memory at its end.
 """
 
 from __future__ import annotations
@@ -15,7 +15,10 @@ _TOP = 8
 
 
 def answers(folder: Path, chats: list[list[int]], max_tokens: int) -> list[list[dict[str, Any]]]:
-    """The likeliest token at each of `max_tokens` places, whatever ends a turn, with the next likely ones."""
+    """Return the most likely token at each of `max_tokens` positions, with the next likely ones.
+
+    An end-of-turn token does not end an answer.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -38,7 +41,7 @@ def answers(folder: Path, chats: list[list[int]], max_tokens: int) -> list[list[
 
 
 def main(argv: list[str]) -> None:
-    """Command line."""
+    """Read IN, write OUT. `argv`: MODEL, IN, OUT."""
     folder, source, out = map(Path, argv)
     given = json.loads(source.read_text(encoding="utf-8"))
     out.write_text(json.dumps(answers(folder, given["chats"], given["max_tokens"])), encoding="utf-8")

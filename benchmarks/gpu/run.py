@@ -1,4 +1,4 @@
-"""One step after the other, each kept as soon as it ends; what is finished is not repeated."""
+"""Run the steps in order. Store each step as soon as it ends; skip finished steps."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from benchmarks.gpu.steps import Interrupted, Plan, Say, Step, chosen, ensure_mo
 
 @dataclass
 class GpuRun:
-    """The steps of a plan, and what is known of them."""
+    """A plan and the results of its steps."""
 
     plan: Plan
     say: Say
@@ -34,16 +34,19 @@ class GpuRun:
 
     @classmethod
     def open(cls, plan: Plan, say: Say, *, commit: str | None = None, fresh: bool = False) -> GpuRun:
-        """A run in `plan.out`, continued where it holds one. Raises InputError where that is one of another kind."""
+        """Return a run in `plan.out`; it continues an earlier run there.
+
+        Raises InputError if the earlier result is damaged, or if only one of the two runs is tiny.
+        """
         path = plan.out / "gpu.json"
         state: dict[str, Any] = {}
         if path.exists() and not fresh:
             try:
                 state = json.loads(path.read_text(encoding="utf-8"))
             except ValueError as exc:
-                raise InputError(f"{path} is damaged ({exc}); name another --out, or --fresh.") from exc
+                raise InputError(f"{path} is damaged ({exc}). Use another --out, or --fresh.") from exc
             if state.get("tiny") != plan.tiny:
-                raise InputError(f"{path} is of a run with{'out' if plan.tiny else ''} --tiny; name another --out.")
+                raise InputError(f"{path} is from a run with{'out' if plan.tiny else ''} --tiny. Use another --out.")
         found = versions() | ({"git_commit": commit} if commit else {})
         state = {
             "benchmark": "gpu",
@@ -60,26 +63,29 @@ class GpuRun:
         return cls(plan, say, state)
 
     def done(self, name: str) -> bool:
+        """Return whether a step is finished."""
         return bool(self.state["steps"].get(name, {}).get("status") == "done")
 
     async def run(self, names: Sequence[str] = ()) -> int:
-        """Do the steps; the exit status: 0, 1 where one failed, 130 after Ctrl-C."""
+        """Run the steps; return the exit status: 0, 1 if a step failed, 130 after Ctrl-C."""
         steps = [step for step in chosen(tuple(names), self.plan.tiny) if not self.done(step.name)]
         if any(step.serves for step in steps) and not self.done("start") and "start" not in {s.name for s in steps}:
             steps = [*chosen(("start",)), *steps]
         minutes = sum(step.about_seconds(self.plan.tiny) for step in steps) / 60
-        self.say(f"{len(steps)} steps, about {minutes:.0f} minutes, models to be made not counted: {_names(steps)}")
+        self.say(f"{len(steps)} steps, about {minutes:.0f} minutes plus the time to make the models: {_names(steps)}")
         if gpus() and find_spec("flashinfer") is None:
-            # vLLM's sampler takes it for granted, and its engine dies without it.
+            # vLLM's sampler needs FlashInfer by default; without it the engine fails.
             os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
-            self.say("FlashInfer is not installed: vLLM samples without it (VLLM_USE_FLASHINFER_SAMPLER=0).")
+            self.say("FlashInfer is not installed, so vLLM samples without it (VLLM_USE_FLASHINFER_SAMPLER=0).")
         failed = False
         for number, step in enumerate(steps, 1):
             self.say(f"[{number}/{len(steps)}] {step.name}: {step.about}")
             status = await self._one(step)
             failed = failed or status == "failed"
             if status == "interrupted":
-                self.say(f"Stopped; what is measured is in {self.plan.out}. The same command continues.")
+                self.say(
+                    f"Stopped. The results so far are in {self.plan.out}. To continue, run the same command again."
+                )
                 return 130
         return int(failed)
 
@@ -96,13 +102,13 @@ class GpuRun:
             if step.serves:
                 mode = self.state["steps"].get("start", {}).get("figures")
                 if mode is None:
-                    raise InputError("vLLM did not start (step `start`), so there is nothing to measure.")
+                    raise InputError("vLLM did not start. See the error of the step `start`.")
                 plan = replace(plan, server_args=(*mode["server_args"], *plan.server_args))
             entry["figures"] = await step.run(plan, out, self.say)
             entry["status"] = "done"
         except (Interrupted, asyncio.CancelledError):
             entry["status"] = "interrupted"
-        except (BEError, RuntimeError, OSError, ValueError, LookupError) as exc:  # the next step may still succeed
+        except (BEError, RuntimeError, OSError, ValueError, LookupError) as exc:  # other steps can still succeed
             entry |= {"status": "failed", "error": f"{type(exc).__name__}: {exc}"}
             self.say(f"  failed: {exc}")
         entry["seconds"] = round(time.monotonic() - began, 1)
@@ -112,7 +118,7 @@ class GpuRun:
         return str(entry["status"])
 
     def keep(self) -> None:
-        """Write what is known: gpu.json, the table, the pictures."""
+        """Write the results so far: gpu.json, README.md and ttft.png."""
         out = self.plan.out
         write_atomically(out / "gpu.json", (json.dumps(self.state, indent=1) + "\n").encode())
         write_atomically(out / "README.md", (report(self.state) + "\n").encode())
@@ -120,4 +126,4 @@ class GpuRun:
 
 
 def _names(steps: Sequence[Step]) -> str:
-    return ", ".join(step.name for step in steps) or "none is left"
+    return ", ".join(step.name for step in steps) or "none left"

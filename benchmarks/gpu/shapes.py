@@ -1,25 +1,25 @@
-"""The shapes of the paper's four models, and tiny ones of the same architectures."""
+"""Shapes of the paper's four models, and tiny shapes of the same architectures."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
 Case = tuple[int, int]
-"""Tokens of the system prompt and of the question."""
+"""Length in tokens of the system prompt and of the question."""
 
 PAPER_CASES: tuple[Case, ...] = ((337, 26), (1584, 58))
 """RoleLLM and GSM8K, Table 8 of arXiv 2511.23271."""
 PAPER_BOUND: dict[Case, float] = {(337, 26): 13.5, (1584, 58): 27.8}
-"""Table 8: most that the prefill can speed up, (L_p + L_q) / (1 + L_q)."""
+"""Table 8: upper bound of the prefill speed-up, (L_p + L_q) / (1 + L_q)."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A dense decoder's dimensions, as its config.json has them."""
+    """Dimensions of a dense decoder, as in its config.json."""
 
     name: str
     config: str
-    """Name of the configuration class in transformers."""
+    """Configuration class in transformers."""
     hidden: int
     layers: int
     heads: int
@@ -29,11 +29,11 @@ class Shape:
     vocabulary: int
     tied: bool
     paper: dict[Case, tuple[float, float]] = field(default_factory=dict)
-    """Table 5 on an A100: TTFT in ms with the full prompt, and with [BE]."""
+    """Table 5, A100: case -> TTFT in ms with the full prompt and with [BE]."""
 
     @property
     def parameters(self) -> int:
-        """Weights in all, norms left out."""
+        """Number of weights, without the norms."""
         attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
         heads = 1 if self.tied else 2
         return self.layers * (attention + 3 * self.hidden * self.mlp) + heads * self.vocabulary * self.hidden
@@ -64,8 +64,8 @@ SHAPES = {
 
 
 def tiny(shape: Shape) -> Shape:
-    """The same architecture in 2 layers of width 64, so that every step can be tried on a CPU.
+    """Return the same architecture with 2 layers of width 64, for a trial run on a CPU.
 
-    The vocabulary stays larger than the built-in tokenizer's, as the real ones are.
+    As in the real models, the vocabulary is larger than that of the built-in tokenizer.
     """
     return replace(shape, hidden=64, layers=2, heads=2, kv_heads=1, head_dim=32, mlp=96, vocabulary=49_408, paper={})

@@ -1,4 +1,4 @@
-"""The steps in the order of their worth: what each does, and on which model."""
+"""The steps, most important first: what each step measures, and on which model."""
 
 from __future__ import annotations
 
@@ -24,71 +24,74 @@ Say = Callable[[str], None]
 
 
 class StepFailed(BEError):
-    """A step could not be done; the message says why."""
+    """A step failed. The message holds the reason."""
 
     code = "be_step_failed"
 
 
 class Interrupted(StepFailed):
-    """The user ended the step."""
+    """The user interrupted the step."""
 
     code = "be_step_interrupted"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What the command line asks for."""
+    """Options of `python -m benchmarks.gpu`."""
 
     out: Path
     models: Path
-    """Folder that keeps the random-weight models."""
+    """Folder of the models with random weights."""
     tokenizer: Path
     tiny: bool = False
     rounds: int = 40
     starts: int = 4
-    """Of the two servers that the step `plain` compares."""
+    """Number of starts of the two servers in the step `plain`."""
     soak_minutes: float = 2.0
     server_args: tuple[str, ...] = ()
     real: str = DEFAULT_MODEL
-    """A model with real weights, for the step `quality`."""
+    """Model with real weights, for the step `quality`."""
     prompt: Path = Path("examples/personas/raylan-givens.txt")
-    """The system prompt of `quality`."""
+    """System prompt of the step `quality`."""
     quality_args: tuple[str, ...] = ()
-    """Further options of its `be-serve train`."""
+    """More options for `be-serve train` in the step `quality`."""
 
     def shape(self, name: str) -> Shape:
+        """Return a shape by name, in its tiny form for a tiny plan."""
         return tiny(SHAPES[name]) if self.tiny else SHAPES[name]
 
     def folder(self, name: str) -> Path:
+        """Return the model folder of a shape."""
         return self.models / (f"{name}-tiny" if self.tiny else name)
 
     def servers(self, name: str) -> ServerOptions:
+        """Return the server options for a shape."""
         return ServerOptions(str(self.folder(name)), self.server_args)
 
 
 @dataclass(frozen=True)
 class Step:
-    """One measurement. `run` gives its figures as plain data."""
+    """One measurement. `run` returns its figures as plain data."""
 
     name: str
     about: str
     seconds: float
-    """About how long it takes on an H100."""
+    """Approximate duration on an H100."""
     run: Callable[[Plan, Path, Say], Awaitable[dict[str, Any]]]
     model: str | None = None
-    """Shape whose model it needs."""
+    """Name of the shape that the step needs."""
     serves: bool = True
-    """Whether it starts servers, in the mode that `start` found."""
+    """Whether the step starts servers, in the mode that the step `start` found."""
     repeats: bool = False
-    """Whether its tiny form is another step's: the same architecture again."""
+    """Whether another step has the same tiny form, because it has the same architecture."""
 
     def about_seconds(self, tiny: bool) -> float:
-        """How long to expect, in its tiny form on two cores."""
+        """Return the expected duration in seconds; for a tiny plan, on two cores."""
         return 30.0 if tiny else self.seconds
 
 
 async def ensure_model(plan: Plan, name: str, say: Say) -> Path:
-    """The folder of a shape's model, made where it is missing."""
+    """Return the folder of a shape's model; make the model if it is missing. Raises StepFailed."""
     folder = plan.folder(name)
     if not (folder / "config.json").exists():
         size = plan.shape(name).parameters * 2 / 1e9
@@ -99,7 +102,7 @@ async def ensure_model(plan: Plan, name: str, say: Say) -> Path:
 
 
 async def call(arguments: list[str], *, log: Path) -> str:
-    """`python -m ARGUMENTS`: its standard output. Raises StepFailed with the log's last lines."""
+    """Run `python -m ARGUMENTS` and return its standard output. Raises StepFailed with the last lines of the log."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as sink:
         process = await asyncio.create_subprocess_exec(
@@ -118,17 +121,17 @@ async def call(arguments: list[str], *, log: Path) -> str:
     return out.decode("utf-8", "replace")
 
 
-_GRAPHS_ALONE = json.dumps({"mode": 0, "cudagraph_mode": "FULL"})
+_GRAPHS_ONLY = json.dumps({"mode": 0, "cudagraph_mode": "FULL"})
 MODES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("vLLM's defaults", ()),
-    ("CUDA graphs without torch.compile", ("--compilation-config", _GRAPHS_ALONE)),
+    ("CUDA graphs without torch.compile", ("--compilation-config", _GRAPHS_ONLY)),
     ("eager", ("--enforce-eager",)),
 )
-"""What a server is started with, the best first: a machine's PyTorch may not be the one that vLLM was made for."""
+"""Server modes, fastest first. The fast modes can fail if PyTorch is not the version that vLLM was built for."""
 
 
 async def start(plan: Plan, out: Path, say: Say) -> dict[str, Any]:
-    """The first of `MODES` in which stock vLLM starts and answers."""
+    """Return the first of `MODES` in which stock vLLM starts and answers. Raises StepFailed."""
     if not gpus():
         return {"mode": "--enforce-eager, on a CPU", "server_args": [], "seconds": 0.0, "failed": {}}
     name = "llama-3.2-1b"
@@ -144,16 +147,18 @@ async def start(plan: Plan, out: Path, say: Say) -> dict[str, Any]:
         except ServerError as exc:
             tried[mode] = str(exc)
             (out / "stock.log").rename(out / f"stock-{len(tried)}.log")
-    raise StepFailed("vLLM started in no mode: " + "; ".join(f"{mode}: {why}" for mode, why in tried.items()))
+    raise StepFailed("vLLM did not start in any mode: " + "; ".join(f"{mode}: {why}" for mode, why in tried.items()))
 
 
 async def parity(plan: Plan, out: Path, say: Say) -> dict[str, Any]:
+    """Compare answers from vectors with answers from text."""
     few = {"questions": 4, "max_tokens": 8, "prompt_tokens": 64} if plan.tiny else {}
     name = "llama-3.2-1b"
     return await measure_parity(ParityOptions(name, plan.folder(name), out, plan.server_args, **few), say)
 
 
 async def soak(plan: Plan, out: Path, say: Say) -> dict[str, Any]:
+    """Overload a server and compare every answer."""
     from benchmarks.soak import SoakOptions
     from benchmarks.soak import soak as measure_soak
 
@@ -169,7 +174,7 @@ async def soak(plan: Plan, out: Path, say: Say) -> dict[str, Any]:
 
 
 def ttft(name: str, cases: tuple[Case, ...]) -> Callable[[Plan, Path, Say], Awaitable[dict[str, Any]]]:
-    """The step that measures a shape's time to first token at the given lengths."""
+    """Return the step that measures a shape's time to first token at the given lengths."""
 
     async def step(plan: Plan, out: Path, say: Say) -> dict[str, Any]:
         from benchmarks.ttft.chart import draw
@@ -191,13 +196,17 @@ def ttft(name: str, cases: tuple[Case, ...]) -> Callable[[Plan, Path, Say], Awai
             raise Interrupted("interrupted")
         if run.stopped:
             raise StepFailed(run.stopped)
-        return {"cases": [_shown(case) for case in figures["cases"]], "fit": figures["fit"], "rounds": plan.rounds}
+        return {
+            "cases": [_table_figures(case) for case in figures["cases"]],
+            "fit": figures["fit"],
+            "rounds": plan.rounds,
+        }
 
     return step
 
 
-def _shown(case: dict[str, Any]) -> dict[str, Any]:
-    """Of a case's figures, what the table holds; the rest is in ttft.json."""
+def _table_figures(case: dict[str, Any]) -> dict[str, Any]:
+    """Return the figures of a case that the table needs. ttft.json holds all figures."""
     arms = {
         name: {key: arm[key] for key in ("p50_ttft_ms", "p99_ttft_ms", "cached_tokens", "failed")}
         for name, arm in case["arms"].items()
@@ -206,6 +215,7 @@ def _shown(case: dict[str, Any]) -> dict[str, Any]:
 
 
 async def plain(plan: Plan, out: Path, say: Say) -> dict[str, Any]:
+    """Measure the cost of the plugin for chats without a token."""
     from benchmarks.load import LoadOptions, measure_load
     from benchmarks.load.chart import draw
 
@@ -227,14 +237,14 @@ async def plain(plan: Plan, out: Path, say: Say) -> dict[str, Any]:
         raise Interrupted("interrupted")
     result = run.result()
     if not result["rounds"]:
-        raise StepFailed(f"No round was whole: {'; '.join(result['errors'])}")
+        raise StepFailed(f"Every round had a failed chat: {'; '.join(result['errors'])}")
     (out / "load.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     draw(result, out / "load.png")
     return {key: value for key, value in result.items() if key != "bursts"}
 
 
 def train(name: str) -> Callable[[Plan, Path, Say], Awaitable[dict[str, Any]]]:
-    """The step that times a training step of a shape, and its peak memory."""
+    """Return the step that measures time and peak memory of a shape's training step."""
 
     async def step(plan: Plan, out: Path, say: Say) -> dict[str, Any]:
         from benchmarks.common.prompts import fit_text, handbook
@@ -269,9 +279,9 @@ def _local_count(tokenizer: Path) -> Callable[[str], Awaitable[int]]:
 
 
 async def quality(plan: Plan, out: Path, say: Say) -> dict[str, Any]:
-    """Train and evaluate a token on real weights; the figures are those of the run's own report.
+    """Train and evaluate a token on real weights; return the figures of the training run.
 
-    Its tiny form trains on random weights, with a file of questions: what it shows is that it runs.
+    The tiny form trains on random weights and a file of questions. It shows only that the step runs.
     """
     real, more = plan.real, plan.quality_args
     if plan.tiny:
@@ -290,7 +300,7 @@ async def quality(plan: Plan, out: Path, say: Say) -> dict[str, Any]:
 
 
 def _questions(out: Path, count: int) -> Path:
-    """A file of questions for the trainer."""
+    """Write a file of questions for the trainer and return its path."""
     from benchmarks.common.prompts import question_text
 
     path = out / "queries.jsonl"
@@ -301,8 +311,8 @@ def _questions(out: Path, count: int) -> Path:
 
 _LONGER: tuple[Case, ...] = ((8_000, 58),)
 STEPS = (
-    Step("start", "does vLLM start, and in which mode", 110, start, "llama-3.2-1b", serves=False),
-    Step("parity", "vectors answer as their text does, under graphs", 240, parity, "llama-3.2-1b"),
+    Step("start", "find the mode in which vLLM starts", 110, start, "llama-3.2-1b", serves=False),
+    Step("parity", "compare answers from vectors with answers from text", 240, parity, "llama-3.2-1b"),
     Step(
         "ttft-llama-3.1-8b",
         "time to first token, 8B",
@@ -310,9 +320,9 @@ STEPS = (
         ttft("llama-3.1-8b", (*PAPER_CASES, *_LONGER, (16_000, 58))),
         "llama-3.1-8b",
     ),
-    Step("plain", "plain chats beside stock vLLM", 720, plain, "llama-3.2-1b"),
-    Step("train-llama-3.1-8b", "a training step, 8B", 90, train("llama-3.1-8b"), "llama-3.1-8b", serves=False),
-    Step("train-qwen3-4b", "a training step, 4B", 60, train("qwen3-4b"), "qwen3-4b", serves=False),
+    Step("plain", "cost of the plugin for plain chats", 720, plain, "llama-3.2-1b"),
+    Step("train-llama-3.1-8b", "training step, 8B", 90, train("llama-3.1-8b"), "llama-3.1-8b", serves=False),
+    Step("train-qwen3-4b", "training step, 4B", 60, train("qwen3-4b"), "qwen3-4b", serves=False),
     *(
         Step(
             f"ttft-{name}",
@@ -324,22 +334,22 @@ STEPS = (
         )
         for name in ("qwen3-4b", "llama-3.2-3b", "llama-3.2-1b")
     ),
-    Step("soak", "abuse at saturation, every answer compared", 200, soak, "llama-3.2-1b"),
-    Step("quality", "a token trained on real weights", 300, quality, serves=False),
+    Step("soak", "overload, every answer compared", 200, soak, "llama-3.2-1b"),
+    Step("quality", "train and evaluate a token on real weights", 300, quality, serves=False),
 )
 
 
 def chosen(names: tuple[str, ...], tiny: bool = False) -> tuple[Step, ...]:
-    """The steps named, in the order given; all without a name. Raises InputError for a name that is none.
+    """Return the named steps in the given order; without names, all steps. Raises InputError for an unknown name.
 
-    All tiny ones are those whose tiny form is no other's.
+    Without names, a tiny run skips steps whose tiny form repeats another step.
     """
     known = {step.name: step for step in STEPS}
     if unknown := [name for name in names if name not in known]:
-        raise InputError(f"There is no step {unknown[0]!r}; there are {', '.join(known)}.")
+        raise InputError(f"Unknown step {unknown[0]!r}. Available steps: {', '.join(known)}.")
     return tuple(known[name] for name in names) if names else tuple(s for s in STEPS if not (tiny and s.repeats))
 
 
 def small(plan: Plan) -> Plan:
-    """The plan in its tiny form: every step in a minute or less on two cores."""
+    """Return the tiny form of a plan: each step takes a minute or less on two cores."""
     return replace(plan, tiny=True, rounds=2, starts=1, soak_minutes=0.2)

@@ -1,9 +1,9 @@
-"""A model of a shape with random weights: `python -m benchmarks.gpu.weights SHAPE OUT --tokenizer FOLDER`.
+"""Make a model of a shape with random weights: `python -m benchmarks.gpu.weights SHAPE OUT --tokenizer FOLDER`.
 
-The weights are drawn so that the model is fit to be compared with itself: each layer
-adds as much as the residual carries, so that every answer depends on the whole prompt;
-the ids that the tokenizer cannot write as text are made unlikely, so that every
-sampled token is text to a streaming client. Neither changes what a step costs.
+The distribution of the weights makes answers comparable. Each layer adds as much as the residual
+holds, so that every answer depends on the whole prompt. Ids that the tokenizer cannot write as text
+are unlikely, so that a streaming client receives text for every sampled token. Both choices leave
+the cost of a step unchanged.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from benchmarks.gpu.shapes import SHAPES, Shape, tiny
 
 _SHARD_BYTES = 4 * 1024**3
 _SHARP = 1.5
-"""Factor on queries' and keys' weights: attention that tells positions apart."""
+"""Factor on the query and key weights, so that attention differs between positions."""
 _CLEAR = 4.0
-"""Factor on the vocabulary's rows: logits so far apart that rounding seldom changes their order."""
+"""Factor on the embedding rows, so that rounding seldom changes the order of the logits."""
 _UNLIKELY = 0.02
-"""Factor on the output rows of ids that are not text by themselves."""
+"""Factor on the embedding rows of ids that are not text alone."""
 
 
 def make_model(shape: Shape, out: Path, tokenizer: Path, *, seed: int = 0) -> None:
-    """Write a bfloat16 Hugging Face folder; it appears in one rename.
+    """Write a bfloat16 Hugging Face folder. A rename at the end makes it visible at once.
 
-    The tokenizer's ids must lie inside the shape's vocabulary.
+    All ids of the tokenizer must be inside the shape's vocabulary.
     """
     import torch
     import transformers
@@ -74,7 +74,7 @@ def make_model(shape: Shape, out: Path, tokenizer: Path, *, seed: int = 0) -> No
             shard.clear()
             held = 0
 
-    for name, parameter in model.named_parameters():  # a tied head is named once
+    for name, parameter in model.named_parameters():  # a tied head appears once
         value = _draw(name, tuple(parameter.shape), rng, device, scale_V1)
         shard[name] = value.to("cpu").contiguous()
         held += shard[name].nbytes
@@ -92,7 +92,7 @@ def make_model(shape: Shape, out: Path, tokenizer: Path, *, seed: int = 0) -> No
 
 
 def _draw(name: str, shape: tuple[int, ...], rng: Any, device: str, scale_V1: Any) -> Any:
-    """Values [shape] in bfloat16; unit variance in gives about unit variance out."""
+    """Return random bfloat16 weights [shape]. Input of unit variance gives output of about unit variance."""
     import torch
 
     if len(shape) == 1:
@@ -105,7 +105,7 @@ def _draw(name: str, shape: tuple[int, ...], rng: Any, device: str, scale_V1: An
 
 
 def _likelihood(words: Any, vocabulary: int) -> Any:
-    """A factor for each id [vocabulary]: 1 for what is text by itself, a small one for the rest."""
+    """Return a factor for each id, [vocabulary]: 1 for ids that are text alone and special ids, else `_UNLIKELY`."""
     import torch
 
     special = set(words.all_special_ids)
@@ -113,13 +113,13 @@ def _likelihood(words: Any, vocabulary: int) -> Any:
     plain = [bool(text) and "\ufffd" not in text and i not in special for i, text in enumerate(texts)]
     found = torch.full((vocabulary,), _UNLIKELY)
     found[: len(plain)][torch.tensor(plain)] = 1.0
-    # What a chat holds keeps its full length, as an input: special ids stand in every template.
+    # Special ids keep their full norm, because every chat template puts them into the input.
     found[sorted(special)] = 1.0
     return found
 
 
 def main() -> None:
-    """Command line."""
+    """Parse the command line and make the model."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("shape", choices=sorted(SHAPES))
     parser.add_argument("out", type=Path)

@@ -1,24 +1,24 @@
-"""Bursts of concurrent chats at two servers in turns.
+"""Load benchmark: bursts of concurrent chats to two servers in turn.
 
-    plain        plugin   plain prompt of k tokens, tokens registered beside it
-    be           plugin   the token in the prompt's place
+    plain        plugin   plain prompt of k tokens; tokens are registered but not used
+    be           plugin   the token in place of the prompt
     plain_other  other    the same chats as `plain`
-    be_other     other    the same as `be`, where the other server has tokens too
-    again_other  other    where it has none: `plain_other` once more
+    be_other     other    the same chats as `be`, if the other server has the plugin
+    again_other  other    `plain_other` a second time, if the other server is stock vLLM
 
-The other server is stock vLLM, to see what the plugin costs everybody else, or the plugin
-with another injection, to compare the two; the same one shows what two equal servers differ by.
+The other server is stock vLLM or a second plugin server. Stock vLLM shows what the plugin costs
+requests without a token. A second injection compares two injections. The same injection shows the
+benchmark's own error.
 
-A burst is answered whole before the next begins; a server rests while the other is timed.
-Both are asked equally often, and are started anew several times, in turns the one or the
-other first: what a process got when it was started it keeps for as long as it lives, which no
-number of bursts would average out. On a small virtual machine the server that was started
-first was 3 to 10 % slower than its rival, whichever it was.
+A burst ends before the next burst begins. The idle server is suspended. Both servers get the same
+number of bursts. Both are restarted several times, in alternating order, because a process keeps
+the conditions of its start and more bursts cannot average them out. On a small virtual machine the
+server that started first was 3 to 10 % slower, whichever server it was.
 
-    options.py   what to measure, and on which servers
-    figures.py   bursts -> all reported figures             pure
-    chart.py     the picture
-    workload.py  two servers of our own, and their clients
+    options.py   options and arms
+    figures.py   bursts -> reported figures (pure)
+    chart.py     the PNG
+    workload.py  the two servers, their clients and the bursts
     run.py       starts, warm-up and timed rounds
 """
 

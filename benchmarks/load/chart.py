@@ -1,20 +1,20 @@
-"""The chart: a panel a metric, a row a ratio; every start of the servers as a dot, the interval as a bar."""
+"""Chart of ratios: one panel per metric, one row per ratio, one dot per start, one bar per 95 % interval."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from benchmarks.load.figures import shown
+from benchmarks.load.figures import headline
 
 _PANELS = {"tokens_per_s": "tokens per second", "itl_ms": "inter-token latency", "ttft_ms": "time to first token"}
-_SAME = "#7b8794"
-_OURS = "#d1495b"
+_CONTROL_COLOUR = "#7b8794"
+_COLOUR = "#d1495b"
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    """Write the PNG of a result of `LoadRun.result` with at least one whole round."""
-    from matplotlib.figure import Figure  # no pyplot: it needs no display and loads in half the time
+    """Write the PNG of a `LoadRun.result` that has at least one complete round."""
+    from matplotlib.figure import Figure  # Figure without pyplot needs no display and loads faster
     from matplotlib.ticker import PercentFormatter
 
     ratios, beside = result["ratios"], result["options"]["other"]
@@ -23,10 +23,10 @@ def draw(result: dict[str, Any], path: Path) -> None:
     for axis, (metric, title) in zip(axes, _PANELS.items(), strict=True):
         for y, (name, metrics) in enumerate(reversed(ratios.items())):
             ratio = metrics[metric]
-            colour = _SAME if name.startswith("again_other") else _OURS
+            colour = _CONTROL_COLOUR if name.startswith("again_other") else _COLOUR
             starts = ratio["of_medians_by_start"]
             axis.scatter(starts, [y] * len(starts), s=22, color=colour, alpha=0.4, linewidths=0, zorder=2)
-            middle, interval = shown(ratio)
+            middle, interval = headline(ratio)
             if interval:
                 axis.hlines(y, *interval, color=colour, linewidth=2.4, zorder=3)
             axis.vlines(middle, y - 0.2, y + 0.2, color=colour, linewidth=2.4, zorder=3)
@@ -57,9 +57,9 @@ def _name(ratio: str, beside: str) -> str:
     other = "stock vLLM" if beside == "stock" else beside
     return {
         "plain/plain_other": f"plain chats,\nplugin / {other}",
-        "be/plain": "with a token / plain,\nplugin",
-        "be/be_other": f"with a token,\nplugin / {other}",
-        "again_other/plain_other": f"plain chats twice,\n{other} (no difference)",
+        "be/plain": "token / plain chats,\nplugin",
+        "be/be_other": f"chats with a token,\nplugin / {other}",
+        "again_other/plain_other": f"plain chats, measured twice,\n{other} (control)",
     }[ratio]
 
 
@@ -68,6 +68,6 @@ def _title(result: dict[str, Any]) -> str:
     device = ", ".join(hardware.get("gpus", [])) or f"{hardware.get('cpu')} ({hardware.get('cores')} cores)"
     return (
         f"{options['model']} on {device}, {result['date'][:10]}: {result['rounds']} bursts of {options['concurrency']} "
-        f"chats,\n{options['question_tokens']} tokens in, {options['max_tokens']} out; dots are starts of the servers, "
-        "bars 95 % intervals"
+        f"chats,\n{options['question_tokens']} tokens in, {options['max_tokens']} out; dots: starts of the servers, "
+        "bars: 95 % intervals"
     )

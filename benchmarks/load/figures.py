@@ -1,4 +1,4 @@
-"""From bursts to all reported figures. Pure."""
+"""Compute the reported figures from bursts. Pure functions."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from benchmarks.load.options import LoadOptions
 RATIOS = (("plain", "plain_other"), ("be", "plain"), ("be", "be_other"), ("again_other", "plain_other"))
 METRICS = ("tokens_per_s", "itl_ms", "ttft_ms", "http_cpu_ms")
 HISTOGRAMS = {"wall": "be_serve_injection_seconds", "cpu": "be_serve_injection_cpu_seconds"}
-"""The server's own histograms of what a token costs a request."""
+"""The server's histograms of the time that the plugin takes for a request with a token."""
 
 
 @dataclass
 class Burst:
-    """One arm's chats that were sent at the same moment."""
+    """The chats of one arm that were sent at the same time."""
 
     seconds: float
     samples: list[Sample]
     cpu_seconds: float | None = None
-    """Processor time of the server process that speaks HTTP; None where this system does not tell."""
+    """CPU time of the server's HTTP process in seconds; None if the system does not report it."""
 
     def figures(self) -> dict[str, float] | None:
-        """Output tokens a second, median inter-token latency and median TTFT; None where a chat failed.
+        """Return output tokens per second, median inter-token latency and median TTFT; None if a chat failed.
 
-        `http_cpu_ms` is the processor time of a chat in the process that speaks HTTP.
+        `http_cpu_ms` is the CPU time of the server's HTTP process per chat.
         """
         if any(not sample.ok for sample in self.samples):
             return None
@@ -47,31 +47,31 @@ class Burst:
 
 @dataclass
 class Round:
-    """A burst of every arm, in some order."""
+    """One burst of every arm."""
 
     start: int
-    """Number of the servers' start."""
+    """Index of the start of the servers."""
     bursts: dict[str, Burst] = field(default_factory=dict)
 
 
 def load_figures(options: LoadOptions, rounds: Sequence[Round]) -> dict[str, Any]:
-    """Medians of each arm, and ratios of arms over the rounds of which no chat failed.
+    """Return medians of each arm and ratios of arms, over the rounds without a failed chat.
 
-    `balanced` is the ratio to read: bursts of the same two processes are no independent witnesses, and which server
-    was started first cancels in it. The intervals of `paired_ratio` draw whole starts.
+    `balanced` is the ratio to report. Bursts of the same two processes are not independent, so its unit is the
+    start, and the effect of the start order cancels. The intervals of `paired_ratio` resample whole starts.
     """
-    whole: list[tuple[int, dict[str, dict[str, float]]]] = []
+    complete: list[tuple[int, dict[str, dict[str, float]]]] = []
     for one in rounds:
         found = {arm: figures for arm, burst in one.bursts.items() if (figures := burst.figures())}
         if len(found) == len(options.arms):
-            whole.append((one.start, found))
+            complete.append((one.start, found))
     samples = [sample for one in rounds for burst in one.bursts.values() for sample in burst.samples]
     failed = [sample.error for sample in samples if not sample.ok]
-    starts = [start for start, _ in whole]
-    metrics = [metric for metric in METRICS if whole and metric in whole[0][1]["plain"]]
+    starts = [start for start, _ in complete]
+    metrics = [metric for metric in METRICS if complete and metric in complete[0][1]["plain"]]
 
     def series(arm: str, metric: str, start: int | None = None) -> list[float]:
-        return [found[arm][metric] for number, found in whole if start in (None, number)]
+        return [found[arm][metric] for number, found in complete if start in (None, number)]
 
     def compare(above: str, below: str, metric: str) -> dict[str, Any]:
         groups = starts if len(set(starts)) > 1 else None
@@ -84,8 +84,8 @@ def load_figures(options: LoadOptions, rounds: Sequence[Round]) -> dict[str, Any
         return {**asdict(ratio), "of_medians_by_start": each, "balanced": asdict(balanced) if balanced else None}
 
     return {
-        "bursts": [{"start": start, **found} for start, found in whole],
-        "rounds": len(whole),
+        "bursts": [{"start": start, **found} for start, found in complete],
+        "rounds": len(complete),
         "starts": len(set(starts)),
         "failed_chats": len(failed),
         "errors": sorted(set(failed))[:5],
@@ -100,18 +100,18 @@ def load_figures(options: LoadOptions, rounds: Sequence[Round]) -> dict[str, Any
                 },
             }
             for arm in options.arms
-            if whole
+            if complete
         },
         "ratios": {
             f"{above}/{below}": {metric: compare(above, below, metric) for metric in metrics}
             for above, below in RATIOS
-            if whole and {above, below} <= set(options.arms)
+            if complete and {above, below} <= set(options.arms)
         },
     }
 
 
 def read_histogram(metrics_text: str, name: str) -> Counter[str]:
-    """Observations within each bucket's upper end in seconds, `+Inf` for all, from a server's `/metrics`."""
+    """Return the cumulative count of each bucket (key: upper bound in seconds, or `+Inf`) from a `/metrics` text."""
     found: Counter[str] = Counter()
     for line in metrics_text.splitlines():
         if line.startswith(f"{name}_bucket"):
@@ -121,17 +121,17 @@ def read_histogram(metrics_text: str, name: str) -> Counter[str]:
 
 
 def shares(counts: Counter[str]) -> dict[str, float] | None:
-    """Bucket's upper end in seconds -> share of all observations within it; None without any."""
+    """Return upper bound in seconds -> cumulative share of observations; None without observations."""
     return {bound: count / counts["+Inf"] for bound, count in counts.items()} if counts["+Inf"] else None
 
 
 def within(found: dict[str, float], share: float) -> str:
-    """The lowest upper end in seconds that holds so large a share."""
+    """Return the lowest upper bound in seconds whose cumulative share is at least `share`."""
     return next(bound for bound, held in found.items() if held >= share)
 
 
-def shown(ratio: dict[str, Any]) -> tuple[float, tuple[float, float] | None]:
-    """The figure and interval of a ratio to show: the balanced one, where there is any."""
+def headline(ratio: dict[str, Any]) -> tuple[float, tuple[float, float] | None]:
+    """Return the value and 95 % interval of a ratio to report: the balanced ratio if there is one."""
     balanced = ratio.get("balanced")
     if balanced:
         return balanced["ratio"], balanced["ci95"]

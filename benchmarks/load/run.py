@@ -1,4 +1,4 @@
-"""Starts, warm-up and timed rounds."""
+"""Run the load benchmark: starts, warm-up and timed rounds."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ from benchmarks.load.workload import Fleet
 
 @dataclass
 class LoadRun:
-    """What was measured, and where."""
+    """Rounds of one run, with its options and servers."""
 
     options: LoadOptions
     started: datetime = field(default_factory=lambda: datetime.now().astimezone())
     rounds: list[Round] = field(default_factory=list)
     interrupted: bool = False
     servers: dict[str, list[str]] = field(default_factory=dict)
-    """The command of each server, of the last start."""
+    """Command of each server at the last start."""
     injection: dict[str, Counter[str]] = field(default_factory=lambda: {name: Counter() for name in HISTOGRAMS})
-    """The plugin server's own histograms, of all starts."""
+    """Histograms of the plugin server, summed over all starts."""
 
     def result(self) -> dict[str, Any]:
-        """All figures as plain data."""
-        shown = {**asdict(self.options), "folder": None, "out": None, "servers": None}  # commands are below, redacted
+        """Return all figures as plain data for JSON."""
+        options = {**asdict(self.options), "folder": None, "out": None, "servers": None}  # redacted commands: "servers"
         return {
             "benchmark": "load",
             "date": self.started.isoformat(timespec="seconds"),
             "command": redact(sys.argv),
-            "options": shown,
+            "options": options,
             "hardware": hardware(),
             "versions": versions(),
             "servers": self.servers,
@@ -52,10 +52,10 @@ class LoadRun:
 
 
 async def measure_load(options: LoadOptions, say: Callable[[str], None]) -> LoadRun:
-    """Start both servers, register the tokens and send the bursts, as often as asked for.
+    """Start both servers `starts` times, register the tokens and send the bursts; return the rounds.
 
-    Ctrl-C, or a server that does not start again, ends it with what was measured, and
-    `interrupted` set. Raises InputError and ServerError while nothing is measured.
+    Ctrl-C and a server that fails to start again return the rounds so far with `interrupted` set.
+    Before the first round they raise. Raises InputError and ServerError.
     """
     from tqdm import tqdm
 
@@ -72,7 +72,9 @@ async def measure_load(options: LoadOptions, say: Callable[[str], None]) -> Load
                         say(f"Registering {options.registered} tokens ...")
                         await fleet.register()
                     await _warm_up(fleet)
-                    before = await fleet.injection()  # a token's first use brings its vectors from the registry
+                    before = (
+                        await fleet.injection()
+                    )  # excludes the first use, which loads the vectors from the registry
                     for _ in range(share):
                         run.rounds.append(await _round(fleet, number, rng))
                         bar.update()
@@ -100,4 +102,4 @@ async def _warm_up(fleet: Fleet) -> None:
             burst = await fleet.burst(arm)
             if burst.figures() is None:
                 errors = {sample.error for sample in burst.samples if not sample.ok}
-                raise ServerError(f"Arm {arm} failed while warming up: {'; '.join(sorted(errors))}")
+                raise ServerError(f"Arm {arm} failed during warm-up: {'; '.join(sorted(errors))}")

@@ -1,4 +1,4 @@
-"""Two servers of our own, and as many clients of each as a burst has chats."""
+"""The two servers, and for each one client per chat of a burst."""
 
 from __future__ import annotations
 
@@ -26,27 +26,27 @@ QUESTIONS = 16
 
 @dataclass
 class Fleet:
-    """Both servers by name, `plugin` and `other`, and what is asked of them."""
+    """Both servers by name (`plugin`, `other`), their clients and the texts of the chats."""
 
     options: LoadOptions
     servers: dict[str, Server]
     clients: dict[str, list[ServerClient]]
     questions: list[str]
     floor: str
-    """A plain prompt of k tokens."""
+    """Plain prompt of k tokens."""
     chat: Chat
     model: str
     token: Token
-    """Of the floor's embedding rows."""
+    """Token that holds the embedding rows of `floor`."""
     key: str
-    asked: int = 0
-    """How many chats were sent."""
-    named: int = 0
-    """How many of them named a token."""
+    sent: int = 0
+    """Number of chats sent."""
+    sent_with_token: int = 0
+    """Number of chats sent with a token."""
 
     @classmethod
     async def start(cls, options: LoadOptions, stack: AsyncExitStack, key: str, *, other_first: bool) -> Fleet:
-        """Start both servers; `stack` ends them. Raises InputError and ServerError."""
+        """Start both servers and return the fleet. `stack` stops the servers. Raises InputError and ServerError."""
         length = _max_model_len(options)
         made = {"plugin": plugin_server(options.servers, options.out, length, admin_key=key)}
         if options.other == "stock":
@@ -70,20 +70,20 @@ class Fleet:
         floor = await fit_text(handbook(options.seed), options.k, chat.prompt_tokens)
         ids = await chat.plain_ids(floor)
         if len(ids) < options.k:
-            raise InputError(f"Found no plain text of {options.k} tokens to make a token of.")
+            raise InputError(f"Found no plain text of {options.k} tokens for the token. Use a smaller --k.")
         token = make_token(options.folder, options.model, None, ids[: options.k], floor)
         chat.template_kwargs = token.manifest.template_kwargs
         return cls(options, servers, clients, questions, floor, chat, model, token, key)
 
     async def register(self) -> None:
-        """The token under as many ids as asked for, on every server that takes tokens; their registries keep them."""
+        """Register the token under `registered` ids on every server with the plugin. The registries keep them."""
         names = ["plugin"] if self.options.other == "stock" else ["plugin", "other"]
         for name in names:
             for i in range(max(self.options.registered, self.options.active)):
                 manifest = self.token.manifest.model_copy(update={"id": f"bench-load-{i}"})
                 data = Token(manifest, self.token.vectors).to_bytes()
                 await self.clients[name][0].call(
-                    # A folder that was measured in before has tokens of that run.
+                    # The registry of an earlier run in this folder already has tokens with these ids.
                     "POST",
                     "/v1/be/tokens?replace=true",
                     content=data,
@@ -91,10 +91,10 @@ class Fleet:
                 )
 
     async def burst(self, arm: str) -> Burst:
-        """One burst of an arm. The server that is not asked rests."""
-        asked = "other" if arm.endswith("_other") else "plugin"
-        run_alone(self.servers, asked)
-        server, clients = self.servers[asked], self.clients[asked]
+        """Send one burst of an arm. The other server is suspended."""
+        target = "other" if arm.endswith("_other") else "plugin"
+        run_alone(self.servers, target)
+        server, clients = self.servers[target], self.clients[target]
         await asyncio.gather(*(client.healthy() for client in clients))  # open connections
         bodies = [self._body(arm) for _ in clients]
         cpu, begin = server.cpu_seconds(), perf_counter()
@@ -103,8 +103,8 @@ class Fleet:
         return Burst(seconds, list(samples), None if cpu is None or now is None else now - cpu)
 
     def _body(self, arm: str) -> dict[str, Any]:
-        question = self.questions[self.asked % QUESTIONS]
-        self.asked += 1
+        question = self.questions[self.sent % QUESTIONS]
+        self.sent += 1
         body: dict[str, Any] = {
             "model": self.model,
             "messages": self.chat.messages(self.floor, question),
@@ -120,12 +120,12 @@ class Fleet:
             body["chat_template_kwargs"] = self.chat.template_kwargs
         if arm.startswith("be"):
             body["messages"] = [{"role": "user", "content": question}]
-            body["be_id"] = f"bench-load-{self.named % self.options.active}"
-            self.named += 1
+            body["be_id"] = f"bench-load-{self.sent_with_token % self.options.active}"
+            self.sent_with_token += 1
         return body
 
     async def injection(self) -> dict[str, Counter[str]]:
-        """The plugin server's histograms of what a token costs a request, by their names in HISTOGRAMS."""
+        """Return the plugin server's histograms by their keys in HISTOGRAMS; empty if the server does not answer."""
         self.servers["plugin"].thaw()
         with contextlib.suppress(ServerError):
             text = await self.clients["plugin"][0].text("/metrics")

@@ -1,4 +1,4 @@
-"""The right answers: stock vLLM's to the texts, asked one after the other."""
+"""Reference answers: stock vLLM's answers to the texts, one request at a time."""
 
 from __future__ import annotations
 
@@ -16,20 +16,23 @@ from benchmarks.common.tokens import make_token
 from benchmarks.soak.options import SoakOptions
 
 COMPARED = 8
-"""Tokens of a short answer; all are compared."""
+"""Number of tokens in a short answer. All are compared."""
 LONG, LONG_TOKENS, LONG_WORDS = 8, 96, 270
-"""Long answers with a reference, their tokens, and the words of their messages: they grow into a block of their own."""
+"""Number of long reference answers, tokens per answer and words per message. An answer needs a KV block of its own."""
 MAX_MODEL_LEN = 1024
 _ADJECTIVES = ("grumpy", "cheerful", "sleepy", "royal", "ancient", "nervous", "proud", "tiny")
 _NOUNS = ("pirate", "lawyer", "cat", "wizard", "robot", "farmer", "poet", "sailor")
 
 
 async def right_answers(options: SoakOptions) -> tuple[dict[str, Token], dict[tuple[str, int], Answer]]:
-    """The tokens by id, and stock vLLM's answers by id and question, asked one after the other."""
+    """Return the tokens by id, and the reference answers by id and question. The question -1 is the long message.
+
+    Raises InputError and ServerError.
+    """
     rng = random.Random(f"soak {options.seed}")  # noqa: S311
     texts = [f"You are a {a} {n}." for a in _ADJECTIVES for n in _NOUNS]
     if options.tokens > len(texts):
-        raise InputError(f"At most {len(texts)} tokens can be made.")
+        raise InputError(f"The soak has texts for {len(texts)} tokens. Use --tokens {len(texts)} or less.")
     tokens: dict[str, Token] = {}
     references: dict[tuple[str, int], Answer] = {}
     async with stock_server(options.servers, options.out, MAX_MODEL_LEN) as stock, ServerClient(stock.url) as client:
@@ -37,7 +40,7 @@ async def right_answers(options: SoakOptions) -> tuple[dict[str, Token], dict[tu
         chat = Chat(client, model)
         await chat.prepare()
         if not chat.system_role:
-            raise InputError("The soak needs a model whose template takes a system message.")
+            raise InputError("The soak needs a model whose chat template accepts a system message.")
         for n, text in enumerate(rng.sample(texts, options.tokens)):
             ids = await chat.plain_ids(text)
             token = make_token(options.folder, options.model, None, ids, text)
@@ -56,14 +59,17 @@ async def right_answers(options: SoakOptions) -> tuple[dict[str, Token], dict[tu
 
 
 def long_message(seed: int) -> str:
+    """Return a message of `LONG_WORDS` words."""
     return " ".join(question_text(seed, "long").split()[:LONG_WORDS])
 
 
 def question(number: int, options: SoakOptions) -> str:
+    """Return the text of a question by its number."""
     return " ".join(question_text(options.seed, f"soak {number}").split()[:24])
 
 
 def request_body(model: str, token: Token) -> dict[str, Any]:
+    """Return the JSON body of a compared chat, without messages and without `be_id`."""
     body: dict[str, Any] = {
         "model": model,
         "temperature": 0,
@@ -72,23 +78,26 @@ def request_body(model: str, token: Token) -> dict[str, Any]:
         "skip_special_tokens": False,
         "logprobs": True,
         "top_logprobs": 8,
-        "return_tokens_as_token_ids": True,  # two tokens may have one text
+        "return_tokens_as_token_ids": True,  # two tokens can have the same text
     }
     if token.manifest.template_kwargs:
         body["chat_template_kwargs"] = token.manifest.template_kwargs
     return body
 
 
-def shown(references: dict[tuple[str, int], Answer]) -> float:
-    """Share of mix-ups, one token's answer in place of another's to the same question, that would count as wrong."""
+def detectable_share(references: dict[tuple[str, int], Answer]) -> float:
+    """Return the share of mix-ups that would count as wrong.
+
+    A mix-up is one token's answer in place of another token's answer to the same question.
+    """
     by_question: dict[int, list[Answer]] = {}
     for (_, q), answer in references.items():
         if q < 0:
-            continue  # each long message is asked of one token
+            continue  # only one token gets each long message
         by_question.setdefault(q, []).append(answer)
     count = Count()
     for answers in by_question.values():
         for right, other in itertools.permutations(answers, 2):
-            count.judge("mixed up", right, other, {})
+            count.judge("mix-up", right, other, {})
     pairs = count.right.total() + count.ties.total() + len(count.wrong)
     return len(count.wrong) / pairs if pairs else 0.0

@@ -1,4 +1,4 @@
-"""How the soak speaks to the server, and what it counts as its failure."""
+"""The soak's HTTP client. It counts unexpected responses as failures."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from benchmarks.soak.options import SoakOptions
 
 
 @dataclass
-class Asker:
-    """Requests with the soak's tokens, for `Crowd` and `Attacks`."""
+class SoakClient:
+    """Sends requests with the soak's tokens, for `Workload` and `Attacks`."""
 
     options: SoakOptions
     http: httpx.AsyncClient
     key: str
-    """The admin API's."""
+    """Key of the admin API."""
     tokens: dict[str, Token]
     count: Count
     model: str = ""
     vocabulary: int = 0
 
     async def register(self) -> None:
-        """Register every token. Raises ServerError."""
+        """Register every token; set `model` and `vocabulary`. Raises ServerError."""
         models = (await self.http.get("/v1/models")).json()["data"]
         self.model = next(one["id"] for one in models if not one.get("parent"))
         config = json.loads((self.options.folder / "config.json").read_text(encoding="utf-8"))
@@ -40,11 +40,11 @@ class Asker:
             await self.put(token)
 
     def pick(self, rng: random.Random) -> tuple[str, int]:
-        """Some token's id and the number of some question."""
+        """Return the id of a random token and the number of a random question."""
         return rng.choice(list(self.tokens)), rng.randrange(self.options.questions)
 
     def chat(self, be_id: str, q: int, *, use_token: bool) -> dict[str, Any]:
-        """The body that asks question `q` of a token, or of its text as a plain system prompt."""
+        """Return the body of a chat with question `q` and a token, or with the token's text as a system prompt."""
         token = self.tokens[be_id]
         user = {"role": "user", "content": question(q, self.options)}
         body = request_body(self.model, token)
@@ -53,17 +53,17 @@ class Asker:
         return {**body, "messages": [{"role": "system", "content": token.manifest.prompt.text}, user]}
 
     async def post(self, path: str, body: dict[str, Any]) -> httpx.Response:
-        """An answer of any status."""
+        """Return the response, whatever its status."""
         return await self.http.post(path, json=body)
 
     async def put(self, token: Token) -> None:
         """Register a token. Raises ServerError."""
         answer = await self.http.post("/v1/be/tokens", content=token.to_bytes(), headers={"X-BE-Key": self.key})
         if answer.status_code not in (200, 201):
-            raise ServerError(f"Registration answered {answer.status_code}: {server_message(answer.content)}")
+            raise ServerError(f"Registration failed with HTTP {answer.status_code}: {server_message(answer.content)}")
 
     def expect(self, name: str, answer: httpx.Response, status: int) -> bool:
-        """Whether the status is the right one; any other is counted as a failure."""
+        """Return whether the response has the expected status; count any other status as a failure."""
         if answer.status_code == status:
             return True
         self.count.failures[f"{name}: HTTP {answer.status_code}: {server_message(answer.content)}"[:200]] += 1

@@ -1,4 +1,4 @@
-"""What a soak is to do."""
+"""Options of `be-serve bench soak`."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from benchmarks.common.servers import ServerOptions
 
 @dataclass(frozen=True)
 class SoakOptions:
-    """What to run, and how hard. The command line fills it."""
+    """Options of the soak: server, load and tokens."""
 
     model: str
     folder: Path
-    """The model's files, to make tokens of."""
+    """Folder of the model; needed to make tokens."""
     out: Path
     servers: ServerOptions
     minutes: float = 30.0
@@ -23,5 +23,5 @@ class SoakOptions:
     questions: int = 4
     rows: int = 48
     kv_tokens: int = 4096
-    """Tokens that the engine's KV cache holds."""
+    """Size of the engine's KV cache in tokens."""
     seed: int = 0

@@ -1,4 +1,4 @@
-"""The soak itself: right answers first, then the crowd, with an eye on memory."""
+"""Run the soak: collect reference answers, load the server, sample its memory."""
 
 from __future__ import annotations
 
@@ -21,40 +21,44 @@ from be_serve.core.redaction import redact
 from benchmarks.common.answers import Count
 from benchmarks.common.machine import gpus, hardware, resident, versions
 from benchmarks.common.servers import ServerOptions, engine_settings, plugin_server
-from benchmarks.soak.answers import MAX_MODEL_LEN, right_answers, shown
+from benchmarks.soak.answers import MAX_MODEL_LEN, detectable_share, right_answers
 from benchmarks.soak.attacks import ATTACKS, Attacks
-from benchmarks.soak.client import Asker
+from benchmarks.soak.client import SoakClient
 from benchmarks.soak.options import SoakOptions
-from benchmarks.soak.workload import Crowd
+from benchmarks.soak.workload import Workload
 
 COMPARED_KINDS = ("token", "plain", "long", "churn")
-LEAST_SHOWN = 0.5
+MIN_DETECTABLE = 0.5
+"""Minimum share of mix-ups that must count as wrong."""
 EXCESS_OF_TIES = 0.1
-"""Share of ties that tokens' answers may have beyond plain ones'."""
+"""How much the share of ties may be higher for answers with tokens than for plain answers."""
 MOST_GROWTH, LONG_ENOUGH = 1.05, 20 * 60
-"""Memory's last tenth over its second tenth, in a run of at least so many seconds: caches fill at first."""
+"""Maximum ratio of memory in the last tenth to memory in the second tenth, for runs of at least this many seconds.
+
+The first tenth does not count, because caches fill then.
+"""
 
 
 @dataclass
 class SoakRun:
-    """What was measured, and where."""
+    """Counts and samples of one soak, with its options and server."""
 
     options: SoakOptions
     started: datetime = field(default_factory=lambda: datetime.now().astimezone())
     count: Count = field(default_factory=Count)
-    shown: float = 0.0
-    """Share of mix-ups of two tokens that would count as wrong."""
+    detectable: float = 0.0
+    """Share of mix-ups of two tokens that would count as wrong (JSON key: `shown`)."""
     memory: list[tuple[float, dict[str, float]]] = field(default_factory=list)
-    """Minute, and MiB of each of the server's processes, shared pages counted once (PSS)."""
+    """(minute, process name -> MiB) samples; the unit is proportional set size (PSS)."""
     seconds: float = 0.0
     interrupted: bool = False
     command: list[str] = field(default_factory=list)
     env: dict[str, str] = field(default_factory=dict)
-    """What steers the server's engine and its threads."""
+    """Environment variables that configure the server's engine and threads."""
     metrics: dict[str, float] = field(default_factory=dict)
 
     def growth(self) -> float | None:
-        """Median memory of the last tenth over that of the second tenth, None for too few samples."""
+        """Return median memory of the last tenth divided by that of the second tenth; None for too few samples."""
         n = len(self.memory) // 10
         if not n:
             return None
@@ -62,7 +66,10 @@ class SoakRun:
         return statistics.median(sizes[-n:]) / statistics.median(sizes[n : 2 * n])
 
     def slopes(self) -> dict[str, float]:
-        """MiB a minute of each process over the last two thirds, by least squares; empty for too few samples."""
+        """Return the growth of each process in MiB per minute, by least squares over the last two thirds.
+
+        Empty for too few samples.
+        """
         late = self.memory[len(self.memory) // 3 :]
         if len(late) < 10:
             return {}
@@ -74,33 +81,33 @@ class SoakRun:
         }
 
     def faults(self) -> list[str]:
-        """What was wrong, and what this run cannot have shown; empty for a clean one."""
+        """Return the detected faults and the checks that this run could not make; empty for a clean run."""
         count, found = self.count, []
         for number, what in (
             (len(count.wrong), "wrong answers"),
-            (count.failures.total(), "errors that are not the client's"),
-            (count.succeeded.total(), "attempts succeeded"),
+            (count.failures.total(), "server errors"),
+            (count.succeeded.total(), "attacks succeeded"),
         ):
             if number:
                 found.append(f"{number} {what}")
         found += [f"no right answer of kind {kind!r}" for kind in COMPARED_KINDS if not count.right[kind]]
-        found += [f"no attempt of kind {kind!r}" for kind in ATTACKS if not count.attempts[kind]]
-        if self.shown < LEAST_SHOWN:
-            found.append(f"only {self.shown:.0%} of mix-ups would count as wrong: ask other questions (--seed)")
+        found += [f"no attack of kind {kind!r}" for kind in ATTACKS if not count.attempts[kind]]
+        if self.detectable < MIN_DETECTABLE:
+            found.append(f"only {self.detectable:.0%} of mix-ups would count as wrong; use another --seed")
         ties = {kind: count.ties[kind] / max(1, count.ties[kind] + count.right[kind]) for kind in ("token", "plain")}
         if ties["token"] > ties["plain"] + EXCESS_OF_TIES:
-            found.append(f"ties in {ties['token']:.0%} of the tokens' answers, in {ties['plain']:.0%} of plain ones")
+            found.append(f"ties in {ties['token']:.0%} of answers with tokens, in {ties['plain']:.0%} of plain answers")
         if not self.metrics.get("vllm:num_preemptions_total"):
-            found.append("no request was preempted: a smaller --kv-tokens, or more --clients")
+            found.append("no request was preempted; use a smaller --kv-tokens or more --clients")
         if self.metrics.get("be_serve_row_writes_total", 0) <= self.options.tokens:
-            found.append("rows hardly changed their owner: fewer --rows")
+            found.append("rows hardly changed owners; use fewer --rows")
         growth = self.growth()
         if growth is not None and growth > MOST_GROWTH and self.seconds >= LONG_ENOUGH:
             found.append(f"memory grew to {growth:.2f} times its size")
         return found
 
     def result(self) -> dict[str, Any]:
-        """All figures as plain data."""
+        """Return all figures as plain data for JSON."""
         count = self.count
         return {
             "benchmark": "soak",
@@ -118,7 +125,7 @@ class SoakRun:
                 **{name: {"right": count.right[name], "ties": count.ties[name]} for name in sorted(count.right)},
             },
             "wrong": count.wrong[:20],
-            "shown": self.shown,
+            "shown": self.detectable,
             "requests": dict(count.asked),
             "failures": dict(count.failures),
             "attempts": {
@@ -135,21 +142,21 @@ class SoakRun:
 
 
 async def soak(options: SoakOptions, say: Callable[[str], None]) -> SoakRun:
-    """Ask stock vLLM for the right answers, then load a server with tokens.
+    """Collect reference answers from stock vLLM, then load a server with tokens; return the counts.
 
-    Ctrl-C during the load returns what was measured, with `interrupted` set.
+    Ctrl-C during the load returns the counts so far with `interrupted` set.
     Raises InputError and ServerError.
     """
     run = SoakRun(options)
-    say("Asking stock vLLM for the right answers ...")
+    say("Collecting reference answers from stock vLLM ...")
     tokens, references = await right_answers(options)
-    run.shown = shown(references)
+    run.detectable = detectable_share(references)
     key = secrets.token_hex(16)
     own = ServerOptions(
         **{
             **vars(options.servers),
             "plugin_args": (
-                "--be-injection=resident-rows",  # without rows there is nothing to attack
+                "--be-injection=resident-rows",  # the attacks need rows
                 f"--be-rows={options.rows}",
                 f"--num-gpu-blocks-override={-(-options.kv_tokens // (16 if gpus() else 128))}",
                 f"--max-num-seqs={options.clients}",
@@ -158,10 +165,10 @@ async def soak(options: SoakOptions, say: Callable[[str], None]) -> SoakRun:
         }
     )
     async with AsyncExitStack() as stack:
-        say("Starting the server with tokens ...")
+        say("Starting the plugin server ...")
         server = plugin_server(own, options.out, MAX_MODEL_LEN, admin_key=key)
-        # On a CPU the worker keeps up to 1,024 compiled products, one for each batch size that it meets, and
-        # grows by 40 to 60 MiB a minute until then, in stock vLLM as here. That would hide any other growth.
+        # On a CPU the worker caches up to 1,024 compiled matrix products, one for each batch size. Its memory then
+        # grows by 40 to 60 MiB per minute, in stock vLLM too. A small cache keeps other growth visible.
         server.env.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
         run.env = engine_settings(server.env)
         await stack.enter_async_context(server)
@@ -174,10 +181,10 @@ async def soak(options: SoakOptions, say: Callable[[str], None]) -> SoakRun:
                 limits=httpx.Limits(max_connections=None),
             )
         )
-        asker = Asker(options, http, key, tokens, run.count)
-        await asker.register()
-        await Attacks(asker).takeover(random.Random(f"takeover {options.seed}"))  # noqa: S311
-        await _load(run, Crowd(asker, references), lambda: server.pid)
+        client = SoakClient(options, http, key, tokens, run.count)
+        await client.register()
+        await Attacks(client).takeover(random.Random(f"takeover {options.seed}"))  # noqa: S311
+        await _load(run, Workload(client, references), lambda: server.pid)
         try:
             run.metrics = await _metrics(http)
         except httpx.HTTPError as exc:
@@ -185,13 +192,13 @@ async def soak(options: SoakOptions, say: Callable[[str], None]) -> SoakRun:
     return run
 
 
-async def _load(run: SoakRun, crowd: Crowd, pid: Callable[[], int]) -> None:
-    """Let the crowd in, and look at the memory while it is there."""
+async def _load(run: SoakRun, workload: Workload, pid: Callable[[], int]) -> None:
+    """Run the clients until the time is over and sample the server's memory every 5 seconds."""
     from tqdm import tqdm
 
     begin = time.monotonic()
     until = begin + 60 * run.options.minutes
-    clients = [asyncio.create_task(crowd.work(n, until)) for n in range(run.options.clients)]
+    clients = [asyncio.create_task(workload.work(n, until)) for n in range(run.options.clients)]
     try:
         with tqdm(total=round(60 * run.options.minutes), unit="s", desc="soak", file=sys.stderr) as bar:
             while not all(task.done() for task in clients):
@@ -217,7 +224,7 @@ async def _load(run: SoakRun, crowd: Crowd, pid: Callable[[], int]) -> None:
 
 
 async def _metrics(http: httpx.AsyncClient) -> dict[str, float]:
-    """The server's own counters that tell whether the load was what it should be."""
+    """Return the server's counters that show whether the load was heavy enough."""
     text = (await http.get("/metrics")).text
     wanted = ("vllm:num_preemptions_total", "be_serve_row_writes_total", "be_serve_resident_tokens")
     found: dict[str, float] = {}
@@ -229,7 +236,7 @@ async def _metrics(http: httpx.AsyncClient) -> dict[str, float]:
 
 
 def summary(result: dict[str, Any]) -> Sequence[str]:
-    """The figures as lines for people."""
+    """Return the printed report, one line per item."""
     memory, answers = result["memory_mib"], dict(result["answers"])
     wrong = answers.pop("wrong")
     attempts = result["attempts"]
@@ -238,22 +245,23 @@ def summary(result: dict[str, Any]) -> Sequence[str]:
         + ", ".join(f"{count} {name}" for name, count in sorted(result["requests"].items())),
         f"answers compared: {sum(one['right'] for one in answers.values())} right, "
         f"{sum(one['ties'] for one in answers.values())} ties, {wrong} wrong "
-        f"(of mix-ups of two tokens {100 * result['shown']:.0f} % would count as wrong)",
-        "right and ties: " + ", ".join(f"{name} {one['right']} and {one['ties']}" for name, one in answers.items()),
-        f"attempts: {sum(kind['made'] for kind in attempts.values())} made, "
+        f"({100 * result['shown']:.0f} % of mix-ups of two tokens would count as wrong)",
+        "right and ties by action: "
+        + ", ".join(f"{name} {one['right']} and {one['ties']}" for name, one in answers.items()),
+        f"attacks: {sum(kind['made'] for kind in attempts.values())} made, "
         f"{sum(kind['succeeded'] for kind in attempts.values())} succeeded; "
         + ", ".join(f"{kind} {count['made']}/{count['succeeded']}" for kind, count in attempts.items()),
-        f"  not counted, for the blocks had left the cache: {sum(result['attempts_void'].values())}",
-        f"errors that are not the client's: {sum(result['failures'].values())}",
+        f"  not counted, because the cache had evicted the blocks: {sum(result['attempts_void'].values())}",
+        f"server errors: {sum(result['failures'].values())}",
         *(f"  {count} x {error}" for error, count in Counter(result["failures"]).most_common(10)),
     ]
     if memory:
         first, last = (sum(sizes.values()) for _, sizes in (memory[0], memory[-1]))
-        lines.append(f"memory: {first:.0f} MiB at first, {last:.0f} at last")
+        lines.append(f"memory: {first:.0f} MiB at the start, {last:.0f} MiB at the end")
     if slopes := result["memory_slopes_mib_a_minute"]:
         lines.append(
-            f"the last tenth over the second tenth: {result['memory_growth']:.3f}; MiB a minute over the last two "
-            "thirds: " + ", ".join(f"{name} {slope:+.2f}" for name, slope in slopes.items())
+            f"memory, last tenth / second tenth: {result['memory_growth']:.3f}; MiB/minute over the last two thirds: "
+            + ", ".join(f"{name} {slope:+.2f}" for name, slope in slopes.items())
         )
     lines += [f"{name}: {value:.0f}" for name, value in sorted(result["metrics"].items())]
     return [*lines, *(f"FAULT: {fault}" for fault in result["faults"])] if result["faults"] else [*lines, "clean"]

@@ -1,11 +1,11 @@
-"""Time to first token: [BE] beside no prompt, a plain k-token prompt and the full prompt, cold and cached.
+"""Time to first token of [BE], compared with no prompt, a plain k-token prompt and the full prompt.
 
-run.py        what to measure, on which servers; puts it together
-workload.py   the arms: what each sends, and where to
+run.py        options, servers and the whole benchmark
+workload.py   arms: what each one sends, and to which server
 rounds.py     warm-up and timed rounds
-figures.py    samples -> all reported figures             pure
-report.py     table, JSON, summary line
-chart.py      the picture
+figures.py    samples -> reported figures (pure)
+report.py     table, JSON and summary line
+chart.py      the PNG
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The chart: every request as a dot, every arm's median as a bar across it, a panel a case."""
+"""Chart of TTFT: one panel per case, one dot per request, one horizontal bar per arm at its median."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ _NAMES = {
 
 
 def draw(run: Run, figures: dict[str, Any], path: Path) -> None:
-    """Write the PNG. TTFT on a logarithmic axis, in ms."""
-    from matplotlib.figure import Figure  # no pyplot: it needs no display and loads in half the time
+    """Write the PNG: TTFT in ms on a logarithmic axis."""
+    from matplotlib.figure import Figure  # Figure without pyplot needs no display and loads faster
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     cases = figures["cases"]
@@ -51,7 +51,7 @@ def draw(run: Run, figures: dict[str, Any], path: Path) -> None:
             bold = "bold" if name == "be" else "normal"
             axis.annotate(
                 f"{median:,.0f}",
-                (x + 0.22, median),  # beside the dots, above the bar
+                (x + 0.22, median),  # to the right of the dots, above the bar
                 xytext=(0, 4),
                 textcoords="offset points",
                 ha="center",
@@ -90,7 +90,10 @@ def _gain(case: dict[str, Any]) -> str:
     ratios = case["ratios"]
     parts = [
         f"{ratios[key]['of_medians']:.0%} of {word}"
-        for key, word in (("be/full_cold", "the cold prompt's time"), ("be/full_warm", "the cached one's"))
+        for key, word in (
+            ("be/full_cold", "the cold full prompt's time"),
+            ("be/full_warm", "the cached full prompt's time"),
+        )
         if key in ratios
     ]
     return f"[BE] takes {', '.join(parts)}" if parts else ""
@@ -101,5 +104,5 @@ def _title(run: Run) -> str:
     device = ", ".join(hardware.get("gpus", [])) or f"{hardware.get('cpu')} ({hardware.get('cores')} cores)"
     return (
         f"{run.model} on {device}\n"
-        f"{run.rounds_measured} interleaved rounds, {run.started:%Y-%m-%d}; dots are requests, bars and figures medians"
+        f"{run.rounds_measured} interleaved rounds, {run.started:%Y-%m-%d}; dots: requests; bars and numbers: medians"
     )

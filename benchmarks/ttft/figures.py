@@ -1,4 +1,4 @@
-"""From raw samples to the figures that are reported, as plain data ready for JSON."""
+"""Compute the reported figures from raw samples, as plain data for JSON."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from benchmarks.common import stats
 from benchmarks.common.client import Sample
 from benchmarks.ttft.workload import RATIOS, Arm, Case
 
-# The project's bounds: (what, case or None for every case, ratio, end of the interval or None, limit).
+# The project's bounds: (description, prompt tokens or None for every case, ratio, interval end or None, limit).
 _BOUNDS: tuple[tuple[str, int | None, str, str | None, float], ...] = (
     ("[BE] / full prompt cold", 1584, "be/full_cold", None, 0.15),
     ("[BE] / full prompt cached", 1584, "be/full_warm", None, 0.75),
@@ -22,25 +22,25 @@ _BOUNDS: tuple[tuple[str, int | None, str, str | None, float], ...] = (
 
 @dataclass
 class Run:
-    """What was measured, and where."""
+    """Samples of one run, with its options, servers and machine."""
 
     model: str
     k: int
     seed: int
     rounds: int
-    """Rounds asked for; fewer may have been measured."""
+    """Requested rounds. An interrupted run has fewer."""
     close: int
-    """Further passes a round over the arms in `CLOSE` alone."""
+    """Extra passes in each round over the arms in `CLOSE` only."""
     max_tokens: int
     arms: tuple[Arm, ...]
     started: datetime
     command: list[str]
     cases: list[Case] = field(default_factory=list)
     samples: dict[tuple[str, str], dict[int, Sample]] = field(default_factory=dict)
-    """(case, arm) -> pass -> sample; the warm-up is not kept. Pass n belongs to round n // (1 + close)."""
+    """(case, arm) -> pass -> sample, without the warm-up. Pass n belongs to round n // (1 + close)."""
     interrupted: bool = False
     stopped: str = ""
-    """Why the run ended early, where a server failed."""
+    """The reason, if a failing server ended the run early; otherwise empty."""
     notes: list[str] = field(default_factory=list)
     servers: dict[str, dict[str, Any]] = field(default_factory=dict)
     token: dict[str, Any] = field(default_factory=dict)
@@ -49,17 +49,18 @@ class Run:
     settings: dict[str, Any] = field(default_factory=dict)
 
     def of(self, case: Case, arm: Arm) -> dict[int, Sample]:
+        """Return the samples of an arm in a case by pass."""
         return self.samples.get((case.name, arm.name), {})
 
     @property
     def rounds_measured(self) -> int:
-        """Rounds in which every arm of every case was asked: they have its full pass."""
+        """Number of rounds with a full pass: a request of every arm in every case."""
         asked = [set(self.of(case, arm)) for case in self.cases for arm in self.arms]
         return len(set.intersection(*asked)) if asked else 0
 
 
 def analyse(run: Run) -> dict[str, Any]:
-    """All reported figures: per case and arm, ratios with intervals, Eq. 5 and 6, verdicts."""
+    """Return all reported figures: by case and arm, ratios with intervals, Eq. 5 and 6, verdicts."""
     fit = _fit(run)
     cases = [_case(run, case, fit) for case in run.cases]
     return {
@@ -91,10 +92,10 @@ def _case(run: Run, case: Case, fit: stats.LinearFit | None) -> dict[str, Any]:
 
 
 def _arm(run: Run, case: Case, arm: Arm) -> dict[str, Any]:
-    """One arm of one case under the field names of `vllm bench serve`.
+    """Return the figures of one arm in one case, with the field names of `vllm bench serve`.
 
-    `duration` is the sum of the arm's own request times: requests went one at a
-    time, between those of other arms. Raw series are in seconds, as there.
+    `duration` is the sum of the arm's request times, because requests of the arms alternate.
+    Raw series are in seconds, as in `vllm bench serve`.
     """
     everything = run.of(case, arm)
     good = list(_good(everything).values())
@@ -128,7 +129,7 @@ def _arm(run: Run, case: Case, arm: Arm) -> dict[str, Any]:
         **stats.describe([s.e2e * 1e3 for s in good], "e2el"),
         "server": arm.server,
         "warm": arm.warm,
-        # Median; None where the server does not tell (vLLM: --enable-prompt-tokens-details).
+        # Median; None if the server does not report it (vLLM: --enable-prompt-tokens-details).
         "cached_tokens": int(sorted(known)[len(known) // 2]) if known else None,
         "passes": list(everything),
         "input_lens": [s.prompt_tokens for s in everything.values()],
@@ -143,7 +144,7 @@ def _arm(run: Run, case: Case, arm: Arm) -> dict[str, Any]:
 
 
 def _ratios(run: Run, case: Case) -> dict[str, dict[str, Any]]:
-    """Paired ratios of TTFT over the passes in which both arms were answered."""
+    """Return paired ratios of TTFT over the passes in which both arms succeeded."""
     arms = {arm.name: _good(run.of(case, arm)) for arm in run.arms}
     out = {}
     for above, below in RATIOS:
@@ -157,7 +158,7 @@ def _ratios(run: Run, case: Case) -> dict[str, dict[str, Any]]:
 
 
 def _fit(run: Run) -> stats.LinearFit | None:
-    """Eq. 6's alpha and beta from the medians of the plain, uncached arms of the stock server, all cases."""
+    """Fit alpha and beta of Eq. 6 to the medians of the plain, uncached arms of the stock server over all cases."""
     stock = [a for a in run.arms if a.content != "token" and not a.warm]
     if any(a.server == "stock" for a in stock):
         stock = [a for a in stock if a.server == "stock"]
@@ -171,10 +172,10 @@ def _fit(run: Run) -> stats.LinearFit | None:
 
 
 def _cost_model(case: Case, arms: dict[str, Any], fit: stats.LinearFit | None) -> dict[str, Any]:
-    """The paper's bound for this case, and what the fitted cost model makes of it.
+    """Return the paper's bound for this case and the prediction of the fitted cost model.
 
-    The chat template's tokens are prefilled in every arm, so they count as fixed
-    cost: alpha here is the fit's alpha + beta * template_tokens.
+    Every arm prefills the chat template's tokens, so they count as fixed cost: alpha here is the
+    fitted alpha + beta * template_tokens.
     """
     norm = stats.norm_flops(case.k, case.question_tokens, case.prompt_tokens)
     out: dict[str, Any] = {"norm_flops": norm, "speedup_bound": 1 / norm}
@@ -194,7 +195,7 @@ def _cost_model(case: Case, arms: dict[str, Any], fit: stats.LinearFit | None) -
 
 
 def _cache_notes(cases: list[dict[str, Any]]) -> list[str]:
-    """What the server's count of cached tokens says against an arm's name."""
+    """Return notes on arms whose number of cached tokens contradicts \"warm\" or \"cold\"."""
     notes = []
     for case in cases:
         for name, arm in case["arms"].items():
@@ -203,22 +204,24 @@ def _cache_notes(cases: list[dict[str, Any]]) -> list[str]:
                 continue
             if arm["warm"] and cached < case["prompt_tokens"] / 2:
                 notes.append(
-                    f"{name} of case {case['case']} found only {cached} tokens in the cache: the prompt is shorter "
-                    "than a block (128 tokens on a CPU), or the cache is too small (--kv-gib)."
+                    f"{name} of case {case['case']} found only {cached} tokens in the cache. The prompt is shorter "
+                    "than a block (128 tokens on a CPU), or the cache is too small (set --kv-gib)."
                 )
             if not arm["warm"] and cached:
-                notes.append(f"{name} of case {case['case']} found {cached} tokens in the cache and was not cold.")
+                notes.append(
+                    f"{name} of case {case['case']} found {cached} tokens in the cache, so the arm was not cold."
+                )
     return notes
 
 
 def _round_trip_ms(run: Run) -> float | None:
-    """Median time of an empty request (`GET /health`): what network and client add to each figure."""
+    """Return the median time of an empty request (`GET /health`) in ms: the share of network and client."""
     trips = [s.round_trip for rounds in run.samples.values() for s in _good(rounds).values()]
     return float(np.median(trips)) * 1e3 if trips else None
 
 
 def _verdicts(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each bound with the measured value; `pass` is None where the case was not measured."""
+    """Return each bound with its measured value. `pass` is None if the case was not measured."""
     out = []
     for what, prompt, ratio, end, limit in _BOUNDS:
         chosen: list[Any] = [c for c in cases if prompt is None or c["prompt_tokens"] == prompt]

@@ -1,4 +1,4 @@
-"""The result for people (a table), for programs (JSON), and the one summary line."""
+"""Write the result: a table for people, JSON for programs, and one summary line."""
 
 from __future__ import annotations
 
@@ -14,23 +14,25 @@ _HEAD = ("arm", "server", "tokens", "cached", "p50", "p90", "p99", "mean", "fail
 
 
 def table(run: Run, figures: dict[str, Any]) -> str:
-    """Everything a reader needs, in plain text no wider than 100 columns."""
+    """Return the printed report as plain text."""
     lines = [_title(run)]
     labels = {arm.name: arm.label for arm in run.arms}
     for case in figures["cases"]:
         lines += [
             "",
             f"{case['prompt_tokens']}-token prompt, {case['question_tokens']}-token question, k = {case['k']}; "
-            f"the template adds {case['template_tokens']} tokens. TTFT in ms:",
+            f"the chat template adds {case['template_tokens']} tokens. TTFT in ms:",
         ]
         rows = [_row(name, labels[name], arm) for name, arm in case["arms"].items()]
         lines += _align([("", *_HEAD), *rows], 3)
         lines += ["", *_ratio_lines(case), *_model_lines(case)]
     lines += ["", *_fit_lines(figures["fit"])]
     if figures["round_trip_ms"] is not None:
-        lines.append(f"Network and client: an empty request takes {figures['round_trip_ms']:.1f} ms (median).")
+        lines.append(
+            f"An empty request takes {figures['round_trip_ms']:.1f} ms (median): the share of network and client."
+        )
     lines += [f"Note: {note}" for note in (*run.notes, *figures["notes"])]
-    lines += ["", "Bounds, stated for the default model on a CPU and at least 100 rounds:"]
+    lines += ["", "Bounds (valid for the default model on a CPU with at least 100 rounds):"]
     lines += [*(_verdict_line(v) for v in figures["verdicts"])]
     return "\n".join(lines)
 
@@ -40,7 +42,7 @@ def _title(run: Run) -> str:
     device = ", ".join(hardware.get("gpus", [])) or f"{hardware.get('cpu')}, {hardware.get('cores')} cores"
     state = ""
     if run.interrupted or run.stopped:
-        state = f" ({'interrupted' if run.interrupted else 'stopped early'}, {run.rounds} were asked for)"
+        state = f" ({'interrupted' if run.interrupted else 'stopped early'}, {run.rounds} rounds requested)"
     return (
         f"TTFT of {run.model} on {device}, {hardware.get('memory_gib')} GiB; "
         f"{run.rounds_measured} interleaved rounds{state}, {run.started:%Y-%m-%d %H:%M}"
@@ -56,7 +58,7 @@ def _row(name: str, label: str, arm: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _align(rows: list[tuple[str, ...]], left: int) -> list[str]:
-    """Rows as columns, the first `left` of them flush left, the others flush right."""
+    """Return aligned rows. The first `left` columns are left-aligned, the others right-aligned."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return [
         "  "
@@ -67,7 +69,7 @@ def _align(rows: list[tuple[str, ...]], left: int) -> list[str]:
 
 def _ratio_lines(case: dict[str, Any]) -> list[str]:
     rows: list[tuple[str, ...]] = [
-        ("", "ratio of medians", "95 % interval", "median of ratios", "95 % interval", "saves ms", "pairs")
+        ("", "ratio of medians", "95 % interval", "median of ratios", "95 % interval", "ms saved", "pairs")
     ]
     for name, r in case["ratios"].items():
         rows.append(
@@ -94,7 +96,7 @@ def _model_lines(case: dict[str, Any]) -> list[str]:
     if "overhead_fraction" in model:
         measured = case["ratios"].get("be/full_cold", {}).get("of_medians")
         lines[0] += (
-            f". Eq. 6: overhead_fraction {model['overhead_fraction']:.3f}, so be / full_cold should be "
+            f". Eq. 6: overhead_fraction {model['overhead_fraction']:.3f}, predicted be / full_cold "
             f"{model['predicted_ratio']:.3f}" + (f"; measured {measured:.3f}" if measured else "")
         )
     return lines
@@ -104,9 +106,9 @@ def _fit_lines(fit: dict[str, Any] | None) -> list[str]:
     if fit is None:
         return []
     return [
-        f"Fitted: TTFT = {fit['alpha_ms']:.1f} ms + {fit['beta_ms_per_token']:.3f} ms a token (least squares of the "
+        f"Fit: TTFT = {fit['alpha_ms']:.1f} ms + {fit['beta_ms_per_token']:.3f} ms per token (least squares of the "
         f"relative error over {fit['points']} medians",
-        f"of the uncached plain arms; the worst point lies {fit['largest_relative_residual']:.0%} off the line).",
+        f"of the uncached plain arms; the largest relative error is {fit['largest_relative_residual']:.0%}).",
     ]
 
 
@@ -145,7 +147,7 @@ def write_json(run: Run, figures: dict[str, Any], path: Path) -> None:
 
 
 def summary(run: Run, figures: dict[str, Any], *, json_path: Path, png_path: Path | None) -> str:
-    """One JSON object on one line: the last line of the command's output."""
+    """Return one JSON object on one line: the last line of the command's output."""
     cases = {
         case["case"]: {
             "p50_ttft_ms": {n: round(a["p50_ttft_ms"], 3) if a["completed"] else None for n, a in case["arms"].items()},

@@ -1,7 +1,7 @@
-"""The rounds: every arm of every case once a round, in a new order, one request at a time.
+"""Warm-up and timed rounds. A round sends every arm of every case once, in random order, one request at a time.
 
-After its full pass over the arms, each case of a round has `close` further passes over
-[BE] and its floor alone. A pass has a number of its own, and arms are compared within passes.
+A case in a round starts with a full pass over all arms. `close` extra passes over the arms in
+`CLOSE` follow. Each pass has its own number, and arms are compared within a pass.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from benchmarks.common.servers import run_alone
 from benchmarks.ttft.figures import Run
 from benchmarks.ttft.workload import CLOSE, Arm, Case, ServerName, request_body
 
-GIVE_UP_AFTER = 5
-"""Failures of one server in a row that end the run."""
+MAX_FAILURES = 5
+"""Number of consecutive failures of one server that ends the run."""
 
 
 @dataclass
 class Rounds:
-    """Asks and keeps the time. Servers are up, texts made; results go into `run`."""
+    """Sends the requests and stores the samples in `run`. The servers must be up."""
 
     run: Run
     chat: Chat
@@ -39,17 +39,17 @@ class Rounds:
     models: Mapping[ServerName, str]
     be_id: str
     own: Mapping[ServerName, Server] = field(default_factory=dict)
-    """Servers that the benchmark started itself."""
+    """Servers that the benchmark started."""
     warmup: int = 1
     freeze: bool = True
     pause: float = 0.0
-    """Seconds of rest before a request to another server than the last one."""
+    """Seconds to wait before a request to the other server."""
     salt: str = field(default_factory=lambda: uuid4().hex)
-    """Differs between runs, so that no run finds a former one's prompts in the cache."""
+    """Cache salt of the warm arm. It differs between runs, so that no run finds an earlier run's prompts."""
     _last: ServerName | None = None
 
     async def ask(self, case: Case, arm: Arm, number: int) -> Sample:
-        """One request of an arm; `number` counts passes from the first warm-up."""
+        """Send one request of an arm. `number` counts passes from the first warm-up round."""
         if self.freeze:
             run_alone(self.own, arm.server)
         if self.pause and self._last not in (None, arm.server):
@@ -66,7 +66,7 @@ class Rounds:
             salt=f"{self.salt}-{case.name}" if arm.warm else uuid4().hex,
             max_tokens=self.run.max_tokens,
         )
-        await client.healthy()  # opens the connection again should the server have closed it
+        await client.healthy()  # opens the connection again if the server has closed it
         begin = perf_counter()
         await client.healthy()
         round_trip = perf_counter() - begin
@@ -75,10 +75,9 @@ class Rounds:
         return sample
 
     async def warm_up(self) -> None:
-        """Uncounted rounds: fill the warm arm's cache, check lengths and answers.
+        """Run the untimed rounds: fill the warm arm's cache, check lengths and answers.
 
-        Raises ServerError for the first request that fails: there is no use in
-        measuring the others.
+        Raises ServerError for the first failed request.
         """
         for number in range(self.warmup):
             for case in self.run.cases:
@@ -97,22 +96,22 @@ class Rounds:
             )
         if note and sample.prompt_tokens != case.input_tokens(arm):
             self.run.notes.append(
-                f"arm {arm.name} of case {case.name} took {sample.prompt_tokens} input tokens, "
+                f"arm {arm.name} of case {case.name} has {sample.prompt_tokens} input tokens, "
                 f"expected {case.input_tokens(arm)}."
             )
 
     def _compare_answers(self, case: Case, samples: dict[str, Sample]) -> None:
-        """A token made of the floor prompt's own embeddings must answer as that prompt does."""
+        """Note a difference between the answers of the token and of the prompt whose embeddings it holds."""
         be, floor = samples["be"].text, samples["floor"].text
         self.run.token.setdefault("answers_as_its_text", {})[case.name] = be == floor
         if be != floor:
             self.run.notes.append(
-                f"case {case.name}: the token answered {be!r} and the text whose embeddings it holds {floor!r}; "
-                "more than rounding may differ."
+                f"case {case.name}: the token answered {be!r}, the text with the same embeddings answered {floor!r}. "
+                "The cause may be more than rounding."
             )
 
     async def measure(self) -> None:
-        """The timed rounds. Ctrl-C and a dying server end them early, with the samples kept."""
+        """Run the timed rounds. Ctrl-C and a failing server end them early; `run` keeps the samples."""
         from tqdm import tqdm
 
         run = self.run
@@ -133,7 +132,7 @@ class Rounds:
                     failures[arm.server] = 0 if sample.ok else failures[arm.server] + 1
                     if not sample.ok:
                         tqdm.write(f"pass {number}, {case.name}, {arm.name}: {sample.error}", file=sys.stderr)
-                    if failures[arm.server] == GIVE_UP_AFTER:
+                    if failures[arm.server] == MAX_FAILURES:
                         run.stopped = self._why_stopped(arm.server, sample)
                         break
             except asyncio.CancelledError:
@@ -145,27 +144,27 @@ class Rounds:
     def _why_stopped(self, name: ServerName, sample: Sample) -> str:
         server = self.own.get(name)
         tail = server.tail() if server else ""
-        return f"The {name} server failed {GIVE_UP_AFTER} times in a row, last: {sample.error}{tail}"
+        return f"The {name} server failed {MAX_FAILURES} times in a row. Last error: {sample.error}{tail}"
 
 
 def order(run: Run) -> Iterator[tuple[int, Case, Arm]]:
-    """(pass, case, arm) of every request of a run, as the seed draws them.
+    """Yield (pass, case, arm) of every request of a run, in the order that the seed determines.
 
-    The arms of one pass stand together, so that what is compared is close in time.
+    The arms of one pass are consecutive, so that compared requests are close in time.
     """
     rng = random.Random(f"order {run.seed}")  # noqa: S311
     close = [arm for arm in run.arms if arm.name in CLOSE]
     for number in range(run.rounds):
         for case in rng.sample(run.cases, len(run.cases)):
-            for further in range(1 + run.close):
-                arms = close if further else run.arms
+            for extra in range(1 + run.close):
+                arms = close if extra else run.arms
                 for arm in rng.sample(arms, len(arms)):
-                    yield number * (1 + run.close) + further, case, arm
+                    yield number * (1 + run.close) + extra, case, arm
 
 
 @contextlib.contextmanager
 def _no_gc() -> Iterator[None]:
-    """No garbage collection inside a timed request; the loop collects between passes."""
+    """Disable garbage collection during timed requests. The loop collects between passes."""
     gc.disable()
     try:
         yield

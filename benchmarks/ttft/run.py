@@ -1,8 +1,8 @@
-"""Time to first token: [BE] beside no prompt, a plain k-token prompt and the full prompt.
+"""Measure the time to first token of [BE], no prompt, a plain k-token prompt and the full prompt.
 
-The paper's Table 5, with two more things measured: the full prompt with its prefix
-cached, which is the fair rival of a token, and a plain prompt of the token's own
-length on the same server, which is the floor a token can reach.
+This is the paper's Table 5 with two more arms. `full_warm` is the full prompt with a cached
+prefix, the fair comparison for a token. `floor` is a plain prompt with as many tokens as the
+token has vectors, on the same server: the lowest time that a token can reach.
 """
 
 from __future__ import annotations
@@ -37,47 +37,47 @@ from benchmarks.ttft.rounds import Rounds
 from benchmarks.ttft.workload import Case, ServerName, arms_for
 
 SPIN_SECONDS = 1.2
-"""A vLLM worker spins for a second after its last step (its SpinCondition), and a little is added."""
+"""A vLLM worker spins for one second after its last step (SpinCondition); this value adds a margin."""
 PAPER_CASES = ((337, 26), (1584, 58), (3000, 58))
-"""(prompt, question) tokens: RoleLLM and GSM8K of the paper's Table 8, and a longer prompt."""
+"""(prompt, question) lengths in tokens: RoleLLM and GSM8K of the paper's Table 8, and a longer prompt."""
 
 
 @dataclass(frozen=True)
 class TTFTOptions:
-    """What to measure, and on which servers. The command line fills it."""
+    """Options of `be-serve bench ttft`: arms, lengths and servers."""
 
     model: str
     out: Path
     servers: ServerOptions
     folder: Path | None = None
-    """The model's files; needed to make a token."""
+    """Folder of the model; needed to make a token."""
     revision: str | None = None
     url: str | None = None
-    """A running server with the plugin; None starts one."""
+    """URL of a running server with the plugin; None starts one."""
     baseline_url: str | None = None
-    """A running server without it; None starts one, or beside `url` does without."""
+    """URL of a running stock server. None starts one; with `url`, None runs all arms on the server at `url`."""
     be_id: str | None = None
-    """A token that the server at `url` already has."""
+    """Id of a token that the server at `url` already has."""
     token: Token | None = None
-    """A token to measure with; None makes one (see `tokens`)."""
+    """Token to measure; None makes one (see `benchmarks.common.tokens`)."""
     admin_key: str | None = field(default=None, repr=False)
     api_key: str | None = field(default=None, repr=False)
     k: int = 1
     rounds: int = 100
     close: int = 2
-    """Further passes over [BE] and its floor alone in each round."""
+    """Extra passes in each round over the arms be and floor only."""
     warmup: int = 3
     cases: tuple[tuple[int, int], ...] = PAPER_CASES
     arms: tuple[str, ...] = ()
-    """Names of the arms to measure; none for all."""
+    """Names of the arms to measure; empty for all."""
     prompt: str | None = None
-    """A prompt of the user's own; of the cases only the question lengths count then."""
+    """The user's prompt. It replaces the built-in text; `cases` then sets the question lengths only."""
     max_tokens: int = 2
     seed: int = 0
     freeze: bool = True
-    """Stop our idle server while the other is timed (see `Server.freeze`)."""
+    """Suspend the idle one of our servers during requests to the other (see `Server.freeze`)."""
     pause: float | None = None
-    """Seconds of rest where a request goes to another server than the last; None: see `rest`."""
+    """Seconds to wait before a request to the other server; None: see `rest`."""
 
     @property
     def plugin_only(self) -> bool:
@@ -86,11 +86,11 @@ class TTFTOptions:
 
 
 async def measure_ttft(options: TTFTOptions, say: Callable[[str], None]) -> Run:
-    """Run the whole benchmark; `say` gets a line at each step.
+    """Run the benchmark and return its samples. `say` receives one line per step.
 
-    Ctrl-C or SIGTERM during the rounds returns what was measured, with
-    `interrupted` set; a server that dies then sets `stopped`. Before the rounds
-    both raise. Raises InputError and ServerError.
+    During the timed rounds, Ctrl-C and SIGTERM return the samples so far with `interrupted` set, and
+    a failing server returns them with `stopped` set. Before the timed rounds these events raise.
+    Raises InputError and ServerError.
     """
     if task := asyncio.current_task():
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
@@ -133,7 +133,7 @@ async def measure_ttft(options: TTFTOptions, say: Callable[[str], None]) -> Run:
 
 
 def new_run(options: TTFTOptions) -> Run:
-    """An empty result that already knows where and how it is measured."""
+    """Return a run without samples, with its options, machine and versions."""
     run = Run(
         model=options.model,
         k=options.k,
@@ -149,15 +149,15 @@ def new_run(options: TTFTOptions) -> Run:
         settings=_settings(options),
     )
     if options.url is not None:
-        run.notes.append("hardware and versions are those of the client; the servers were running already.")
+        run.notes.append("hardware and versions describe the client. The benchmark did not start the servers.")
     if options.plugin_only:
-        run.notes.append("no --baseline-url, so all arms ran on the plugin server, with its flags.")
+        run.notes.append("without --baseline-url, all arms ran on the plugin server, with its flags.")
     return run
 
 
 @dataclass
 class _Fleet:
-    """The two servers, started here or given, and a client of each."""
+    """The two servers, started here or given by URL, and one client for each."""
 
     options: TTFTOptions
     stack: AsyncExitStack
@@ -177,7 +177,10 @@ class _Fleet:
         await self._open("stock", options.baseline_url, server)
 
     async def open_plugin(self, token: Token | None) -> str:
-        """Start the plugin server where none is given, see that it has the token; returns its be_id."""
+        """Start the plugin server if no URL is given, give it the token and return the token's be_id.
+
+        Raises InputError and ServerError.
+        """
         options = self.options
         if options.url is None:
             assert token is not None
@@ -199,11 +202,11 @@ class _Fleet:
             self.own[name], url = server, server.url
         client = await self.stack.enter_async_context(ServerClient(str(url), api_key=self.options.api_key))
         if not await client.healthy():
-            raise ServerError(f"No server answers at {client.url}/health.")
+            raise ServerError(f"No server answers at {client.url}/health. Start the server or correct the URL.")
         self.clients[name] = client
 
     async def describe(self) -> dict[str, dict[str, Any]]:
-        """Address, versions and flags of the servers, for the result."""
+        """Return address, versions and flags of the servers, for the result."""
         return {
             name: {
                 "url": client.url,
@@ -220,11 +223,11 @@ class _Fleet:
 
 @contextlib.asynccontextmanager
 async def _registered(client: ServerClient, token: Token, admin_key: str | None) -> AsyncIterator[str]:
-    """The token on a running server, under an id of its own, removed at the end."""
+    """Register the token on a running server under a new id; yield the id; remove the token at the end."""
     if not admin_key:
         raise InputError(
-            "To measure a running server, name a token it has (--be-id), or give its admin key "
-            "(--admin-key or BE_ADMIN_KEY) so that one can be registered."
+            "To measure a running server, name one of its tokens (--be-id), or give its admin key "
+            "(--admin-key or BE_ADMIN_KEY) so that the benchmark can register a token."
         )
     be_id, headers = f"{BENCH_ID}-{uuid4().hex[:8]}", {"X-BE-Key": admin_key}
     address = urlsplit(client.url)
@@ -238,17 +241,19 @@ async def _registered(client: ServerClient, token: Token, admin_key: str | None)
 
 
 async def _token_of(floor: str, chat: Chat, options: TTFTOptions) -> Token:
-    """A token of the plain prompt's own embeddings, so that both must answer alike."""
+    """Return a token that holds the plain prompt's embeddings, so that both must give the same answers."""
     if options.folder is None:
-        raise InputError("Making a token needs the model's files: give --model, or a token (--token, --be-id).")
+        raise InputError(
+            "The benchmark needs the model's files to make a token. Give --model, or a token (--token, --be-id)."
+        )
     ids = await chat.plain_ids(floor)
-    if len(ids) != options.k:  # a tokenizer that joins the prompt with what stands around it
+    if len(ids) != options.k:  # the tokenizer merges the prompt's tokens with those around it
         ids = (ids * options.k)[: options.k]
     return make_token(options.folder, options.model, options.revision, ids, floor)
 
 
 async def make_cases(chat: Chat, options: TTFTOptions, floor: str) -> list[Case]:
-    """The texts of every case, counted by the server. Raises InputError."""
+    """Return the cases with their texts. The server counts the tokens. Raises InputError and ServerError."""
     cases = []
     for wanted, question in options.cases:
         prompt = options.prompt or await fit_text(handbook(options.seed), wanted, chat.prompt_tokens)
@@ -270,17 +275,17 @@ async def make_cases(chat: Chat, options: TTFTOptions, floor: str) -> list[Case]
 
 
 def max_model_len(options: TTFTOptions) -> int:
-    """Context length of our own servers: the longest chat, room for template and answer, in whole blocks."""
-    # No tokenizer makes a token of every second byte of prose.
+    """Return the context length for our servers: longest chat, chat template and answer, in blocks of 128 tokens."""
+    # Assumes at least two bytes per token, which holds for prose in every tokenizer.
     prompts = [len(options.prompt.encode()) // 2] if options.prompt else [p for p, _ in options.cases]
     longest = max(prompts) + max(q for _, q in options.cases) + options.k + options.max_tokens + 256
     return -(-longest // 128) * 128
 
 
 def rest(options: TTFTOptions) -> float:
-    """Seconds to wait where the server changes: until the other's worker has stopped spinning.
+    """Return the seconds to wait before a request to the other server, so that the idle worker stops spinning.
 
-    Servers of our own are suspended instead, and those on two machines do not disturb each other.
+    The wait is 0 for our own servers, which are suspended, and for servers on two machines.
     """
     if options.pause is not None:
         return options.pause
@@ -289,18 +294,18 @@ def rest(options: TTFTOptions) -> float:
 
 
 def _template_kwargs(options: TTFTOptions) -> dict[str, Any]:
-    """Template variables of the token (Llama-3's date), sent with every arm so that all render alike."""
+    """Return the token's chat template variables (Llama-3's date). Every arm sends them, so that all render alike."""
     if options.token is not None:
         return options.token.manifest.template_kwargs
     return pinned_template_kwargs(chat_template_text(options.folder)) if options.folder else {}
 
 
 def _settings(options: TTFTOptions) -> dict[str, Any]:
-    """The options as they go into the result: no keys, no texts."""
+    """Return the options for the result, without keys and texts."""
     hidden = {"admin_key", "api_key", "prompt", "token", "servers"}
-    shown = {k: v for k, v in vars(options).items() if k not in hidden}
+    public = {k: v for k, v in vars(options).items() if k not in hidden}
     servers = asdict(options.servers)
     servers["server_args"] = redact(servers["server_args"])
     servers["plugin_args"] = redact(servers["plugin_args"])
-    shown = {k: str(v) if isinstance(v, Path) else v for k, v in shown.items()}
-    return {**{k: redact_word(v) if isinstance(v, str) else v for k, v in shown.items()}, **servers}
+    public = {k: str(v) if isinstance(v, Path) else v for k, v in public.items()}
+    return {**{k: redact_word(v) if isinstance(v, str) else v for k, v in public.items()}, **servers}

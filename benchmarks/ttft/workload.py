@@ -1,16 +1,16 @@
-"""The arms of the TTFT benchmark: what each sends, where to, and what may be cached.
+"""Arms of the TTFT benchmark: server, system turn and prefix cache of each.
 
     none          stock    empty system turn                              cold
     floor_stock   stock    plain prompt of k tokens                       cold
     floor         plugin   plain prompt of k tokens                       cold
     be            plugin   k vectors by `be_id`                           cold
-    full_warm     stock    full prompt, its prefix cached beforehand      warm
+    full_warm     stock    full prompt, its prefix already cached         warm
     full_cold     stock    full prompt                                    cold
 
-"Cold" is a `cache_salt` of the request's own: vLLM's prefix cache then finds nothing.
-"Warm" is one salt for all the run's requests of that case, so that the prompt's
-blocks are found and a former run's are not. In a round all arms of a case ask the
-same question; it is new in every round, so of a warm request the prompt alone is cached.
+Cold: each request has its own `cache_salt`, so vLLM's prefix cache finds nothing. Warm: all
+requests of the case in this run share one salt, so the cache finds the prompt, but no blocks of an
+earlier run. All arms of a case ask the same question in a pass. The question is new in every pass,
+so the cache of a warm request holds the prompt only.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ Content = Literal["none", "floor", "token", "full"]
 
 @dataclass(frozen=True)
 class Arm:
-    """One way of asking the same question."""
+    """One way to send the same question."""
 
     name: str
     server: ServerName
     content: Content
     label: str
-    """How tables and charts name it."""
+    """Name in tables and charts."""
     warm: bool = False
 
 
@@ -48,44 +48,46 @@ ARMS = (
 )
 
 CLOSE = ("floor", "be")
-"""Two arms a few per cent apart and quick to ask: asked more often, to tell them apart."""
+"""Two fast arms that differ by a few per cent. Extra passes over them narrow the interval of their ratio."""
 
 RATIOS = (("be", "full_cold"), ("be", "full_warm"), ("be", "floor"), ("floor", "floor_stock"))
 
 
 @dataclass(frozen=True)
 class Case:
-    """A system prompt and a question length, with the texts to measure them."""
+    """A system prompt and a question length, with all texts."""
 
     prompt: str
     prompt_tokens: int
-    """L_p of Eq. 5: tokens of the system prompt."""
+    """L_p of Eq. 5: number of tokens of the system prompt."""
     question_tokens: int
-    """L_q of Eq. 5: tokens of the question."""
+    """L_q of Eq. 5: number of tokens of the question."""
     template_tokens: int
-    """What the chat template adds; the same in every arm."""
+    """Number of tokens that the chat template adds, equal in every arm."""
     floor: str
+    """Plain prompt of k tokens."""
     k: int
+    """Number of vectors of the token."""
     questions: tuple[str, ...]
-    """One for each pass, those of the warm-up first."""
+    """One question for each pass; those of the warm-up come first."""
 
     @property
     def name(self) -> str:
         return f"{self.prompt_tokens}:{self.question_tokens}"
 
     def system_tokens(self, arm: Arm) -> int:
-        """Tokens that this arm puts into the system turn."""
+        """Return the number of tokens that this arm puts into the system turn."""
         return {"none": 0, "floor": self.k, "token": self.k, "full": self.prompt_tokens}[arm.content]
 
     def input_tokens(self, arm: Arm) -> int:
-        """What the server should report as `usage.prompt_tokens`."""
+        """Return the expected `usage.prompt_tokens`."""
         return self.template_tokens + self.system_tokens(arm) + self.question_tokens
 
 
 def arms_for(plugin_only: bool, only: Sequence[str] = ()) -> tuple[Arm, ...]:
-    """The arms, or those named in `only`; with no stock server the plain ones run on the plugin server too.
+    """Return the arms, or those named in `only`. Without a stock server, all arms run on the plugin server.
 
-    Raises InputError for names that are none, and where "be" is not among them.
+    Raises InputError for an unknown name, and if `only` does not contain `be`.
     """
     arms: tuple[Arm, ...] = ARMS
     if plugin_only:
@@ -94,16 +96,16 @@ def arms_for(plugin_only: bool, only: Sequence[str] = ()) -> tuple[Arm, ...]:
         return arms
     names = [arm.name for arm in arms]
     if unknown := [name for name in only if name not in names]:
-        raise InputError(f"There is no arm {unknown[0]!r} here; there are {', '.join(names)}.")
+        raise InputError(f"Unknown arm {unknown[0]!r}. Available arms: {', '.join(names)}.")
     if "be" not in only:
-        raise InputError("Name the arm be among the arms: the others are measured beside it.")
+        raise InputError("Add the arm be to --arms. The benchmark compares the other arms with it.")
     return tuple(arm for arm in arms if arm.name in only)
 
 
 def request_body(
     arm: Arm, case: Case, question: str, *, model: str, chat: Chat, be_id: str, salt: str, max_tokens: int
 ) -> dict[str, Any]:
-    """The JSON body of one request of an arm."""
+    """Return the JSON body of one request of an arm."""
     prompt = {"none": None, "token": None, "floor": case.floor, "full": case.prompt}[arm.content]
     body: dict[str, Any] = {
         "model": model,
@@ -112,7 +114,7 @@ def request_body(
         "stream_options": {"include_usage": True},
         "temperature": 0,
         "max_tokens": max_tokens,
-        # An answer that ends at once would have no content to time.
+        # An answer that ends at once has no content to time.
         "ignore_eos": True,
         "skip_special_tokens": False,
         "cache_salt": salt,

@@ -32,7 +32,7 @@ def test_every_step_in_its_tiny_form(tmp_path):
     )
     page = (tmp_path / "out" / "README.md").read_text()
     assert done.stdout.strip() == page.strip()
-    assert "a rehearsal, not a result" in page
+    assert "a trial run, not a result" in page
     for picture in ("ttft.png", "ttft-llama-3.1-8b/ttft.png", "plain/load.png"):
         assert (tmp_path / "out" / picture).stat().st_size > 10_000
     print(f"{took:.0f} s")

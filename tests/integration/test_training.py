@@ -173,7 +173,7 @@ def test_vllm_offline_answers_as_the_frozen_model_does(model, model_dir, example
     assert sampled[0] == sampled[1]
     assert sampled[0] != sampled[2]
     broken = OfflineDecoder(str(model_dir / "nowhere"), model)
-    with pytest.raises(InputError, match="its log is above"):
+    with pytest.raises(InputError, match="Its log is above"):
         broken([[1, 2]], 1, 0.0, 0)
 
 

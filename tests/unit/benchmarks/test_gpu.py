@@ -13,7 +13,7 @@ from be_serve.core.errors import InputError
 from benchmarks.common.answers import Answer
 from benchmarks.gpu import run as gpu_run
 from benchmarks.gpu import steps as gpu_steps
-from benchmarks.gpu.parity import _Asked, _compare
+from benchmarks.gpu.parity import _compare, _Response
 from benchmarks.gpu.report import report
 from benchmarks.gpu.run import GpuRun
 from benchmarks.gpu.shapes import PAPER_BOUND, PAPER_CASES, SHAPES, tiny
@@ -64,7 +64,7 @@ def test_an_interrupted_step_ends_the_run_and_is_done_again(tmp_path, monkeypatc
     run = make_run(tmp_path, monkeypatch, said, first=fine, second=stopped, third=fine)
     assert asyncio.run(run.run()) == 130
     assert "third" not in run.state["steps"]
-    assert "The same command continues" in said[-1]
+    assert "To continue, run the same command again" in said[-1]
     run = make_run(tmp_path, monkeypatch, said, first=broken, second=fine, third=fine)
     assert asyncio.run(run.run()) == 0
 
@@ -104,7 +104,7 @@ def test_the_page_of_a_measured_run_holds_the_papers_figures_beside_ours():
     assert "89.67 -> 40.36 (2.22x)" in page
     assert "27.8x" in page
     assert "resident-rows | 24 | 24 | 0 | 0" in page
-    assert "rehearsal" not in page
+    assert "trial run" not in page
 
 
 def test_the_papers_bound_is_its_equation():
@@ -139,7 +139,7 @@ def test_a_tiny_model_is_one_that_transformers_loads(tmp_path, name):
 def test_answers_are_compared_with_their_first_tokens():
     def asked(tokens, logprob):
         close = tuple(frozenset() for _ in tokens)
-        return _Asked(Answer(tuple(tokens), close), {"token_id:1": logprob})
+        return _Response(Answer(tuple(tokens), close), {"token_id:1": logprob})
 
     found = _compare([asked("ab", -1.0), asked("ab", -1.0)], [asked("ab", -1.25), asked("ac", -1.0)])
     assert (found["equal"], found["wrong"], found["first_logprob_difference"]) == (1, 1, 0.25)

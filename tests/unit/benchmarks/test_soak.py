@@ -16,10 +16,10 @@ from benchmarks.common.answers import Answer, Count, answer_of
 from benchmarks.common.machine import resident
 from benchmarks.common.servers import ServerOptions
 from benchmarks.soak import SoakOptions, SoakRun, summary
-from benchmarks.soak.answers import shown
+from benchmarks.soak.answers import detectable_share
 from benchmarks.soak.attacks import ATTACKS, Attacks
-from benchmarks.soak.client import Asker
-from benchmarks.soak.workload import Crowd
+from benchmarks.soak.client import SoakClient
+from benchmarks.soak.workload import Workload
 from tests.factories import make_token
 
 RIGHT = Answer(("Ahoy", ",", " sailor"), (frozenset(), frozenset({"!", ";"}), frozenset()))
@@ -49,10 +49,12 @@ def test_an_answer_that_departs_is_wrong_unless_it_took_a_close_second(tokens, o
 def test_how_far_a_mix_up_would_show():
     near = Answer(("Ahoy", "!", " cat"), (frozenset(), frozenset({","}), frozenset()))
     far = Answer(("No",), (frozenset(),))
-    assert shown({("a", 0): RIGHT, ("b", 0): RIGHT}) == 0.0
-    assert shown({("a", 0): RIGHT, ("b", 0): near}) == 0.0  # either way the first difference is a tie
-    assert shown({("a", 0): RIGHT, ("b", 0): near, ("c", 0): far}) == pytest.approx(4 / 6)
-    assert shown({("a", 0): RIGHT, ("b", 1): far, ("a", -1): far, ("b", -1): RIGHT}) == 0.0  # no question in common
+    assert detectable_share({("a", 0): RIGHT, ("b", 0): RIGHT}) == 0.0
+    assert detectable_share({("a", 0): RIGHT, ("b", 0): near}) == 0.0  # either way the first difference is a tie
+    assert detectable_share({("a", 0): RIGHT, ("b", 0): near, ("c", 0): far}) == pytest.approx(4 / 6)
+    assert (
+        detectable_share({("a", 0): RIGHT, ("b", 1): far, ("a", -1): far, ("b", -1): RIGHT}) == 0.0
+    )  # no question in common
 
 
 def options(**given) -> SoakOptions:
@@ -97,23 +99,23 @@ def cached(tokens: int) -> dict:
     return {"usage": {"prompt_tokens_details": {"cached_tokens": tokens}}}
 
 
-def crowd(server: Server) -> Crowd:
+def workload(server: Server) -> Workload:
     tokens = {}
     for n in range(2):
         text = f"You are {n}."
         tokens[f"soak-{n}"] = make_token(f"soak-{n}", k=8, hidden_size=32, seed=n, prompt=text, text=text)
     http = httpx.AsyncClient(base_url="http://test", transport=httpx.MockTransport(server))
     references = {(be_id, q): RIGHT for be_id in tokens for q in range(-1, 4)}
-    return Crowd(Asker(options(tokens=2), http, "key", tokens, Count(), "m", vocabulary=100), references)
+    return Workload(SoakClient(options(tokens=2), http, "key", tokens, Count(), "m", vocabulary=100), references)
 
 
 async def attack_all(server: Server) -> Count:
-    clients = crowd(server)
+    clients = workload(server)
     rng = random.Random(0)
-    await Attacks(clients.asker).takeover(rng)
+    await Attacks(clients.client).takeover(rng)
     for _ in range(200):
         await clients.attack(rng)
-    return clients.asker.count
+    return clients.client.count
 
 
 class Refusing:
@@ -156,7 +158,7 @@ LOADED = {"vllm:num_preemptions_total": 3.0, "be_serve_row_writes_total": 90.0}
 
 
 def clean_run(**given) -> SoakRun:
-    run = SoakRun(options(), shown=0.9, seconds=1800.0, metrics=dict(LOADED), **given)
+    run = SoakRun(options(), detectable=0.9, seconds=1800.0, metrics=dict(LOADED), **given)
     for kind in ("token", "plain", "long", "churn"):
         run.count.right[kind] = 50
     for kind in ATTACKS:
@@ -168,12 +170,12 @@ def clean_run(**given) -> SoakRun:
     ("spoil", "fault"),
     [
         (lambda run: run.count.wrong.append({}), "1 wrong answers"),
-        (lambda run: run.count.failures.update(["x"]), "1 errors that are not the client's"),
-        (lambda run: run.count.succeeded.update(["vector"]), "1 attempts succeeded"),
+        (lambda run: run.count.failures.update(["x"]), "1 server errors"),
+        (lambda run: run.count.succeeded.update(["vector"]), "1 attacks succeeded"),
         (lambda run: run.count.right.pop("churn"), "no right answer of kind 'churn'"),
-        (lambda run: run.count.attempts.pop("takeover"), "no attempt of kind 'takeover'"),
-        (lambda run: run.count.ties.update(token=20), "ties in 29% of the tokens' answers, in 0% of plain ones"),
-        (lambda run: setattr(run, "shown", 0.2), "only 20% of mix-ups"),
+        (lambda run: run.count.attempts.pop("takeover"), "no attack of kind 'takeover'"),
+        (lambda run: run.count.ties.update(token=20), "ties in 29% of answers with tokens, in 0% of plain answers"),
+        (lambda run: setattr(run, "detectable", 0.2), "only 20% of mix-ups"),
         (lambda run: run.metrics.clear(), "no request was preempted"),
         (lambda run: run.metrics.update(be_serve_row_writes_total=24.0), "rows hardly changed"),
         (lambda run: run.memory.extend((n, {"a": 100.0 + n}) for n in range(100)), "memory grew to 1."),
@@ -207,21 +209,21 @@ async def test_a_server_that_breaks_is_counted():
 
 
 async def test_an_error_in_place_of_an_answer_is_a_failure():
-    clients = crowd(Server(lambda path, body: (503, {"error": {"message": "no room"}})))
+    clients = workload(Server(lambda path, body: (503, {"error": {"message": "no room"}})))
     for name in ("token", "plain", "abort"):
         await getattr(clients, name)(random.Random(0))
-    assert clients.asker.count.failures == {f"{name}: HTTP 503: no room": 1 for name in ("token", "plain", "abort")}
+    assert clients.client.count.failures == {f"{name}: HTTP 503: no room": 1 for name in ("token", "plain", "abort")}
     for seed in range(20):
         await clients.long(random.Random(seed))
-    assert clients.asker.count.failures["long: HTTP 503: no room"] > 5
-    assert clients.asker.count.failures["long, plain: HTTP 503: no room"] > 1
+    assert clients.client.count.failures["long: HTTP 503: no room"] > 5
+    assert clients.client.count.failures["long, plain: HTTP 503: no room"] > 1
 
 
 async def test_an_answer_of_another_form_is_a_failure_and_the_client_goes_on():
-    clients = crowd(Server(lambda path, body: (200, {"choices": [{"logprobs": None}]})))
+    clients = workload(Server(lambda path, body: (200, {"choices": [{"logprobs": None}]})))
     await clients.work(0, time.monotonic() + 0.2)
-    assert clients.asker.count.failures.total() > 5
-    assert any("TypeError" in error for error in clients.asker.count.failures)
+    assert clients.client.count.failures.total() > 5
+    assert any("TypeError" in error for error in clients.client.count.failures)
 
 
 def test_the_result_holds_no_secret_of_the_command(monkeypatch):
@@ -238,7 +240,7 @@ def test_the_summary_names_what_went_wrong():
     text = "\n".join(summary(run.result()))
     assert "201 right, 0 ties, 0 wrong" in text
     assert "2 x token: HTTP 503: no room" in text
-    assert "FAULT: 2 errors that are not the client's" in text
+    assert "FAULT: 2 server errors" in text
 
 
 def test_an_answer_keeps_what_was_close_to_the_likeliest():

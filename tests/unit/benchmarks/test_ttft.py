@@ -21,7 +21,7 @@ from benchmarks.common.tokens import make_token
 from benchmarks.ttft.chart import draw
 from benchmarks.ttft.figures import analyse
 from benchmarks.ttft.report import summary, table, write_json
-from benchmarks.ttft.rounds import GIVE_UP_AFTER
+from benchmarks.ttft.rounds import MAX_FAILURES
 from benchmarks.ttft.run import TTFTOptions, max_model_len, measure_ttft, new_run, rest
 from tests.unit.benchmarks.fake import MODEL, FakeServer
 
@@ -88,7 +88,7 @@ async def test_known_costs_come_back(tmp_path, tiny_model_dir):
         run = await measure_ttft(options, silent)
         assert ours.deleted == list(ours.tokens) == [run.token["be_id"]]
     assert run.rounds_measured == 4
-    assert run.notes == ["hardware and versions are those of the client; the servers were running already."]
+    assert run.notes == ["hardware and versions describe the client. The benchmark did not start the servers."]
     assert run.token["answers_as_its_text"] == {"120:26": True, "400:30": True}
     figures = analyse(run)
     assert figures["failed"] == 0
@@ -153,7 +153,7 @@ async def test_one_server_alone_says_so(tmp_path):
 async def test_a_wrong_size_is_noted(tmp_path):
     async with FakeServer(plugin=True, tokens={"x": 4}) as ours:
         run = await measure_ttft(make_options(tmp_path, url=ours.url, be_id="x", rounds=1), silent)
-    assert any("arm be of case 120:26 took" in note for note in run.notes)
+    assert any("arm be of case 120:26 has" in note for note in run.notes)
 
 
 async def test_own_prompt(tmp_path):
@@ -196,8 +196,8 @@ async def test_a_dead_server_ends_the_run_with_its_samples(tmp_path):
     async with two_servers(tokens={"x": 1}, fail_from=10) as (ours, stock):
         options = make_options(tmp_path, url=ours.url, baseline_url=stock.url, be_id="x", rounds=12)
         run = await measure_ttft(options, silent)
-    assert f"failed {GIVE_UP_AFTER} times in a row" in run.stopped
-    assert analyse(run)["failed"] == GIVE_UP_AFTER
+    assert f"failed {MAX_FAILURES} times in a row" in run.stopped
+    assert analyse(run)["failed"] == MAX_FAILURES
     assert 0 < run.rounds_measured < 10
 
 
@@ -211,7 +211,7 @@ async def test_interruption_keeps_what_was_measured(tmp_path):
         run = await task
     assert run.interrupted
     assert 0 < run.rounds_measured < run.rounds
-    assert "interrupted, 25 were asked for" in table(run, analyse(run))
+    assert "interrupted, 25 rounds requested" in table(run, analyse(run))
 
 
 @pytest.fixture
@@ -327,12 +327,12 @@ def test_the_token_for_a_server_of_ours_names_its_model(tiny_model_dir):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--baseline-url", "http://x"], "--baseline-url goes with --url"),
+        (["--baseline-url", "http://x"], "--baseline-url needs --url"),
         (["--be-id", "x"], "--be-id names a token of the server at --url"),
         (["--cases", "12"], "not PROMPT:QUESTION"),
-        (["--cases", "12:3,12:3"], "given twice"),
+        (["--cases", "12:3,12:3"], "the same case twice"),
         (["--cases", "0:3"], "not PROMPT:QUESTION"),
-        (["--prompt-file", "p.txt", "--cases", "1:2"], "use --question-tokens"),
+        (["--prompt-file", "p.txt", "--cases", "1:2"], "with --question-tokens, not with --cases"),
     ],
 )
 def test_options_that_do_not_go_together(arguments, message):

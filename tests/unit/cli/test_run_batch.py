@@ -14,14 +14,14 @@ from be_serve.core.errors import InputError
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--url", "http://h", "--concurency=8"], "nobody reads MODEL"),
-        (["--url", "http://h", "--be-token", "a=b"], "nobody reads --be-token"),
-        (["--url", "http://h", "m", "--api-key", "SECRET"], "nobody reads MODEL, --api-key"),
+        (["--url", "http://h", "--concurency=8"], "With --url, run-batch does not use MODEL"),
+        (["--url", "http://h", "--be-token", "a=b"], "With --url, run-batch does not use --be-token"),
+        (["--url", "http://h", "m", "--api-key", "SECRET"], "With --url, run-batch does not use MODEL, --api-key"),
         (["--url", ""], "--url is empty"),
-        (["--url", "http://h", "--start-timeout", "5"], "nobody reads --start-timeout"),
-        (["m", "--vllm-api-key", "SECRET"], "nobody reads --vllm-api-key"),
-        (["m", "--port=3"], "leave out --port"),
-        (["--enforce-eager", "m"], "Name the model first"),
+        (["--url", "http://h", "--start-timeout", "5"], "With --url, run-batch does not use --start-timeout"),
+        (["m", "--vllm-api-key", "SECRET"], "With its own server, run-batch does not use --vllm-api-key"),
+        (["m", "--port=3"], "Omit --port"),
+        (["--enforce-eager", "m"], "Give the model before the options"),
     ],
 )
 def test_a_command_that_would_be_misread_is_refused(tmp_path, words, message):

@@ -6,14 +6,14 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from be_serve.cli._serving import takes_plugin_options, variables
+from be_serve.cli.options import plugin_options, plugin_variables
 from be_serve.core.errors import InputError
 
 
 @click.command()
-@takes_plugin_options
+@plugin_options
 def show(plugin):
-    for name, value in sorted(variables(plugin).items()):
+    for name, value in sorted(plugin_variables(plugin).items()):
         click.echo(f"{name}={value}")
 
 
@@ -30,7 +30,7 @@ def test_the_key_comes_from_a_file_by_option_or_environment(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "key", "word"), [("", None, "empty"), (" \n", None, "empty"), ("secret", "other", "twice")]
+    ("content", "key", "word"), [("", None, "empty"), (" \n", None, "empty"), ("secret", "other", "not both")]
 )
 def test_a_key_that_would_not_be_the_one_meant_is_refused(tmp_path, content, key, word):
     file = tmp_path / "key"

@@ -88,6 +88,6 @@ def test_probe_then_fit_from_the_command_line(tmp_path, monkeypatch, tiny_model_
         with pytest.raises(InputError, match="one-step"):
             run("probe", *small, *wrong)
     out = run("fit", "p.txt", "--json")
-    assert "better kept as text" in out
+    assert "keep these sentences as text" in out
     found = json.loads(out.splitlines()[-1])
     assert [c["text"] for c in found["clauses"] if c["verbatim"]] == ["Order 4711 is lost."]
