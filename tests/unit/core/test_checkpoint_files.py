@@ -94,5 +94,5 @@ def test_where_an_embedding_lies(folder):
 
 def test_a_matrix_whose_size_is_not_its_shapes(folder):
     (folder / "model.safetensors").write_bytes(file_of({NAME: {**ENTRY, "shape": [4, 3]}}))
-    with pytest.raises(InputError, match="no plain matrix"):
+    with pytest.raises(InputError, match="not a plain matrix"):
         embedding_rows(folder, [1])
