@@ -1,8 +1,7 @@
 """be-serve: one learned input embedding in place of a long system prompt.
 
-The package is light at import: no torch, no vLLM. See `be_serve.core` for the
-token file, `be_serve.registry` for the store, `be_serve.serving` for the vLLM
-plugin and `be_serve.cli` for the command line.
+`import be_serve` imports neither torch nor vLLM. The token file is in `be_serve.core`, the store
+in `be_serve.registry`, the vLLM plugin in `be_serve.serving`, the commands in `be_serve.cli`.
 """
 
 __version__ = "0.1.0"

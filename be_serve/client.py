@@ -1,4 +1,4 @@
-"""HTTP client of the admin routes: what `register`, `list`, `show` and `remove` call."""
+"""HTTP client of the admin routes. The commands `register`, `list`, `show` and `remove` use it."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ from be_serve.core.redaction import hide, safe_url
 
 
 class BEClient:
-    """Administer a server's tokens.
+    """Registers, lists, shows and removes the tokens of a server.
 
         with BEClient("http://127.0.0.1:8000", api_key="...") as client:
             client.register("captain.safetensors", match=True)
 
-    `api_key` is the server's admin key. A redirect is not followed, for the key would go with it.
-    Raises ServerRefused for any refusal and InputError where the server cannot be reached.
+    `api_key` is the server's admin key; `vllm_api_key` is vLLM's own key, if it has one; `timeout` is in seconds.
+    The client follows no redirect, because it would send the key to the new address. Every method raises
+    ServerRefused if the server answers with an error, and InputError if the server cannot be reached.
     """
 
     def __init__(self, url: str, *, api_key: str, vllm_api_key: str | None = None, timeout: float = 60.0) -> None:
@@ -35,10 +36,10 @@ class BEClient:
         self._secrets = {key for key in (api_key, vllm_api_key) if key}
         try:
             server = httpx.URL(base)
-            # A transport of its own reads no proxy from the environment; certificates it still does.
+            # An explicit transport ignores the proxies of the environment, but still reads its certificates.
             direct = httpx.HTTPTransport() if is_local(server.host) else None
             self._http = httpx.Client(base_url=base, headers=headers, timeout=timeout, transport=direct)
-        except httpx.InvalidURL:  # its text quotes the URL
+        except httpx.InvalidURL:  # raised again without its text, which quotes the URL
             raise InputError(f"--url {self._url} is no URL. Use http://HOST:PORT.") from None
         warn_of_clear_text(server.scheme, server.host)
 
@@ -51,13 +52,16 @@ class BEClient:
         replace: bool = False,
         prompt: str | None = None,
     ) -> tuple[dict[str, Any], bool]:
-        """Upload a token file. Returns its manifest, and whether it was new (False: already there).
+        """Upload a token file. Returns its manifest, and whether it was new (False: already registered).
 
-        `prompt` is the text of its prompt, to be stored for requests with `be_fallback`.
+        `prompt` is the text of the token's prompt; the server stores it for requests with `be_fallback`.
         """
         data = read_limited(file)
         if prompt is not None and prompt_sha256(prompt) != (expected := Token.from_bytes(data).manifest.prompt.sha256):
-            raise InputError(f"This text is not the prompt that the token replaces (SHA-256 {expected}).")
+            raise InputError(
+                f"This text is not the prompt that the token replaces (SHA-256 {expected}). Give the prompt that the "
+                "token was trained on."
+            )
         params = {"replace": str(replace).lower()}
         if match is not None:
             params["match"] = str(match).lower()
@@ -70,12 +74,13 @@ class BEClient:
                 manifest = self._call("PUT", f"/v1/be/tokens/{manifest['id']}/prompt", content=prompt.encode()).json()
             except ServerRefused as exc:
                 raise ServerRefused(
-                    exc.http_status, f"token {manifest['id']} is registered, its prompt is NOT stored: {exc.message}"
+                    exc.http_status,
+                    f"token {manifest['id']} is registered, but its prompt is NOT stored: {exc.message}",
                 ) from exc
         return manifest, response.status_code == 201
 
     def list(self) -> list[dict[str, Any]]:
-        """Manifests of all tokens."""
+        """The manifests of all tokens."""
         data: list[dict[str, Any]] = self._call("GET", "/v1/be/tokens").json()["data"]
         return data
 
@@ -85,11 +90,16 @@ class BEClient:
         return manifest
 
     def remove(self, be_id: str, *, prompt: bool = False) -> bool:
-        """Remove a token with all its versions, and its stored prompt where `prompt`. Returns whether one is kept."""
+        """Remove a token with all its versions, and its stored prompt if `prompt`.
+
+        Returns whether the server keeps a stored prompt.
+        """
         params = {"prompt": str(prompt).lower()}
         answer = self._call("DELETE", f"/v1/be/tokens/{validate_be_id(be_id, param='ID')}", params=params).json()
         if prompt and not answer.get("prompt_forgotten"):
-            raise ServerRefused(501, f"It removed {be_id} and knows nothing of stored prompts; upgrade it.")
+            raise ServerRefused(
+                501, f"{be_id} is removed, but this server is too old to remove stored prompts; upgrade the server."
+            )
         return bool(answer.get("prompt_kept"))
 
     def __enter__(self) -> BEClient:
@@ -105,12 +115,14 @@ class BEClient:
             response = self._http.request(method, path, **options)
         except httpx.TransportError as exc:
             why = hide(str(exc), self._secrets)
-            raise InputError(f"No answer from {self._url}: {why}. Is the server up, and the URL right?") from None
+            raise InputError(
+                f"No answer from {self._url}: {why}. Check that the server runs and that the URL is right."
+            ) from None
         if response.is_success:
             return response
         message = hide(_message(response), self._secrets)
         if response.status_code == 401 and "Authorization" not in self._http.headers:
-            message += " If vLLM itself was started with --api-key, give that key too (--vllm-api-key, VLLM_API_KEY)."
+            message += " If vLLM was started with --api-key, also give that key (--vllm-api-key or VLLM_API_KEY)."
         raise ServerRefused(response.status_code, message)
 
 

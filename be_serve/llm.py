@@ -1,4 +1,4 @@
-"""Tokens without a server: `from be_serve.llm import LLM`."""
+"""The class `LLM`, which uses tokens without a server: `from be_serve.llm import LLM`."""
 
 from __future__ import annotations
 

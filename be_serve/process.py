@@ -1,6 +1,7 @@
-"""A server in a process group of its own: started, waited for, and always stopped.
+"""Starts a server in its own process group, waits until it answers, and always stops it.
 
-After an error and after Ctrl-C too; where this process is killed, the kernel tells the server.
+It also stops the server after an error and after Ctrl-C. If this process is killed, the Linux kernel
+sends SIGTERM to the server.
 """
 
 from __future__ import annotations
@@ -31,14 +32,14 @@ _STDERR = 2
 
 
 class Server:
-    """A server process: started on entry, its whole process group ended on exit.
+    """A server process, started on entry. On exit its whole process group is ended.
 
     async with Server("stock", command, log=path, env=env, at=port, timeout=600) as server:
         server.url
 
-    It answers at a TCP port, or at a socket file, which only those reach who may enter its
-    folder: a port that was free may be another's by the time the server takes it. Without
-    `log` its words go to standard error. Raises ServerError where it does not come up.
+    `at` is a TCP port or the path of a socket file. A free port may be taken by another process before the
+    server opens it; a socket file in a private folder cannot. Without `log` the server's output goes to
+    standard error. Raises ServerError if the server does not answer within `timeout` seconds, or ends.
     """
 
     def __init__(
@@ -80,7 +81,7 @@ class Server:
                 file.write(f"$ {shlex.join(redact(self.command))}\n".encode())
                 file.flush()
                 sink = file.fileno()
-            # A group of its own: the terminal's Ctrl-C reaches this process alone, which then stops the server.
+            # In its own group, so that the terminal's Ctrl-C reaches only this process, which then stops the server.
             self._process = subprocess.Popen(  # noqa: S603
                 self.command,
                 stdin=subprocess.DEVNULL,
@@ -99,8 +100,8 @@ class Server:
 
     async def _wait_until_healthy(self, begin: float) -> None:
         assert self._process is not None
-        way = httpx.AsyncHTTPTransport(uds=self.socket)
-        async with httpx.AsyncClient(base_url=self.url, timeout=10.0, transport=way, trust_env=False) as http:
+        transport = httpx.AsyncHTTPTransport(uds=self.socket)
+        async with httpx.AsyncClient(base_url=self.url, timeout=10.0, transport=transport, trust_env=False) as http:
             while not await _healthy(http):
                 if (status := self._process.poll()) is not None:
                     ended = ServerError(f"The {self.name} server ended with status {status}.{self.tail()}")
@@ -108,15 +109,15 @@ class Server:
                     raise ended
                 if time.monotonic() - begin > self._timeout:
                     raise ServerError(
-                        f"The {self.name} server did not answer within {self._timeout:.0f} s "
-                        f"(--start-timeout).{self.tail()}"
+                        f"The {self.name} server did not answer within {self._timeout:.0f} s; "
+                        f"raise --start-timeout.{self.tail()}"
                     )
                 await asyncio.sleep(0.5)
 
     def tail(self) -> str:
-        """The last lines of the server's log on lines of their own, with its path; empty without a log.
+        """The path and the last lines of the server's log, each on its own line; empty without a log.
 
-        What the server was given as a secret is hidden: it may have printed its command or settings.
+        The secrets of the server's command and environment are hidden, because the server may have printed them.
         """
         if self.log is None:
             return ""
@@ -129,7 +130,7 @@ class Server:
 
     @property
     def pid(self) -> int:
-        """Number of the process, and of the group of all processes of the server."""
+        """The id of the server's process, which is also the id of its process group."""
         assert self._process is not None
         return self._process.pid
 
@@ -138,26 +139,26 @@ class Server:
         return self._process is not None and self._process.poll() is None
 
     def cpu_seconds(self) -> float | None:
-        """Processor time that the process started here has used, without its children's; None but on Linux."""
-        # The clock of a process by its number, as clock_getcpuclockid(3) makes it.
+        """Processor seconds of the server's first process, without its children. None if not on Linux."""
+        # The clock id of a process, computed as in clock_getcpuclockid(3).
         return time.clock_gettime((~self.pid << 3) | _CPUCLOCK_SCHED) if sys.platform == "linux" else None
 
     def freeze(self) -> None:
-        """Stop the group's clock (SIGSTOP) while another server is being timed.
+        """Pause the process group (SIGSTOP) while another server is timed.
 
-        A vLLM worker spins for one second after its last step before it goes idle.
-        On two cores that was seen to turn 145 ms of the other server into 1,049 ms.
+        A vLLM worker polls for one second after its last step before it sleeps.
+        On two cores this raised a time of the other server from 145 ms to 1,049 ms.
         """
         if not self._frozen and self._signal(signal.SIGSTOP):
             self._frozen = True
 
     def thaw(self) -> None:
-        """Let a frozen server run on."""
+        """Continue a paused server (SIGCONT)."""
         if self._frozen and self._signal(signal.SIGCONT):
             self._frozen = False
 
     def stop(self) -> None:
-        """End the group: SIGTERM, and SIGKILL for whatever is left of it."""
+        """End the process group: SIGTERM first, then SIGKILL for all processes that are left."""
         if self._process is None:
             return
         self.thaw()
@@ -166,7 +167,7 @@ class Server:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(timeout=_STOP_SECONDS)
         finally:  # also after a second Ctrl-C
-            self._signal(signal.SIGKILL)  # engine processes that outlived the API server, too
+            self._signal(signal.SIGKILL)  # also ends engine processes that outlived the API server
             self._process.wait()
 
     def _signal(self, number: signal.Signals) -> bool:
@@ -186,7 +187,7 @@ async def _healthy(http: httpx.AsyncClient) -> bool:
 
 
 def _end_with_parent() -> Callable[[], object] | None:
-    """What the new process calls first on Linux: SIGTERM, once its parent is gone however it went."""
+    """A function for the new process to call first: on Linux it asks for SIGTERM when the parent ends. Else None."""
     if sys.platform != "linux":
         return None
     libc = ctypes.CDLL(None)
@@ -194,7 +195,7 @@ def _end_with_parent() -> Callable[[], object] | None:
 
 
 def free_port() -> int:
-    """A TCP port that nothing listens on."""
+    """A TCP port of 127.0.0.1 that is free now. Another process may take it later."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -1,13 +1,13 @@
-"""OpenAI batch files: every row a request, every answer a row.
+"""Runs OpenAI batch files: each input row is a request, each output row is its answer.
 
-Answers are kept in a journal beside the output as they come, so the same call continues
-after a stop, whatever stopped it. What is wrong with a row (400, 404, 413, 422) is its
-answer; what is wrong with the server (busy, gone, a proxy's word) is waited for.
+Every answer is written to a journal next to the output at once. After a stop of any kind, the same
+call continues from the journal. If a row is wrong (400, 404, 413, 422), the error is its answer. If
+the server is busy or away, the run waits for it.
 """
 
 from __future__ import annotations
 
-from be_serve.batch.asking import connect, run_rows, served_models
+from be_serve.batch.client import connect, run_rows, served_models
 from be_serve.batch.journal import Journal, check_output
 from be_serve.batch.rows import URLS, BatchRow, read_rows
 from be_serve.core.errors import BatchStopped

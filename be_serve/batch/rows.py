@@ -1,4 +1,4 @@
-"""The rows of a batch file: each a request."""
+"""Reads the rows of a batch file. Each row is a request."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from be_serve.core.errors import InputError
 from be_serve.core.names import field_near
 
 URLS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
-"""Where a row may go: the routes that answer with text."""
+"""The routes that a row may name. They answer with text."""
 
 
 @dataclass(frozen=True)
@@ -20,11 +20,11 @@ class BatchRow:
     custom_id: str
     url: str
     content: bytes
-    """The body, as JSON."""
+    """The body of the request, as JSON."""
 
 
 def read_rows(path: str | Path) -> list[BatchRow]:
-    """Read a batch file. Raises InputError naming the line at fault.
+    """The rows of a batch file. Raises InputError, which names the faulty line.
 
     A row: {"custom_id": "1", "method": "POST", "url": "/v1/chat/completions", "body": {...}}
     """
@@ -39,12 +39,14 @@ def read_rows(path: str | Path) -> list[BatchRow]:
                 except (ValueError, RecursionError) as exc:
                     raise InputError(f"{path}, line {number}: {exc}") from exc
                 if row.custom_id in rows:
-                    raise InputError(f"{path}, line {number}: the custom_id {row.custom_id!r} was used before.")
+                    raise InputError(
+                        f"{path}, line {number}: the custom_id {row.custom_id!r} was used before. Choose another one."
+                    )
                 rows[row.custom_id] = row
     except (OSError, UnicodeDecodeError) as exc:
         raise InputError(f"Cannot read the batch file {path}: {exc}.") from exc
     if not rows:
-        raise InputError(f"{path} holds no requests.")
+        raise InputError(f"{path} holds no requests. Write one request per line, as JSON.")
     return list(rows.values())
 
 
@@ -61,7 +63,7 @@ def _row(found: object) -> BatchRow:
     if not isinstance(body, dict):
         raise ValueError("`body` must be a JSON object.")
     if slip := next((field for key in found if (field := field_near(key))), None):
-        raise ValueError(f"`{slip}` belongs into `body`; beside it nobody reads it.")
+        raise ValueError(f"`{slip}` is not read here; put it into `body`.")
     if body.get("stream") or body.get("background"):
-        raise ValueError("a batch waits for whole answers: leave out `stream` and `background`.")
+        raise ValueError("a batch needs complete answers: leave out `stream` and `background`.")
     return BatchRow(custom_id, str(url), json.dumps(body).encode())

@@ -1,4 +1,4 @@
-"""What trainer and server share: errors, ids, fingerprints, the token file, the slot.
+"""The code that trainer and server share: errors, ids, fingerprints, the token file, the slot.
 
-Nothing here knows about torch, vLLM, HTTP or SQL.
+Imports no torch, vLLM, HTTP or SQL library.
 """

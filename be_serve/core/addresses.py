@@ -1,9 +1,11 @@
-"""Which addresses are this machine's own, and where a key would travel in clear text.
+"""Finds out whether an address is this machine, and warns of keys that are sent in clear text.
 
-The rule for our HTTP clients: what is sent to this very machine never goes by a proxy, and no client
-follows a redirect, for keys would go with it. To other machines the client of the admin routes
-and that of teachers and judges go by the environment's proxy; `run-batch` and the benchmarks
-go directly wherever the server is.
+Rules for the HTTP clients of be-serve:
+
+- A request to this machine never uses a proxy.
+- No client follows a redirect, because the key would be sent to the new address.
+- To other machines, the client of the admin routes and that of teachers and judges use the proxy of the
+  environment. `run-batch` and the benchmarks never use a proxy.
 """
 
 from __future__ import annotations
@@ -18,8 +20,8 @@ import unicodedata
 def is_local(host: str) -> bool:
     """Whether a URL's host is this machine: localhost, *.localhost, a loopback or unspecified address.
 
-    `host` is the one that the client will connect to, as its own URL parser found it. Legacy forms
-    of addresses, such as 127.1 and 2130706433, count: the resolver takes them.
+    `host` must come from the URL parser of the HTTP client, so that it is the host the client connects to.
+    Legacy forms of addresses, such as 127.1 and 2130706433, count too, because resolvers accept them.
     """
     name = unicodedata.normalize("NFKC", host).strip("[]").rstrip(".").lower()
     if name == "localhost" or name.endswith(".localhost"):
@@ -36,12 +38,12 @@ def is_local(host: str) -> bool:
 
 
 def is_exposed(scheme: str, host: str) -> bool:
-    """Whether a key on its way to this address can be read by others: no TLS, and another machine."""
+    """Whether others can read a key that is sent to this address: no TLS, and another machine."""
     return scheme == "http" and not is_local(host)
 
 
 @functools.cache
 def warn_of_clear_text(scheme: str, host: str) -> None:
-    """Say once for each host, on standard error, that a key travels there in clear text."""
+    """Warn on standard error, once for each host, that a key is sent there in clear text."""
     if is_exposed(scheme, host):
-        print(f"Warning: the key travels to {host} in clear text. Use an https:// URL.", file=sys.stderr)
+        print(f"Warning: the key is sent to {host} in clear text. Use an https:// URL.", file=sys.stderr)

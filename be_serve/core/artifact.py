@@ -1,10 +1,9 @@
-"""The token file: one `.safetensors` with the vectors and a JSON manifest.
+"""Reads, checks and writes the token file: one `.safetensors` with the vectors and a JSON manifest.
 
     tensor    prompt_embeddings   [k, hidden_size] float32   (PEFT's prompt-tuning key)
     metadata  be_manifest         JSON, see `Manifest`
 
-The file is what travels: it is made offline, uploaded, copied and checked.
-Reading never executes anything and never trusts a length it has not checked.
+Reading a file executes nothing in it, and uses no length from it without a check.
 """
 
 from __future__ import annotations
@@ -45,12 +44,12 @@ Placement = Literal["system", "block", "prefix"]
 TEMPLATE_VARIABLES = frozenset({"date_string"})
 Vectors = NDArray[np.float32]
 
-# Largest finite value of each dtype a server may cast to.
+# Largest finite value of each dtype that a server can serve in.
 _DTYPE_MAX = {"float32": 3.4028234663852886e38, "bfloat16": 3.3895313892515355e38, "float16": 65504.0}
 
 
 class BaseModelRef(BaseModel):
-    """The frozen model that a token belongs to."""
+    """The frozen model that a token was trained for."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -61,14 +60,14 @@ class BaseModelRef(BaseModel):
     @field_validator("name", "revision")
     @classmethod
     def _printable(cls, text: str | None) -> str | None:
-        """These are shown on terminals and in logs: no control characters."""
+        """Refuses control characters, because terminals and logs show these texts."""
         if text is not None and not text.isprintable():
             raise ValueError("holds characters that cannot be printed")
         return text
 
 
 class PromptRef(BaseModel):
-    """The system prompt that a token replaces; its text only where the maker asked for it."""
+    """The system prompt that a token replaces. `text` is set only if the maker chose to include it."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -95,12 +94,12 @@ class Manifest(BaseModel):
     k: int = Field(ge=1, le=1_000_000)
     placement: Placement = "system"
     template_digest: str
-    """Digest of the chat template around the slot; equals `fingerprint.chat_template`."""
+    """Digest of the chat template; equals `fingerprint.chat_template`."""
     template_kwargs: dict[str, Annotated[str, Field(max_length=64)]] = Field(default_factory=dict)
-    """Template variables pinned in training, used again in serving.
+    """Template variables that training pinned. The server uses the same values.
 
-    Only TEMPLATE_VARIABLES: a manifest that could set any would choose the server's
-    chat template, and templates are programs.
+    Only TEMPLATE_VARIABLES are allowed. With other variables a manifest could choose the server's
+    chat template, and a chat template is a program.
     """
     prompt: PromptRef
     recipe: dict[str, Any] = Field(default_factory=dict)
@@ -126,15 +125,18 @@ class Manifest(BaseModel):
             raise ValueError(exc.message) from exc
 
     def check_model(self, fingerprint: Fingerprint, hidden_size: int, *, served: str) -> None:
-        """Raise WrongModel, naming both fingerprints, unless the token was made for this model."""
+        """Raise WrongModel, with both fingerprints, unless the token was trained for this model.
+
+        `served` is the model's name, for the message.
+        """
         differing = self.base_model.fingerprint.differing(fingerprint)
         if self.hidden_size != hidden_size:
             differing.append(f"hidden_size {self.hidden_size} != {hidden_size}")
         if differing:
             raise WrongModel(
                 f"Token {self.id!r} was made for {self.base_model.name} (fingerprint "
-                f"{self.base_model.fingerprint}), here is {served} (fingerprint {fingerprint}); they differ in: "
-                f"{', '.join(differing)}. Train the token on the model it is to run on."
+                f"{self.base_model.fingerprint}), but this model is {served} (fingerprint {fingerprint}); they differ "
+                f"in: {', '.join(differing)}. Train the token on the model that you serve."
             )
 
 
@@ -144,16 +146,16 @@ def tensor_sha256(vectors: Vectors) -> str:
 
 
 def check_vectors(vectors: NDArray[Any], *, dtype: str = "float32") -> None:
-    """Check that `vectors` is a finite [k, hidden_size] float32 array, also after a cast to `dtype`.
+    """Check that `vectors` is a float32 array [k, hidden_size], finite before and after a cast to `dtype`.
 
-    Raises InvalidArtifact naming the first fault.
+    Raises InvalidArtifact, which names the first fault.
     """
     if vectors.ndim != 2 or vectors.shape[0] < 1 or vectors.shape[1] < 1:
         raise InvalidArtifact(f"{TENSOR_NAME} must have shape [k, hidden_size], not {list(vectors.shape)}.")
     if vectors.dtype != np.float32:
         raise InvalidArtifact(f"{TENSOR_NAME} must be float32, not {vectors.dtype}.")
     if not np.isfinite(vectors).all():
-        raise InvalidArtifact(f"{TENSOR_NAME} contains NaN or Inf: the training run that made it diverged.")
+        raise InvalidArtifact(f"{TENSOR_NAME} contains NaN or Inf: the training run diverged. Train the token again.")
     if dtype not in _DTYPE_MAX:
         raise InvalidArtifact(f"Serving dtype {dtype!r} is not supported; use one of {sorted(_DTYPE_MAX)}.")
     largest = float(np.abs(vectors).max())
@@ -176,7 +178,7 @@ class Token:
     vectors: Vectors
 
     def to_bytes(self) -> bytes:
-        """The file's bytes. Sets `tensor_sha256`; raises InvalidArtifact for faulty vectors."""
+        """The bytes of the token file, with `tensor_sha256` in the manifest. Raises InvalidArtifact."""
         check_vectors(self.vectors)
         if self.vectors.shape != (self.manifest.k, self.manifest.hidden_size):
             raise InvalidArtifact(
@@ -186,12 +188,12 @@ class Token:
         manifest = self.manifest.model_copy(update={"tensor_sha256": tensor_sha256(self.vectors)})
         return save_safetensors(
             {TENSOR_NAME: np.ascontiguousarray(self.vectors)},
-            # One key only: safetensors writes several in random order, and the digest is of the bytes.
+            # One key only: safetensors writes several keys in random order, which would change the file's digest.
             metadata={MANIFEST_KEY: manifest.model_dump_json()},
         )
 
     def save(self, path: str | Path) -> str:
-        """Write the file atomically; return its digest. Raises InputError where it cannot be written."""
+        """Write the file atomically. Returns its digest. Raises InputError if it cannot be written."""
         data = self.to_bytes()
         write_atomically(Path(path), data)
         return file_digest(data)
@@ -200,8 +202,8 @@ class Token:
     def from_bytes(cls, data: bytes, *, max_bytes: int = MAX_BYTES) -> Token:
         """Parse and check a token file.
 
-        Raises ArtifactTooLarge above `max_bytes`, InvalidArtifact for anything that
-        is not a whole, undamaged token file of this format version.
+        Raises ArtifactTooLarge above `max_bytes`. Raises InvalidArtifact unless the bytes are
+        a complete, undamaged token file of this format version.
         """
         if len(data) > max_bytes:
             raise ArtifactTooLarge(f"The token file has {len(data)} bytes; at most {max_bytes} are accepted.")
@@ -219,12 +221,14 @@ class Token:
                 f"Manifest says [{manifest.k}, {manifest.hidden_size}], the tensor has {list(vectors.shape)}."
             )
         if tensor_sha256(vectors) != manifest.tensor_sha256:
-            raise InvalidArtifact("The tensor does not match the manifest's digest: the file was altered or damaged.")
+            raise InvalidArtifact(
+                "The tensor does not match the manifest's digest: the file was changed or damaged. Copy it again."
+            )
         return cls(manifest, vectors)
 
     @classmethod
     def load(cls, path: str | Path, *, max_bytes: int = MAX_BYTES) -> Token:
-        """Read a token file from disk. Raises as `from_bytes`, InputError where it cannot be read."""
+        """Read and check a token file from disk. Raises as `from_bytes`, and InputError if it cannot be read."""
         return cls.from_bytes(read_limited(path, max_bytes), max_bytes=max_bytes)
 
     def check_model(self, fingerprint: Fingerprint, hidden_size: int, *, served: str) -> None:
@@ -238,7 +242,7 @@ def file_digest(data: bytes) -> str:
 
 
 def read_limited(path: str | Path, max_bytes: int = MAX_BYTES) -> bytes:
-    """Read at most `max_bytes` of a regular file. Raises InputError, ArtifactTooLarge."""
+    """The bytes of a regular file of at most `max_bytes`. Raises InputError, ArtifactTooLarge."""
     path = Path(path)
     try:
         if not path.is_file():
@@ -251,7 +255,7 @@ def read_limited(path: str | Path, max_bytes: int = MAX_BYTES) -> bytes:
 
 
 def read_manifest(path: str | Path) -> Manifest:
-    """Read the manifest alone; the tensor is neither read nor checked."""
+    """The manifest of a token file. Does not read or check the tensor. Raises InputError, InvalidArtifact."""
     path = Path(path)
     try:
         with path.open("rb") as handle:
@@ -263,7 +267,7 @@ def read_manifest(path: str | Path) -> Manifest:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that readers see the old or the new one, never a part."""
+    """Write a file so that readers see the old or the new file, and never a part. Raises InputError."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -282,14 +286,17 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def _umask() -> int:
-    """The process's umask, which can only be read by setting it."""
+    """The process's umask. Sets it for a moment, because there is no other way to read it."""
     mask = os.umask(0o077)
     os.umask(mask)
     return mask
 
 
 def _header(head: bytes, size: int) -> dict[str, Any]:
-    """The safetensors header as JSON; `head` holds the file's first bytes, `size` its length."""
+    """The safetensors header as a JSON object. `head` has the file's first bytes; `size` is the file's length.
+
+    Raises InvalidArtifact.
+    """
     if len(head) < 8:
         raise InvalidArtifact(_NO_SAFETENSORS)
     (length,) = struct.unpack("<Q", head[:8])
@@ -298,7 +305,7 @@ def _header(head: bytes, size: int) -> dict[str, Any]:
     if length > _MAX_HEADER_BYTES:
         raise InvalidArtifact("Not a token file: the safetensors header is larger than 1 MiB.")
     if 8 + length > size or 8 + length > len(head):
-        raise InvalidArtifact("Truncated token file: it ends inside its header.")
+        raise InvalidArtifact("Truncated token file: it ends inside its header. Copy it again.")
     try:
         header = json.loads(head[8 : 8 + length])
     except (ValueError, RecursionError) as exc:
@@ -308,7 +315,7 @@ def _header(head: bytes, size: int) -> dict[str, Any]:
     offsets = [entry.get("data_offsets") for entry in header.values() if isinstance(entry, dict)]
     ends = [o[1] for o in offsets if isinstance(o, list) and len(o) == 2 and isinstance(o[1], int)]
     if ends and 8 + length + max(ends) > size:
-        raise InvalidArtifact("Truncated token file: it ends inside its tensor.")
+        raise InvalidArtifact("Truncated token file: it ends inside its tensor. Copy it again.")
     return header
 
 
@@ -326,18 +333,19 @@ def parse_manifest(header: dict[str, Any]) -> Manifest:
         version = data.get("format_version") if isinstance(data, dict) else None
         if version != FORMAT_VERSION:
             raise InvalidArtifact(
-                f"Token file of format version {version!r}; this be-serve reads version {FORMAT_VERSION}. "
+                f"The token file has format version {version!r}; this be-serve reads version {FORMAT_VERSION}. "
                 "Upgrade be-serve, or write the file with a matching version."
             )
         manifest = Manifest.model_validate(data)
-        # It is stored and read back as JSON; what does not survive that (lone surrogates, deep nesting) is refused.
+        # The registry stores the manifest as JSON. This refuses values that JSON cannot store and read back, such as
+        # lone surrogates and deep nesting.
         manifest = Manifest.model_validate_json(manifest.model_dump_json())
     except ValidationError as exc:
         first = exc.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "manifest"
         raise InvalidArtifact(f"Invalid manifest: {where}: {first['msg']}.") from exc
     except (ValueError, RecursionError) as exc:  # PydanticSerializationError is a ValueError
-        raise InvalidArtifact("Invalid manifest: it is no plain JSON object.") from exc
+        raise InvalidArtifact("Invalid manifest: it is not a plain JSON object.") from exc
     if manifest.template_digest != manifest.base_model.fingerprint.chat_template:
         raise InvalidArtifact("Invalid manifest: template_digest differs from the fingerprint's chat_template.")
     return manifest

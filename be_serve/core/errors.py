@@ -1,35 +1,42 @@
-"""Every error a user can meet, with the HTTP status it travels as.
-
-Of the server alone, and beside it: OverBudget and RowsBusy 503, TooLarge and TooManyVectors 422.
+"""All errors that users can see, with their HTTP status.
 
 BEError                          500
 ├── RequestError                 400   the request itself is wrong
 │   ├── InvalidBeId              400   not a well-formed be_id
-│   ├── NameConflict             400   alias and be_id disagree
-│   ├── MisnamedField            400   a key is a slip of one of our fields
-│   ├── SystemConflict           400   a system message stands beside a token
+│   ├── NameConflict             400   alias and be_id name different tokens
+│   ├── MisnamedField            400   a key is misspelt or in the wrong place
+│   ├── SystemConflict           400   the chat has a system message and a token
 │   ├── SlotError                400   this chat has no place for the token
-│   └── UnsupportedRequest       400   the endpoint or option cannot honour a token
-├── NotAuthenticated             401
-├── Forbidden                    403
-│   └── TokenRequired            403   no token is named, and this server requires one
-├── TokenNotFound                404
-├── TokenConflict                409   another digest under the id, or a second match
-├── ArtifactTooLarge             413
+│   └── UnsupportedRequest       400   the endpoint or option cannot work with a token
+│       ├── TooLarge             422   the embeddings of one request exceed the server's limit
+│       └── TooManyVectors       422   the server has fewer rows than vectors
+├── NotAuthenticated             401   the request has no key
+├── Forbidden                    403   the key is wrong, or the route is switched off
+│   └── TokenRequired            403   the request names no token, and this server requires one
+├── TokenNotFound                404   no token has this id
+├── TokenConflict                409   the id has another digest, or a second token matches a prompt
+├── ArtifactTooLarge             413   the token file is too large
 ├── InvalidArtifact              422   not a token file, or a damaged one
-│   └── WrongModel               422   made for another model
+│   └── WrongModel               422   trained for another model
 ├── InputError                   400   a file or option given to a command is wrong
-└── RegistryError                503   the store cannot answer
-    └── SchemaMismatch           503   the store was made by another version
+├── RegistryError                503   the registry's database does not answer
+│   └── SchemaMismatch           503   another version of be-serve made the database
+├── RowsBusy                     503   no rows are free
+├── OverBudget                   503   running requests use all memory for embeddings
+├── IncompatibleVLLM             500   this vLLM, or its options, cannot run the plugin
+├── Unfit                        500   internal: be_fallback replaces a token with a bad verdict
+├── ServerError                  503   a server started by a command did not come up, or ended
+├── ServerRefused                      the server answered with an error; has its HTTP status
+└── BatchStopped                 500   run-batch cannot continue
 """
 
 from __future__ import annotations
 
 
 class BEError(Exception):
-    """Base of all errors with a message meant for users.
+    """Base class of all errors with a message for users.
 
-    `param` names the request field or option at fault, where there is one.
+    `param` names the faulty request field or option, if there is one.
     """
 
     http_status = 500
@@ -114,7 +121,7 @@ class InputError(BEError):
 
 
 class RegistryError(BEError):
-    """`detail` is for operators: logs and commands show it, HTTP answers do not."""
+    """The registry's database failed. `detail` is for operators: logs and commands show it, HTTP answers do not."""
 
     http_status = 503
     code = "be_registry"
@@ -132,27 +139,27 @@ class SchemaMismatch(RegistryError):
 
 
 class IncompatibleVLLM(BEError):
-    """This vLLM, or the way it was started, cannot carry the plugin."""
+    """This vLLM, or the options it was started with, cannot run the plugin."""
 
     code = "be_incompatible_vllm"
 
 
 class RowsBusy(BEError):
-    """Every row is used by requests in flight; the client may try again."""
+    """Running requests use all rows. The client may try again."""
 
     http_status = 503
     code = "be_rows_busy"
 
 
 class OverBudget(BEError):
-    """Too many requests with tokens at once; the client may try again."""
+    """Running requests with tokens use all the allowed memory. The client may try again."""
 
     http_status = 503
     code = "be_over_budget"
 
 
 class Unfit(BEError):
-    """The token could answer; its own verdict says that it does not keep its prompt's behaviour. Never sent."""
+    """The token's verdict says that it does not keep its prompt's behaviour. Only logged; no client gets it."""
 
     code = "be_unfit"
 
@@ -163,11 +170,11 @@ class ServerError(BEError):
     http_status = 503
     code = "be_server_error"
     exit_status: int | None = None
-    """Of a server that ended while it was waited for."""
+    """Exit status of a server that ended while it started; None otherwise."""
 
 
 class ServerRefused(BEError):
-    """The server answered with an error; its message is kept."""
+    """The server answered with an error. Has the server's HTTP status and message."""
 
     code = "be_server_refused"
 
@@ -177,20 +184,20 @@ class ServerRefused(BEError):
 
 
 class BatchStopped(BEError):
-    """What answers the rows is gone, or answers something else; the answers so far are kept."""
+    """`run-batch` cannot continue: the server ended, or it is the wrong server. The answers so far are kept."""
 
     code = "be_batch_stopped"
 
 
 class TooLarge(UnsupportedRequest):
-    """A request whose embeddings exceed what this server would hold of all requests together."""
+    """The embeddings of one request need more memory than the server allows for all requests together."""
 
     http_status = 422
     code = "be_over_capacity"
 
 
 class TooManyVectors(UnsupportedRequest):
-    """A token, or several in one request, that no server of this size can hold."""
+    """The tokens of one request have more vectors than the server process has rows."""
 
     http_status = 422
     code = "be_too_many_vectors"

@@ -1,4 +1,4 @@
-"""The grammar of token ids and of the model aliases made from them."""
+"""The syntax of token ids and of model aliases."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ _BE_ID = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
 
 def validate_be_id(value: object, *, param: str = "be_id") -> str:
-    """Return `value` as a be_id: 1 to 64 of `a-z 0-9 . _ -`, the first a letter or digit.
+    """Return `value` if it is a token id: 1 to 64 of `a-z 0-9 . _ -`, the first a letter or digit.
 
-    Raises InvalidBeId for any other type or form.
+    Raises InvalidBeId for all other values.
     """
     if not isinstance(value, str):
         raise InvalidBeId(f"`{param}` must be a string, not {type(value).__name__}.", param=param)
     if not _BE_ID.fullmatch(value):
-        shown = value if len(value) <= 80 else value[:77] + "..."
+        shortened = value if len(value) <= 80 else value[:77] + "..."
         raise InvalidBeId(
-            f"{shown!r} is no token id: 1 to 64 characters of a-z, 0-9, '.', '_' and '-', "
+            f"{shortened!r} is no token id. Use 1 to 64 characters of a-z, 0-9, '.', '_' and '-', "
             "starting with a letter or digit.",
             param=param,
         )
@@ -33,17 +33,17 @@ def alias_of(base_model: str, be_id: str) -> str:
 
 
 def split_alias(model: str | None, base_models: Iterable[str]) -> tuple[str, str] | None:
-    """Split `base:be_id` for a known base name, which may itself contain colons.
+    """Split an alias `base:be_id` at one of the base names, which may contain colons.
 
-    Returns (base, rest), or None where `model` is no base name followed by a
-    colon. `rest` is not validated: a malformed id is the caller's error to raise.
+    Returns (base, rest), or None if `model` does not begin with a base name and a colon.
+    Does not validate `rest`: the caller must.
     """
     if not model:
         return None
     names = list(base_models)
     if model in names:
         return None
-    # The longest base wins, so `a:b` served beside `a` keeps its own aliases.
+    # Longest name first: if `a` and `a:b` are both served, `a:b:x` is an alias of `a:b`.
     for base in sorted(names, key=len, reverse=True):
         if model.startswith(base + ":"):
             return base, model[len(base) + 1 :]

@@ -1,4 +1,4 @@
-"""Our request fields by name, and keys that are a slip of one: misspelt, or put where nobody reads it."""
+"""The names of the be-serve request fields, and a search for slips: misspelt or misplaced keys."""
 
 from __future__ import annotations
 
@@ -8,29 +8,29 @@ from typing import Any
 
 FIELDS = ("be_id", "be_system", "be_match", "be_fallback")
 PLACES = ("extra_body", "vllm_xargs", "metadata", "chat_template_kwargs")
-"""Objects of a request in which clients put fields that belong beside them."""
+"""Objects of a request in which clients put be-serve fields by mistake. The fields belong at the top level."""
 
 _SEPARATORS = str.maketrans("", "", "-_ ")
 _PLAIN = {name.translate(_SEPARATORS): name for name in FIELDS}
 _SHORTEST, _LONGEST = min(map(len, _PLAIN)) - 1, max(map(len, _PLAIN)) + 1
 _HEAD = "be"
-_SHOWN = 64
+_MAX_KEY_CHARS = 64
 
 
 @dataclass(frozen=True)
 class Slip:
-    """A key that is meant for a field of ours and is not read."""
+    """A key that is meant as a be-serve field but is not read."""
 
     key: str
-    """As the request has it, behind its object's name and a dot; cut to a length that can be shown."""
+    """The key in the request, after the name of its object and a dot. Shortened for messages."""
     field: str
-    """The field that it is meant for."""
+    """The field that the key is meant as."""
     place: str | None
-    """The object in which it stands; None at the top level."""
+    """The object that contains the key; None at the top level."""
 
 
 def field_near(key: object) -> str | None:
-    """The field within one edit of a key; None where there is none. Case, `-`, `_` and spaces do not count."""
+    """The field that differs from a key by at most one edit, or None. Ignores case, `-`, `_` and spaces."""
     if not isinstance(key, str):
         return None
     plain = key.lower().translate(_SEPARATORS)
@@ -38,21 +38,21 @@ def field_near(key: object) -> str | None:
         return None
     head = plain.startswith(_HEAD)
     for name, field in _PLAIN.items():
-        # One edit leaves the head or the tail of a field as it is: this ends the search for nearly every key.
+        # One edit changes only the head or only the rest of a field. This check alone rejects nearly every key.
         if (head or plain.endswith(name[len(_HEAD) :])) and _within_one_edit(plain, name):
             return field
     return None
 
 
 def find_slip(top: Mapping[str, Any], *requests: Mapping[str, Any], read_in: Collection[str] = ()) -> Slip | None:
-    """The first slip among the keys of `top` and in the PLACES of `requests`; null is as good as absent.
+    """The first slip in the keys of `top` and in the PLACES of `requests`, or None. A null value counts as absent.
 
-    A field is read at the top level and, by its exact name, in the places that `read_in` names. Places that are
-    no objects, and what lies deeper, are the endpoint's own affair.
+    The server reads a field at the top level and, by its exact name, in the places of `read_in`. Places that
+    are no objects, and deeper levels, are not searched.
     """
     for key, value in top.items():
         if value is not None and key not in FIELDS and (field := field_near(key)):
-            return Slip(_shown(key), field, None)
+            return Slip(_printable(key), field, None)
     for request in requests:
         for place in PLACES:
             inside = request.get(place)
@@ -61,13 +61,13 @@ def find_slip(top: Mapping[str, Any], *requests: Mapping[str, Any], read_in: Col
             for key, value in inside.items():
                 field = field_near(key) if value is not None else None
                 if field and not (key == field and place in read_in):
-                    return Slip(f"{place}.{_shown(key)}", field, place)
+                    return Slip(f"{place}.{_printable(key)}", field, place)
     return None
 
 
-def _shown(key: str) -> str:
-    """A client's key as a message can carry it: half a surrogate pair cannot be encoded."""
-    return key[:_SHOWN].encode(errors="replace").decode()
+def _printable(key: str) -> str:
+    """A client's key for a message: shortened, and without lone surrogates, which cannot be encoded."""
+    return key[:_MAX_KEY_CHARS].encode(errors="replace").decode()
 
 
 def _within_one_edit(one: str, other: str) -> bool:

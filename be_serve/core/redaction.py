@@ -1,8 +1,8 @@
-"""Hide secrets in what is shown or stored: command lines, URLs, environments, texts of errors.
+"""Hides secrets in command lines, URLs, environments and error texts before they are displayed or stored.
 
-Each function hides too much rather than too little. It knows a secret by the name that stands
-before it (`--api-key X`, `HF_TOKEN=X`, `"password": "X"`), by its place in a URL, or by its shape.
-A secret without a name, such as the last part of a webhook's path, stays visible.
+A function finds a secret by the name before it (`--api-key X`, `HF_TOKEN=X`, `"password": "X"`), by its
+place in a URL, or by its form. In doubt it hides too much. It does not find a secret without a name,
+such as the last part of a webhook's path.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ _VOCABULARY = frozenset({
     "audio", "boi", "eoi", "boa", "eoa", "start", "stop", "end",
     "begin", "special", "prefix", "suffix", "middle", "separator", "per", "dummy", "placeholder", "think",
 })  # fmt: skip
-"""Words before `token` that mean a token of text, or one of ours."""
+"""Words before `token` for a token of text or a be-serve token. Such a name holds no secret."""
 _TOKEN_HOLDERS = frozenset({"api", "access", "auth", "hf", "hub", "bearer", "refresh", "github", "admin"})
 _ABBREVIATED = ("api-key", "hf-token", "ssl-keyfile-password")
-"""argparse takes the beginning of an option's name for the whole, down to where another one fits, too."""
+"""Options of vLLM that users may abbreviate: argparse accepts the beginning of a name if it fits one option only."""
 
 _URL = re.compile(r"([A-Za-z0-9+._-]{0,40})://")
 _URL_IN_TEXT = re.compile(rf"{_URL.pattern}\S*")
@@ -45,19 +45,19 @@ _PAIR_IN_TEXT = re.compile(
 _HEADER = re.compile(r"(?i)\b(authorization|x-be-key|x-api-key|cookie)(['\"]?\s*[:=]\s*)(\S.*)")
 _SHAPES = re.compile(
     r"(?i:\bbearer\s+)[^\s'\",;]{4,}|\b(?:hf_|sk-|gh[pousr]_|github_pat_|xox[a-z]-|glpat-)[\w-]{10,}|\bAKIA[0-9A-Z]{12,}"
-    r"|(?<=Illegal header value )\S.*"  # h11's, of a key with a line's end in it
+    r"|(?<=Illegal header value )\S.*"  # h11's error for a key that contains a line end
     r"|\beyJ[\w-]{8,}\.[\w-]+\.[\w-]*"
 )
-_BEHIND_A_URL = ".,;:!?)>]}'\"`"
-_BEHIND_A_URL_IN_A_WORD = re.compile(r"[\s'\"<>]")
+_AFTER_URL = ".,;:!?)>]}'\"`"
+_AFTER_URL_IN_WORD = re.compile(r"[\s'\"<>]")
 _FILES = ("sqlite", "file", "unix", "ipc")
 _SEPARATORS = re.compile(r"[\s@/:?#&=;,'\"\\]+")
 _REPLACED_ANYWHERE = 4
-"""Letters from which a known secret is replaced inside longer words, too."""
+"""From this length on, a known secret is also replaced inside longer words."""
 
 
 def names_a_secret(name: str) -> bool:
-    """Whether an option, variable, parameter or JSON key of this name holds a secret.
+    """Whether an option, variable, parameter or JSON key with this name holds a secret.
 
     `--hf-token`, `api_key`, `sslpassword` and `accessToken` do; `--max-tokens`, `eos_token` and
     `--be-admin-key-file` do not.
@@ -78,62 +78,64 @@ def names_a_secret(name: str) -> bool:
 
 
 def redact(command: Iterable[str]) -> list[str]:
-    """A command line with its secrets hidden; a word without one stays as it is.
+    """A command line with its secrets hidden. Words without a secret are not changed.
 
-    Behind an option that names a secret the first word is hidden whatever it is, then all up to
-    the next option: vLLM's `--api-key` takes several values.
+    After an option that names a secret, the next word is always hidden, and then all words up to
+    the next option, because vLLM's `--api-key` takes several values.
     """
-    shown: list[str] = []
+    redacted: list[str] = []
     first = more = tokens = False
     for word in command:
         option = len(word) > 1 and word.startswith("-") and not any(map(str.isspace, word.partition("=")[0]))
         name, equals, value = word.partition("=")
         if first or (more and not option):
-            shown.append(word if tokens and _is_token_file(word) else MASK)
-            # An option in the place of a value was perhaps one: `--hf-token` may stand without.
+            redacted.append(word if tokens and _is_token_file(word) else MASK)
+            # This word may be an option and not a value, because `--hf-token` may have no value.
             first, more = option and not equals and _is_secret_option(name), not option and not tokens
             tokens = False
         elif option and _is_secret_option(name):
-            tokens = name.lstrip("-") == "token"  # a token of ours in `bench ttft`, a key of a model hub elsewhere
+            tokens = name.lstrip("-") == "token"  # a be-serve token in `bench ttft`; a key in other commands
             first, more = not equals, False
             hidden = value if tokens and _is_token_file(value) else MASK
-            shown.append(f"{name}={hidden}" if equals else word)
+            redacted.append(f"{name}={hidden}" if equals else word)
         else:
             first = more = False
-            if len(shown) and shown[-1].replace("_", "-") == "--be-token":
-                shown.append(_without_urls(word))  # ID=FILE, whatever the id
+            if len(redacted) and redacted[-1].replace("_", "-") == "--be-token":
+                redacted.append(
+                    _without_urls(word)
+                )  # ID=FILE: the id is no secret, even if it looks like a secret's name
             elif option and equals:
                 hide = _without_urls if name.replace("_", "-") == "--be-token" else redact_word
-                shown.append(f"{name}={hide(value)}")
+                redacted.append(f"{name}={hide(value)}")
             else:
-                shown.append(redact_word(word))
-    return shown
+                redacted.append(redact_word(word))
+    return redacted
 
 
 def redact_word(word: str) -> str:
-    """One word of a command line, or a variable's value, with the secrets inside it hidden.
+    """One word of a command line, or a variable's value, with its secrets hidden.
 
-    It may be a URL, a JSON value, NAME=VALUE, NAME: VALUE, or a command line of its own.
+    The word may be a URL, a JSON value, NAME=VALUE, NAME: VALUE, or a whole command line.
     """
     if word.lstrip().startswith(("{", "[", '"')):
         try:
             return _redact_json(word)
         except (ValueError, RecursionError):
-            pass  # what is nearly JSON is read by its names below
-    # Names first: a value may hold anything, a part that looks like a URL's user among it.
-    shown = _without_urls(_without_pairs(word))
-    if any(map(str.isspace, shown)):
-        shown = _without_pairs(_redact_line(shown))
-    return _SHAPES.sub(MASK, shown)
+            pass  # not valid JSON: search it for names below
+    # Names before URLs: a value may contain anything, such as text that looks like a URL's user.
+    redacted = _without_urls(_without_pairs(word))
+    if any(map(str.isspace, redacted)):
+        redacted = _without_pairs(_redact_line(redacted))
+    return _SHAPES.sub(MASK, redacted)
 
 
 def redact_environment(env: Mapping[str, str]) -> dict[str, str]:
-    """The variables of an environment that name no secret, with the secrets inside their values hidden."""
+    """An environment without the variables that name a secret, and with the secrets in other values hidden."""
     return {name: redact_word(value) for name, value in env.items() if not names_a_secret(name)}
 
 
 def safe_url(url: str) -> str:
-    """A database or server URL for messages: scheme, host and path; no user, no password, no query."""
+    """A database or server URL for messages: scheme, host and path, without user, password and query."""
     found = _URL.match(url.strip())
     if not found:
         return _without_urls(url)
@@ -141,12 +143,12 @@ def safe_url(url: str) -> str:
 
 
 def holds_credentials(url: str) -> bool:
-    """Whether a URL holds a user, a password or a key: one for a message would be shown otherwise."""
+    """Whether a URL holds a user, a password or a key."""
     return redact_word(url) != url
 
 
 def hide(text: str, known: Iterable[str] = ()) -> str:
-    """A text, such as an error's, with the `known` secrets hidden, and what else is one by its name, place or shape."""
+    """A text with its secrets hidden: the `known` ones, and those that their name, place or form reveals."""
     forms = {form for secret in known for form in _forms(secret) if form}
     for secret in sorted(forms, key=len, reverse=True):
         pattern = re.escape(secret)
@@ -158,9 +160,9 @@ def hide(text: str, known: Iterable[str] = ()) -> str:
 
 
 def credentials_in(url: str) -> set[str]:
-    """The parts of a URL that must not be shown, as they stand there and decoded, for `hide`.
+    """The secret parts of a URL, encoded and decoded, for `hide`.
 
-    Libraries read a faulty URL in their own ways and quote pieces of it in their errors.
+    Includes pieces of them, because libraries split a faulty URL differently and quote pieces in their errors.
     """
     rest = url.partition("://")[2] or url
     at = rest.rfind("@")
@@ -177,21 +179,21 @@ def credentials_in(url: str) -> set[str]:
 
 
 def secrets_of(command: Iterable[str], env: Mapping[str, str]) -> set[str]:
-    """The secrets that a process was given, by its command line and environment, for `hide`."""
+    """The secrets in the command line and environment of a process, for `hide`."""
     words = list(command)
-    named = {name for name in env if names_a_secret(name)} - {"PWD"}  # the shell's: the folder in which one works
+    named = {name for name in env if names_a_secret(name)} - {"PWD"}  # the shell's working folder
     found = {env[name] for name in named if len(env[name]) >= _REPLACED_ANYWHERE}
-    for word, shown in zip(words, redact(words), strict=True):
+    for word, redacted in zip(words, redact(words), strict=True):
         name, _, value = word.partition("=")
-        if shown in (MASK, f"{name}={MASK}"):
-            found.add(word if shown == MASK else value)
-        elif shown != word and "://" in word:
+        if redacted in (MASK, f"{name}={MASK}"):
+            found.add(word if redacted == MASK else value)
+        elif redacted != word and "://" in word:
             found |= credentials_in(word)
     return {secret for secret in found if len(secret) >= _REPLACED_ANYWHERE}
 
 
 def _forms(secret: str) -> tuple[str, ...]:
-    """A secret as errors write it: as it is, without a line's end, and with escapes."""
+    """The forms in which an error may quote a secret: unchanged, without a line end, and with escapes."""
     bare = secret.strip()
     return secret, bare, repr(bare)[1:-1], repr(bare.encode())[2:-1]
 
@@ -207,20 +209,20 @@ def _is_token_file(word: str) -> bool:
 
 
 def _without_urls(word: str) -> str:
-    """A word with the URLs inside it shown without secrets; one with `@` may reach to the word's end."""
-    shown = []
+    """A word with the secrets in its URLs hidden. A URL with `@` is taken to reach to the end of the word."""
+    pieces = []
     while found := _URL.search(word):
-        rest, behind = word[found.end() :], ""
-        if "@" not in rest:  # else white space, too, may be part of a password
-            url = _BEHIND_A_URL_IN_A_WORD.split(rest, maxsplit=1)[0]
-            rest, behind = url, rest[len(url) :]
-        shown += [_without_bare_user_info(word[: found.start()]), _hide_url(found[1], rest)]
-        word = behind
-    return "".join([*shown, _without_bare_user_info(word)])
+        rest, after = word[found.end() :], ""
+        if "@" not in rest:  # with `@`, white space may be part of a password
+            url = _AFTER_URL_IN_WORD.split(rest, maxsplit=1)[0]
+            rest, after = url, rest[len(url) :]
+        pieces += [_without_bare_user_info(word[: found.start()]), _hide_url(found[1], rest)]
+        word = after
+    return "".join([*pieces, _without_bare_user_info(word)])
 
 
 def _without_pairs(word: str) -> str:
-    """A word up to the first NAME=VALUE or NAME: VALUE that holds a secret: where the value ends is not known."""
+    """A word, hidden from the first secret value on, in NAME=VALUE or NAME: VALUE. The value's end is not known."""
     for found in _PAIR.finditer(word):
         if names_a_secret(found[1]):
             return f"{word[: found.end()]}{MASK}"
@@ -228,32 +230,32 @@ def _without_pairs(word: str) -> str:
 
 
 def _without_bare_user_info(text: str) -> str:
-    """A text with the `user:password` of an address hidden that lacks its scheme."""
+    """A text with the `user:password` of addresses without a scheme hidden."""
     return _BARE_USER_INFO.sub(f"{MASK}@", text) if "@" in text else text
 
 
 def _hide_url(scheme: str, rest: str) -> str:
-    """A URL of a scheme and what follows `://`. A password may hold any character, `@` and `/` among them."""
-    in_file = scheme.lower().startswith(_FILES) and rest.startswith("/")  # `@` and `:` are part of the file's name
+    """A URL with its secrets hidden. `rest` follows `://`. A password may contain any character, also `@` and `/`."""
+    in_file = scheme.lower().startswith(_FILES) and rest.startswith("/")  # then `@` and `:` belong to the file name
     at = -1 if in_file else rest.rfind("@")
     query_marks = "?#" if scheme.lower().startswith("http") else "?"  # other URLs have no fragment
     if at >= 0 and any(mark in rest[:at] for mark in query_marks):
-        return f"{scheme}://{MASK}"  # a password or a query: it cannot be told which
+        return f"{scheme}://{MASK}"  # the part before `@` may be a password or a query: hide both
     user = f"{MASK}@" if at >= 0 else ""
     head, mark, query = re.match(r"(?s)([^?#]*)([?#]?)(.*)", rest[at + 1 :]).groups()  # type: ignore[union-attr]
     hosts, slash, path = head.partition("/")
     if not _HOSTS.fullmatch(hosts):
         hosts = MASK
     if not hosts and ":" in path and not in_file:
-        path = MASK  # user and password behind a slash too many
-    path, inner, _ = path.partition("://")  # a URL within a URL is not looked into
+        path = MASK  # probably user and password after one slash too many
+    path, inner, _ = path.partition("://")  # a URL inside a URL is hidden as a whole
     if inner:
         return f"{scheme}://{user}{hosts}{slash}{path}{inner}{MASK}"
     return f"{scheme}://{user}{hosts}{slash}{path}{mark}{_hide_query(query)}"
 
 
 def _hide_query(query: str) -> str:
-    """A query up to its first parameter that names a secret; the value may hold `&`, so it reaches to the end."""
+    """A query, hidden from its first secret value on. The value may contain `&`, so all the rest is hidden."""
     for found in re.finditer(r"(?:^|(?<=[&;?#]))([^=&;?#]*)=", query):
         if names_a_secret(found[1]):
             return f"{query[: found.end()]}{MASK}"
@@ -261,42 +263,42 @@ def _hide_query(query: str) -> str:
 
 
 def _hide_url_in_text(found: re.Match[str]) -> str:
-    url = found[0].rstrip(_BEHIND_A_URL)
+    url = found[0].rstrip(_AFTER_URL)
     scheme, _, rest = url.partition("://")
     return f"{_hide_url(scheme, rest)}{found[0][len(url) :]}" if "://" in url else found[0]
 
 
 def _redact_line(text: str) -> str:
-    """A command line in one word, such as the value of `--server-arg`."""
+    """A command line given as one word, such as the value of `--server-arg`, with its secrets hidden."""
     try:
         words = shlex.split(text)
-    except ValueError:  # a sentence with an apostrophe, or a line that was cut
+    except ValueError:  # a sentence with an apostrophe, or a truncated line
         words = text.split()
-    shown = redact(words)
-    if shown == words:
+    redacted = redact(words)
+    if redacted == words:
         return text
-    return " ".join(word if MASK in word else shlex.quote(word) for word in shown)
+    return " ".join(word if MASK in word else shlex.quote(word) for word in redacted)
 
 
 def _redact_json(text: str) -> str:
-    """A JSON text; where it holds no secret, as it is. Raises ValueError and RecursionError."""
+    """A JSON text with its secrets hidden; the same text if it holds none. Raises ValueError and RecursionError."""
     changed = False
 
     def clean(name: str, value: Any) -> Any:
         nonlocal changed
-        shown = value
+        redacted = value
         if isinstance(value, list):
-            shown = [clean(name, one) for one in value]
+            redacted = [clean(name, item) for item in value]
         elif value is not None and not isinstance(value, bool) and name and names_a_secret(name):
-            shown = MASK
+            redacted = MASK
         elif isinstance(value, str):
-            shown = redact_word(value)
-        changed = changed or shown != value
-        return shown
+            redacted = redact_word(value)
+        changed = changed or redacted != value
+        return redacted
 
     def pairs(found: list[tuple[str, Any]]) -> dict[str, Any]:
-        # Here, not on the whole: of a name that stands twice only the last would be left.
+        # Cleans each pair here: if a name occurs twice, the finished dict would have only its last value.
         return {clean("", name): clean(name, value) for name, value in found}
 
-    shown = clean("", json.loads(text, object_pairs_hook=pairs))
-    return json.dumps(shown, ensure_ascii=False) if changed else text
+    redacted = clean("", json.loads(text, object_pairs_hook=pairs))
+    return json.dumps(redacted, ensure_ascii=False) if changed else text

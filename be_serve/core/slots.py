@@ -1,11 +1,10 @@
-"""The slot: where in a rendered chat the token's vectors stand.
+"""Finds the slot: the place of a token's vectors in a rendered chat.
 
-Training and serving must place the same token ids around the vectors, or the
-quality is lost. Both sides therefore call this one module. It knows nothing of
-vectors: it turns messages into the ids before and the ids after the slot.
+The module turns messages into the token ids before and after the slot. Training and serving must put the
+same ids around the vectors, or the quality is lost, so both use this module. It does not handle vectors.
 
-The place is found by rendering the chat with an unguessable marker as the system
-message and cutting the rendered text there, so any chat template works.
+It renders the chat with an unguessable marker as the system message, and splits the rendered text at the
+marker. This works with every chat template that prints the system message once.
 """
 
 from __future__ import annotations
@@ -20,12 +19,12 @@ from be_serve.core.errors import SlotError
 
 Message = dict[str, Any]
 SYSTEM_ROLES = ("system", "developer")
-# Templates that print the date take it from this variable; one value is used for ever.
+# Template variables with a fixed value. Some templates print the date: a new date would change the ids every day.
 _PINNED = {"date_string": "26 Jul 2024"}
 
 
 class ChatTokenizer(Protocol):
-    """What the slot needs of a tokenizer; Hugging Face's and vLLM's both fit."""
+    """The tokenizer methods that the slot needs. Tokenizers of Hugging Face and vLLM have them."""
 
     @property
     def bos_token(self) -> Any: ...
@@ -39,23 +38,23 @@ class ChatTokenizer(Protocol):
 
 @dataclass(frozen=True)
 class Slot:
-    """Token ids before and after the place of the k vectors."""
+    """The token ids before and after the k vectors."""
 
     before: list[int]
     after: list[int]
 
     def ids(self, k: int, placeholder: int = 0) -> list[int]:
-        """All ids, with `placeholder` under each of the k rows."""
+        """All ids, with `placeholder` at the position of each of the k vectors."""
         return [*self.before, *([placeholder] * k), *self.after]
 
 
 def pinned_template_kwargs(template: str | None) -> dict[str, Any]:
-    """Template variables to pin at training time, such as Llama-3's `date_string`."""
+    """The variables of a template that training must pin, such as Llama-3's `date_string`, with their values."""
     return {name: value for name, value in _PINNED.items() if template and name in template}
 
 
 def text_of(content: Any) -> str | None:
-    """The text of a message's content (string or text parts); None where it has other parts."""
+    """The text of a message's content (a string or text parts); None if the content has other parts."""
     if content is None:
         return ""
     if isinstance(content, str):
@@ -72,14 +71,14 @@ def text_of(content: Any) -> str | None:
 
 
 class SlotRenderer:
-    """Finds the slot in chats of one tokenizer and chat template.
+    """Finds the slot in chats, for one tokenizer and chat template.
 
         slots = SlotRenderer(tokenizer)
         slot = slots.render([{"role": "user", "content": "Hi"}])
         ids = slot.before + <k vectors> + slot.after
 
-    `system_role` is False for templates without a system turn (Gemma 2): there
-    the token stands at the head of the first user turn, followed by two newlines.
+    `system_role` is False for a template without a system turn (Gemma 2). The slot is then
+    at the start of the first user turn, followed by two newlines.
     """
 
     def __init__(self, tokenizer: ChatTokenizer, *, chat_template: str | None = None) -> None:
@@ -97,10 +96,10 @@ class SlotRenderer:
         add_generation_prompt: bool = True,
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> Slot:
-        """Ids around the slot for a chat without a system message.
+        """The slot of a chat without a system message.
 
         `append` is text that follows the token in the same system turn, after two
-        newlines. Raises SlotError where the chat has no place for the token.
+        newlines. Raises SlotError if the chat has no place for the token.
         """
         marker = new_marker()
         marked = self.mark(messages, marker, placement=placement, append=append)
@@ -114,19 +113,19 @@ class SlotRenderer:
         add_generation_prompt: bool = True,
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[int]:
-        """Ids of a chat with no token in it, as a server tokenises it."""
+        """The ids of a chat without a token, as a server tokenises it."""
         prepared = self.with_system_role(messages)
         return self._encode(self._apply(prepared, add_generation_prompt, template_kwargs))
 
     def prompt_ids(self, prompt: str, *, template_kwargs: Mapping[str, Any] | None = None) -> list[int]:
-        """Ids of a system prompt as they stand in the slot of a rendered chat."""
+        """The ids of a system prompt in the place of the slot in a rendered chat."""
         user = [{"role": "user", "content": "Hi"}]
         slot = self.render(user, template_kwargs=template_kwargs)
         whole = self.encode_chat([{"role": "system", "content": prompt}, *user], template_kwargs=template_kwargs)
         end = len(whole) - len(slot.after)
         if whole[: len(slot.before)] == slot.before and whole[end:] == slot.after and end > len(slot.before):
             return whole[len(slot.before) : end]
-        return self._encode(prompt)  # the tokenizer merges across the slot's edge
+        return self._encode(prompt)  # the tokenizer merged characters across the slot's edge
 
     def mark(
         self,
@@ -136,30 +135,37 @@ class SlotRenderer:
         placement: Placement = "system",
         append: str | None = None,
     ) -> list[Message]:
-        """The messages with `marker` where the slot is. They must hold no system message of their own."""
+        """The messages with `marker` at the place of the slot. Raises SlotError if they begin with a system message."""
         chat = list(messages)
         if any(m.get("role") in SYSTEM_ROLES for m in chat[:1]):
-            raise SlotError("A token takes the place of the system message; give the chat without one.")
+            raise SlotError("A token replaces the system message; give the chat without one.")
         if placement == "prefix":
             if append is not None:
-                raise SlotError("A token placed as prefix has no system turn to append text to.")
+                raise SlotError(
+                    "A token with placement `prefix` has no system turn, so no text can be appended; leave out the "
+                    "system message."
+                )
             return chat
         content = marker if append is None else f"{marker}\n\n{append}"
         if placement == "block" and append is not None:
-            raise SlotError("A token that replaces the whole system turn leaves no turn to append text to.")
+            raise SlotError(
+                "A token with placement `block` replaces the whole system turn, so no text can be appended; leave out "
+                "the system message."
+            )
         return self.with_system_role([{"role": "system", "content": content}, *chat])
 
     def cut(self, text: str, marker: str, *, placement: Placement = "system") -> Slot:
-        """Cut a rendered chat at its marker and encode both sides. Raises SlotError."""
+        """Split a rendered chat at its marker, and encode both sides. Raises SlotError."""
         return self.encode(*self.split(text, marker, placement=placement))
 
     def split(self, text: str, marker: str, *, placement: Placement = "system") -> tuple[str, str]:
-        """A rendered chat before and after its marker. Raises SlotError."""
+        """The text of a rendered chat before and after its marker. Raises SlotError."""
         if placement == "prefix":
             return "", text
         if text.count(marker) != 1:
             raise SlotError(
-                f"The chat template prints the system message {text.count(marker)} times; a token needs it once."
+                f"The chat template prints the system message {text.count(marker)} times, but a token needs it once; "
+                "use the full prompt, or another chat template."
             )
         before, after = text.split(marker)
         if placement == "block" and self.system_role:
@@ -167,11 +173,14 @@ class SlotRenderer:
         return before, after
 
     def encode(self, before: str, after: str) -> Slot:
-        """Both sides of a chat as token ids."""
+        """The slot whose sides are the ids of the two texts."""
         return Slot(self._encode(before), self._encode(after))
 
     def with_system_role(self, messages: Sequence[Message]) -> list[Message]:
-        """The messages; where the template knows no system role, its text heads the first user turn."""
+        """The messages. If the template has no system role, the system text moves to the start of the first user turn.
+
+        Raises SlotError if there is no such turn.
+        """
         chat = list(messages)
         if self.system_role or not chat or chat[0].get("role") not in SYSTEM_ROLES:
             return chat
@@ -186,17 +195,18 @@ class SlotRenderer:
         return [{**chat[0], "content": content}, *chat[1:]]
 
     def _cut_block(self, before: str, after: str) -> tuple[str, str]:
-        """Drop the rest of the system turn: from the start (a BOS stays) to its closing special token."""
+        """Both sides without the rest of the system turn, from its start to its closing special token. A BOS stays."""
         specials = sorted(self._tokenizer.get_added_vocab(), key=len, reverse=True)
         closings = [(at, token) for token in specials if (at := after.find(token)) >= 0]
         if not closings:
-            raise SlotError("The chat template closes the system turn with no special token; use placement `system`.")
+            raise SlotError(
+                "The chat template does not close the system turn with a special token; use placement `system`."
+            )
         at, token = min(closings, key=lambda found: (found[0], -len(found[1])))
         if after[:at].strip():
             raise SlotError(
-                "The system turn holds more than the system message (tools, or the user's own text where "
-                "the template has no separate system turn); placement `block` would remove it. "
-                "Use placement `system`."
+                "The system turn holds more than the system message, such as tools or the user's own text. "
+                "Placement `block` would remove it; use placement `system`."
             )
         bos = self._bos
         start = bos if bos and before.startswith(bos) else ""
@@ -207,11 +217,11 @@ class SlotRenderer:
         chat: list[Message] = [{"role": "system", "content": marker}, {"role": "user", "content": "Hi"}]
         try:
             return str(self._apply(chat, True, None)).count(marker) == 1
-        except Exception:  # a template rejects a role by raising whatever it likes
+        except Exception:  # a template may reject a role with any exception
             return False
 
     def _document_bos(self) -> str:
-        """The BOS text that opens a document; empty where it opens every turn (SmolLM2) or none."""
+        """The BOS text if it occurs once, at the start of a chat; empty if every turn has it (SmolLM2) or none."""
         bos = self._tokenizer.bos_token
         if not isinstance(bos, str) or not bos:
             return ""
@@ -227,10 +237,10 @@ class SlotRenderer:
         return str(apply(list(chat), tokenize=False, add_generation_prompt=generate, **options))
 
     def _encode(self, text: str) -> list[int]:
-        # A template prints its own special tokens; the tokenizer must not add more.
+        # The template has already printed the special tokens; the tokenizer must not add more.
         return list(self._tokenizer.encode(text, add_special_tokens=False)) if text else []
 
 
 def new_marker() -> str:
-    """A text that no message can contain by chance or by intent."""
+    """A random marker text. No message can contain it, by chance or on purpose."""
     return f"BESLOT{secrets.token_hex(16)}"

@@ -1,7 +1,7 @@
-"""Where a model's files are: a local folder, a Hugging Face name, or a `builtin:` model.
+"""Finds a model's files: in a local folder, by a Hugging Face name, or of a `builtin:` model.
 
-Knows nothing of tokens. Weights are only ever read as safetensors, apart from the
-one conversion in `convert`, which runs in a process of its own.
+Knows nothing of tokens. Reads weights only as safetensors. The one exception is `convert`,
+which reads a GGUF file in its own process.
 """
 
 from be_serve.models.builtin import DEFAULT_MODEL

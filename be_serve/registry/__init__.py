@@ -1,4 +1,4 @@
-"""The store of tokens: SQL rows (`store`) and the in-memory view a server reads (`index`).
+"""The store of tokens: a SQL database (`store`) and a server's in-memory copy of it (`index`).
 
 Knows nothing of HTTP, vLLM or torch.
 """

@@ -1,4 +1,4 @@
-"""Connections to the registry's database: how long they wait, and what SQLite must be told."""
+"""Opens connections to the registry's database, with their timeouts and SQLite's settings."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 from be_serve.core.errors import RegistryError
 from be_serve.core.redaction import credentials_in, hide, safe_url
 
-_TIMEOUT = 15.0  # seconds that a connection waits for another's lock on SQLite, or for a free one
-# A database whose packets get lost is noticed within some ten seconds, not by the kernel's quarter of an hour.
+_TIMEOUT = 15.0  # seconds to wait for a lock of another SQLite connection, or for a free connection of the pool
+# With these values a lost network connection is noticed after about 10 seconds. The kernel's default is 15 minutes.
 _PSYCOPG = {
     "connect_timeout": 5,
     "keepalives_idle": 5,
@@ -28,15 +28,15 @@ _ENCODE = "In a user name or password write @ as %40, : as %3A, / as %2F, ? as %
 
 
 def what_failed(exc: Exception, url: str) -> str:
-    """An error's text without any part of the URL's user-info, which drivers quote, and without data of rows."""
+    """The text of a database error, without the URL's user and password (drivers quote them) and without row data."""
     text = str(getattr(exc, "orig", None) or exc)
-    # PostgreSQL's DETAIL quotes the row at fault, which may hold a prompt.
+    # PostgreSQL's DETAIL quotes the faulty row, which may contain a prompt.
     text = text.partition("\nDETAIL:")[0].strip().rstrip(".")
     return hide(text, credentials_in(url))
 
 
 def use_wal(connection: Any) -> None:
-    """Switch to the write-ahead log. SQLite does not wait for others that are just switching, but fails at once."""
+    """Switch SQLite to the write-ahead log. Retries: while another connection switches, SQLite fails at once."""
     deadline = time.monotonic() + _TIMEOUT
     while True:
         try:
@@ -50,11 +50,11 @@ def use_wal(connection: Any) -> None:
 
 
 def _parsed(url: str) -> URL:
-    """The URL's parts. Raises RegistryError, of which nothing shows the URL: a mistyped one may hold a password."""
+    """The parts of the URL. Raises RegistryError without the URL's text, which may contain a password."""
     try:
         parsed = make_url(url)
         backend = parsed.get_backend_name()
-    except (ArgumentError, ValueError):  # the second: a port that is no number, quoted
+    except (ArgumentError, ValueError):  # ValueError: the port is no number; its text quotes the port
         raise RegistryError(
             "BE_REGISTRY is no database URL. Use sqlite:////absolute/path.db or postgresql+psycopg://user@host/db. "
             f"{_ENCODE}"
@@ -62,7 +62,7 @@ def _parsed(url: str) -> URL:
     on_disk = backend == "sqlite"
     if on_disk and parsed.get_driver_name() != "pysqlcipher" and (parsed.host or parsed.username or parsed.password):
         raise RegistryError("BE_REGISTRY names a host for SQLite. Use sqlite:////absolute/path.db, with four slashes.")
-    # The host would be looked up, in DNS too, with the end of the password before it.
+    # The end of the password would become part of the host, and DNS would be asked for it.
     if not on_disk and "@" in f"{parsed.host}{parsed.database}":
         raise RegistryError(f"BE_REGISTRY has an @ in its user name, password or database: {safe_url(url)}. {_ENCODE}")
     return parsed
@@ -71,7 +71,7 @@ def _parsed(url: str) -> URL:
 def create_registry_engine(url: str) -> Engine:
     """An engine for the registry's database. Raises RegistryError.
 
-    The errors are raised without their causes: a traceback would show the texts of those.
+    Errors are raised without their cause, because a traceback would print the cause's text with its secrets.
     """
     parsed = _parsed(url)
     if parsed.get_backend_name() != "sqlite":
@@ -87,10 +87,11 @@ def create_registry_engine(url: str) -> Engine:
     if parsed.database and parsed.database != ":memory:":
         try:
             Path(parsed.database).parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            # Tokens stand for prompts that may be secret: the file is its owner's alone, and WAL files follow it.
+            # Tokens may stand for secret prompts, so only the owner may read the file. SQLite gives its WAL files
+            # the same mode.
             os.close(os.open(parsed.database, os.O_CREAT | os.O_RDWR, 0o600))
         except OSError as exc:
-            raise RegistryError(f"Cannot create {parsed.database}: {exc.strerror}.") from exc
+            raise RegistryError(f"Cannot create {parsed.database}: {exc.strerror}. Name another file.") from exc
     try:
         engine = create_engine(parsed, connect_args={"timeout": _TIMEOUT}, hide_parameters=True)
     except (ModuleNotFoundError, SQLAlchemyError) as exc:
@@ -98,15 +99,16 @@ def create_registry_engine(url: str) -> Engine:
 
     @event.listens_for(engine, "connect")
     def _configure(connection: Any, _record: Any) -> None:
-        connection.isolation_level = None  # transactions are begun by the listener below
+        connection.isolation_level = None  # the listener below begins transactions
         use_wal(connection)
         connection.execute("PRAGMA synchronous=FULL")  # registrations are rare and must survive a power cut
         connection.execute("PRAGMA foreign_keys=ON")
 
     @event.listens_for(engine, "begin")
     def _begin(connection: Any) -> None:
-        # IMMEDIATE would also serialise readers' begins; WAL readers need no lock, writers queue on be_meta.
-        # A transaction that reads and then writes needs it: SQLite refuses the upgrade at once, without waiting.
+        # Not IMMEDIATE by default: it would make readers wait for each other. WAL readers need no lock, and writers
+        # queue on be_meta. A transaction that reads and then writes needs IMMEDIATE: SQLite refuses to upgrade a
+        # read lock while another writer is active, and does not wait.
         immediate = connection.get_execution_options().get("be_immediate")
         connection.exec_driver_sql("BEGIN IMMEDIATE" if immediate else "BEGIN")
 

@@ -1,8 +1,8 @@
-"""The in-memory view of the registry that requests are answered from.
+"""The server's in-memory copy of the registry.
 
-Resolving an id touches no database: a thread polls the registry's revision and
-fetches only what changed. Vectors lie in a byte-bounded LRU: from registration on in
-the process that took the upload, from first use on in all others.
+A request finds its token without a database query: a thread polls the registry's revision
+and reads only the changes. A cache with a limit in bytes holds the vectors: from registration on in the
+process that took the upload, from first use on in all others.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from be_serve.registry.store import Record, Registry
 logger = logging.getLogger("vllm.be_serve.registry")
 V = TypeVar("V")
 _TEXT_BYTES = 16 * 1024 * 1024
-_MOST_UNREAD = 20
-"""How often in a row the registry's mark is believed to say that nothing changed."""
+_MAX_SKIPS = 20
+"""How many polls in a row may skip reading the registry because its mark did not change."""
 
 
 class ByteLRU(Generic[V]):
-    """A least-recently-used cache bounded by the sum of its values' sizes in bytes."""
+    """A least-recently-used cache. The sum of its values' sizes is at most `capacity` bytes."""
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
@@ -36,7 +36,7 @@ class ByteLRU(Generic[V]):
         self._items: OrderedDict[str, tuple[V, int]] = OrderedDict()
 
     def get(self, key: str) -> V | None:
-        """The value, now the most recently used; None where it is not held."""
+        """The value, which becomes the most recently used; None if it is not in the cache."""
         with self._lock:
             found = self._items.get(key)
             if found is None:
@@ -45,7 +45,7 @@ class ByteLRU(Generic[V]):
             return found[0]
 
     def put(self, key: str, value: V, size: int) -> None:
-        """Hold a value of `size` bytes; one larger than the capacity is not held."""
+        """Add a value of `size` bytes. A value larger than the capacity is not added."""
         with self._lock:
             if key in self._items:
                 self.used -= self._items.pop(key)[1]
@@ -59,12 +59,11 @@ class ByteLRU(Generic[V]):
 
 
 class TokenIndex(Generic[V]):
-    """Tokens by id and by prompt digest.
+    """Finds tokens by id and by prompt digest.
 
-    `prepare` turns a checked Token into what the server injects (a tensor in the
-    serving dtype); its result is cached. `check` raises for a token that this
-    server must not serve; such a token is listed, and refused when it is used. `check_record`
-    does so by the manifest alone, before anything is read.
+    `prepare` converts a checked Token to the form that the server injects (a tensor in the serving dtype); the
+    result is cached. `check` raises an error for a token that this server must not serve. Such a token is
+    listed, and refused when it is used. `check_record` checks the manifest alone, before vectors are read.
     """
 
     def __init__(
@@ -98,14 +97,14 @@ class TokenIndex(Generic[V]):
         self.healthy = True
 
     def add_static(self, be_id: str, data: bytes) -> None:
-        """Add a token that lives in this process only (`--be-token`)."""
+        """Add a token to this process only (`--be-token`). Raises InvalidArtifact, and as `check`."""
         token = Token.from_bytes(data)
         self._check(token)
         record = Record(be_id, 1, file_digest(data), token.manifest, None, "server")
         self._static[be_id] = (record, self._prepare(token))
 
     def start(self) -> None:
-        """Read the registry once (raising where it cannot be read) and poll it from now on."""
+        """Read the registry once, then start the thread that polls it. Raises RegistryError if the read fails."""
         self.refresh()
         self._thread = threading.Thread(target=self._poll, name="be-registry-poll", daemon=True)
         self._thread.start()
@@ -115,13 +114,13 @@ class TokenIndex(Generic[V]):
         self._stop.set()
 
     def refresh(self) -> None:
-        """Take over all changes since the last refresh. Raises RegistryError."""
+        """Read all changes of the registry since the last refresh. Raises RegistryError."""
         with self._lock:
             revision, changes = self._registry.changes(self._revision)
-            # Readers take no lock, so they get whole new dicts and never a half-changed one.
+            # Readers take no lock, so changes go into new dicts: a reader never sees a half-changed dict.
             records = dict(self._records) if changes else self._records
             prompts = dict(self._prompts) if changes else self._prompts
-            if revision < self._revision:  # the database was replaced by an older copy
+            if revision < self._revision:  # an older copy replaced the database: read everything again
                 revision, changes = self._registry.changes(0)
                 records, prompts = {}, {}
             for change in changes:
@@ -150,17 +149,17 @@ class TokenIndex(Generic[V]):
         return record
 
     def has_prompt(self, be_id: str) -> bool:
-        """Whether `prompt` has a text for an id, as far as this process knows."""
+        """Whether `prompt` has a text for an id, as of the last refresh."""
         found = self._static[be_id][0] if be_id in self._static else self._records.get(be_id)
         if found is None:
             return be_id in self._prompts
         return found.manifest.prompt.text is not None or (found.source == "registry" and found.stored_prompt)
 
     def prompt(self, be_id: str) -> str | None:
-        """The text of an id's prompt, of a removed token too, where its file or the registry holds it.
+        """The text of an id's prompt from its file or the registry, also for a removed token; None if there is none.
 
-        A text of another prompt than the token's does not count. Blocks on the database
-        where a stored text is read for the first time. Raises RegistryError.
+        Returns only a text with the digest of the token's prompt. The first read of a stored text
+        blocks on the database. Raises RegistryError.
         """
         found = self._static[be_id][0] if be_id in self._static else self._records.get(be_id)
         if found is not None and (found.manifest.prompt.text is not None or found.source == "server"):
@@ -171,24 +170,24 @@ class TokenIndex(Generic[V]):
         text = self._texts.get(sha256)
         if text is None:
             text = self._registry.read_prompt(be_id)
-            if text is None or prompt_sha256(text) != sha256:  # it has just changed
+            if text is None or prompt_sha256(text) != sha256:  # the text changed since the last refresh
                 return None
             self._texts.put(sha256, text, len(text.encode()))
         return text
 
     def match(self, sha256: str) -> Record | None:
-        """The token registered to answer for the prompt of this digest, if any."""
+        """The token registered with `match` for the prompt with this digest, or None."""
         be_id = self._matches.get(sha256)
         return self._records.get(be_id) if be_id is not None else None
 
     @property
     def has_matches(self) -> bool:
-        """Whether any token is registered with `match`: else no request needs hashing."""
+        """Whether any token is registered with `match`. If not, the server hashes no prompts."""
         return bool(self._matches)
 
     @property
     def revision(self) -> int:
-        """Grows with every change of the registry that this process has taken over."""
+        """The registry's revision at the last refresh. It grows with every change."""
         return self._revision
 
     def records(self) -> list[Record]:
@@ -197,22 +196,22 @@ class TokenIndex(Generic[V]):
         return [merged[be_id] for be_id in sorted(merged)]
 
     def cached(self, record: Record) -> V | None:
-        """The prepared vectors if they are in memory."""
+        """The prepared vectors if they are in memory, else None."""
         if record.source == "server":
             return self._static[record.id][1]
         return self._cache.get(record.digest)
 
     def load(self, record: Record) -> V:
-        """The prepared vectors, read from the registry where needed; blocks on the database.
+        """The prepared vectors, from memory or else from the registry. Blocks on the database.
 
-        Raises TokenNotFound where it was removed meanwhile, InvalidArtifact where it
-        does not fit this server.
+        Raises TokenNotFound if the token was removed or changed meanwhile, and InvalidArtifact or
+        TooManyVectors if it does not fit this server.
         """
         found = self.cached(record)
         if found is not None:
             return found
         self.check_record(record)
-        with self._loading:  # one load at a time: many first uses of a token read it once
+        with self._loading:  # one load at a time, so that many first uses of a token read it once
             found = self.cached(record)
             if found is not None:
                 return found
@@ -234,25 +233,30 @@ class TokenIndex(Generic[V]):
             self._cache.put(record.digest, self._prepare(token), size)
 
     def refuse_static(self, be_id: str) -> None:
-        """Raise TokenConflict for an id that `--be-token` holds."""
+        """Raise TokenConflict for an id given by `--be-token`."""
         if be_id in self._static:
-            raise TokenConflict(f"Token {be_id!r} was given to this server by --be-token; restart it to change that.")
+            raise TokenConflict(
+                f"Token {be_id!r} was given to this server by --be-token; change that option and restart the server."
+            )
 
     def _poll(self) -> None:
-        seen: object | None = None
-        unread = 0
+        last_mark: object | None = None
+        skips = 0
         while not self._stop.wait(self._poll_seconds):
             try:
                 mark = self._registry.mark()
-                unread = 0 if mark is None or mark != seen or unread >= _MOST_UNREAD else unread + 1
-                if unread:
+                skips = 0 if mark is None or mark != last_mark or skips >= _MAX_SKIPS else skips + 1
+                if skips:
                     self._on_refresh(len(self._records) + len(self._static))
                 else:
                     self.refresh()
-                    seen = mark
-            except Exception as exc:  # whatever it is, the thread must live: it is how removals arrive
+                    last_mark = mark
+            except Exception as exc:  # any error: the thread must go on, because it brings the removals
                 if self.healthy:
-                    logger.error("%s Known tokens go on answering; changes wait for the registry.", hide(str(exc)))
+                    logger.error(
+                        "%s Tokens in memory still answer; changes arrive when the registry answers again.",
+                        hide(str(exc)),
+                    )
                 self.healthy = False
             else:
                 if not self.healthy:

@@ -1,9 +1,9 @@
-"""Tables of the registry, schema version 1.
+"""The tables of the registry, schema version 1.
 
 be_meta      one row: schema_version, revision (grows with every change)
-be_token     one row an id, removed ids included: what replicas poll
-be_version   one immutable row a registered version: the artefact's bytes
-be_prompt    the prompt's text of an id, where its owner stored it; later than the others, so it may have to be added
+be_token     one row per id, removed ids included; replicas poll this table
+be_version   one row per registered version, with the bytes of the token file; a row never changes
+be_prompt    stored prompt texts, one row per id; databases of early be-serve versions lack this table
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class TokenRow(Base):
     revision: Mapped[int] = mapped_column(BigInteger, index=True)
     removed: Mapped[bool] = mapped_column(Boolean, default=False)
     match_sha256: Mapped[str | None] = mapped_column(String(64), nullable=True)
-    """Set while the token answers for its prompt's text (`register --match`); unique by the index below."""
+    """Digest of the prompt that the token matches (`register --match`), else NULL. The index below makes it unique."""
 
     __table_args__ = (Index("be_token_match", "match_sha256", unique=True),)
 

@@ -1,4 +1,4 @@
-"""The registry in a SQL database: SQLite (WAL) by default, PostgreSQL where several hosts share it."""
+"""Stores tokens in a SQL database: SQLite (WAL) by default, or PostgreSQL to share it between hosts."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ class Record:
     manifest: Manifest
     match_sha256: str | None = None
     source: Literal["registry", "server"] = "registry"
-    """`server`: given on the command line by `--be-token`, in memory only."""
+    """`server`: given by `--be-token`, in memory only."""
     stored_prompt: bool = False
-    """Whether the registry holds the prompt's text, for requests with `be_fallback`."""
+    """Whether the registry has the prompt's text, for requests with `be_fallback`."""
 
     def public(self) -> dict[str, Any]:
-        """The record as the HTTP API shows it: the manifest and its digest, never a vector or the prompt's text."""
+        """The record for the HTTP API: the manifest and the digest, without vectors and without the prompt's text."""
         manifest = self.manifest.model_dump(mode="json", exclude={"prompt": {"text"}})
         manifest["id"] = self.id
         return {
@@ -57,21 +57,21 @@ class Record:
 
 @dataclass(frozen=True)
 class PutResult:
-    """Outcome of a registration."""
+    """The result of a registration."""
 
     record: Record
     created: bool
-    """False where the same digest was already registered under the id."""
+    """False if the same digest was already registered under the id."""
 
 
 @dataclass(frozen=True)
 class Change:
-    """The present state of an id that changed: its record, or None where it was removed."""
+    """The current state of an id that changed: its record, or None if it was removed."""
 
     id: str
     record: Record | None
     prompt_sha256: str | None = None
-    """Of the stored prompt; one that was stored stays when its token is removed."""
+    """Digest of the stored prompt, or None. A stored prompt stays when its token is removed."""
 
 
 _IMMEDIATE = {"be_immediate": True}
@@ -84,8 +84,8 @@ class Registry:
         registry.put(Path("captain.safetensors").read_bytes())
         registry.read_artifact("captain", 1)
 
-    A registered version never changes. Every method opens its own transaction and
-    may be called from any thread. Raises RegistryError where the database fails.
+    A registered version never changes. Every method opens its own transaction. Any thread may call
+    every method but `mark`. Raises RegistryError if the database fails.
     """
 
     def __init__(self, url: str) -> None:
@@ -95,7 +95,7 @@ class Registry:
         on_disk = self._engine.url.get_backend_name() == "sqlite" and database and database != ":memory:"
         self._file = database if on_disk else None
         self._watch: Any = None
-        """The connection of `mark`."""
+        """The connection that `mark` uses."""
         with self._errors():
             self._prepare()
 
@@ -110,11 +110,11 @@ class Registry:
     ) -> PutResult:
         """Register a token file's bytes under `be_id`, or the id in its manifest.
 
-        `token` is what the bytes hold, from a caller who has parsed and checked them already.
-        The same digest again is no error and changes only `match`, which None leaves as
-        it is (a replaced token goes on answering for the same prompt). Raises
-        InvalidArtifact, TokenConflict (another digest without `replace`, or a prompt
-        that another token already matches).
+        `token` holds the parsed and checked bytes, from a caller that has them already.
+        To register the same digest again is no error and changes only `match`. With `match`
+        None it stays as it is; a new version keeps it if the prompt is the same. Raises
+        InvalidArtifact. Raises TokenConflict for another digest without `replace`, and for
+        a prompt that another token already matches.
         """
         token = token or Token.from_bytes(data)
         token_id = validate_be_id(be_id if be_id is not None else token.manifest.id, param="id")
@@ -122,7 +122,8 @@ class Registry:
         wanted = token.manifest.prompt.sha256 if match else None
         if wanted == prompt_sha256(""):
             raise InvalidArtifact(
-                "This token's prompt is empty: with match it would answer every empty system message."
+                "This token's prompt is empty, so with match it would answer every empty system message. "
+                "Leave out match."
             )
         with self._errors(), Session(self._engine) as session, session.begin():
             revision = self._next_revision(session)
@@ -133,7 +134,7 @@ class Registry:
                 if match is not None and row.match_sha256 != wanted:
                     self._claim_match(session, token_id, wanted)
                     row.match_sha256, row.revision = wanted, revision
-                record = _record(row, current, token.manifest, self._stored(session, token_id))
+                record = _record(row, current, token.manifest, self._stored_digest(session, token_id))
                 return PutResult(record, created=False)
             if current is not None and not replace:
                 raise TokenConflict(
@@ -159,17 +160,17 @@ class Registry:
                     created_at=datetime.now(UTC),
                 )
             )
-            # A stored text of another prompt must not answer for this token.
+            # Remove a stored text of another prompt: it must not answer for this token.
             other = (PromptRow.id == token_id) & (PromptRow.sha256 != token.manifest.prompt.sha256)
             session.execute(delete(PromptRow).where(other))
             version = session.get_one(VersionRow, (token_id, row.version))
-            record = _record(row, version, token.manifest, self._stored(session, token_id))
+            record = _record(row, version, token.manifest, self._stored_digest(session, token_id))
             return PutResult(record, created=True)
 
     def store_prompt(self, be_id: str, text: str) -> None:
-        """Keep the prompt's text of a registered token, so that it can answer where the token cannot.
+        """Store the prompt's text of a registered token, for requests with `be_fallback`.
 
-        Raises TokenNotFound, and InvalidArtifact where the text is not the token's prompt.
+        Raises TokenNotFound, and InvalidArtifact if the text is not the token's prompt.
         """
         with self._errors(), Session(self._engine) as session, session.begin():
             revision = self._next_revision(session)
@@ -180,21 +181,22 @@ class Registry:
             expected, given = Manifest.model_validate_json(current.manifest).prompt.sha256, prompt_sha256(text)
             if given != expected:
                 raise InvalidArtifact(
-                    f"This text is not the prompt of token {be_id!r}: its SHA-256 is {given}, the token's {expected}."
+                    f"This text is not the prompt of token {be_id!r}: the text's SHA-256 is {given}, the prompt's is "
+                    f"{expected}. Send the prompt that the token was trained on."
                 )
-            # As the digest sees it: without the trailing white space, which `register` strips, too.
+            # Without trailing white space, as in the digest.
             session.merge(PromptRow(id=be_id, sha256=given, text=text.rstrip()))
             row.revision = revision
 
     def read_prompt(self, be_id: str) -> str | None:
-        """The stored prompt's text of an id, of a removed one too; None where none is kept."""
+        """The stored prompt text of an id, also of a removed id; None if none is stored."""
         with self._errors(), Session(self._engine) as session:
             return session.scalar(select(PromptRow.text).where(PromptRow.id == be_id))
 
     def remove(self, be_id: str, *, prompt: bool = False) -> None:
-        """Remove a token with all its versions, and its stored prompt where `prompt`. Raises TokenNotFound.
+        """Remove a token with all its versions, and its stored prompt if `prompt`. Raises TokenNotFound.
 
-        Without `prompt` the text stays: requests with `be_fallback` are still answered.
+        Without `prompt` the text stays, so requests with `be_fallback` are still answered.
         """
         with self._errors(), Session(self._engine) as session, session.begin():
             revision = self._next_revision(session)
@@ -204,15 +206,15 @@ class Registry:
                 session.delete(kept)
             if row is not None and row.removed and kept is not None:
                 row.revision = revision
-                return  # the token went earlier, its prompt now
+                return  # the token was removed before; this call removed its prompt
             if row is None or row.removed:
                 raise TokenNotFound(f"No token {be_id!r} is registered.")
-            # The row stays as a tombstone: it tells other replicas, and version numbers never repeat.
+            # The row stays, marked as removed: other replicas read it, and version numbers never repeat.
             row.removed, row.match_sha256, row.revision = True, None, revision
             session.execute(delete(VersionRow).where(VersionRow.id == be_id))
 
     def changes(self, since: int = 0) -> tuple[int, list[Change]]:
-        """The revision now, and the present state of every id that changed after revision `since`."""
+        """The current revision, and the current state of every id that changed after revision `since`."""
         with self._errors(), Session(self._engine) as session:
             revision = session.scalar(select(Meta.revision).where(Meta.id == 1)) or 0
             if revision == since:
@@ -230,19 +232,19 @@ class Registry:
             return revision, found
 
     def mark(self) -> object | None:
-        """Another value whenever the registry may have changed; None where that is told by reading it alone.
+        """A value that differs from the last one if the registry may have changed; None if only `changes` can tell.
 
-        A small fraction of the cost of `changes`, for servers ask twice a second. For one thread, always the same.
+        Costs much less than `changes`: servers ask twice a second. Call it from one thread only.
         """
         if self._file is None:
             return None
         with self._errors():
             watch: Any = self._watch or self._engine.raw_connection()
             self._watch = watch
-            # Counts the commits of all other connections, of whichever process.
+            # SQLite changes this number with every commit of another connection, in any process.
             version = watch.driver_connection.execute("PRAGMA data_version").fetchone()[0]
             try:
-                found = os.stat(self._file)  # the connection would follow a file that was moved away
+                found = os.stat(self._file)  # notices a replaced file, whose old copy the connection still reads
             except OSError:
                 return None
             return version, found.st_dev, found.st_ino
@@ -257,25 +259,25 @@ class Registry:
         return bytes(data)
 
     def close(self) -> None:
-        """Give back all connections."""
+        """Close all connections."""
         if self._watch is not None:
             self._watch.close()
             self._watch = None
         self._engine.dispose()
 
     def _prepare(self) -> None:
-        """Refuse a database made by another schema version; create the tables that are missing."""
+        """Create the missing tables. Raises SchemaMismatch for a database with another schema version."""
         if inspect(self._engine).has_table(Meta.__tablename__):
             self._check_version()
         if self._missing_tables():
             try:
-                # Tables and their first row in one transaction, so that processes starting together see all or nothing.
+                # One transaction for the tables and their first row: a process that starts now sees all or nothing.
                 with self._engine.connect().execution_options(**_IMMEDIATE) as connection, connection.begin():
                     Base.metadata.create_all(connection)
                     if connection.scalar(select(Meta.id)) is None:
                         connection.execute(insert(Meta).values(id=1, schema_version=SCHEMA_VERSION, revision=0))
             except SQLAlchemyError:
-                # Another process created them in the same moment, or this says what is wrong.
+                # Another process may have created them at the same time. If not, raise the error.
                 if self._missing_tables():
                     raise
         self._check_version()
@@ -294,16 +296,16 @@ class Registry:
             )
 
     def _missing_tables(self) -> bool:
-        """All in a new database; be_prompt alone in one that an earlier be-serve made."""
+        """Whether tables are missing: all of them in a new database, be_prompt in one of an early be-serve."""
         return not {*Base.metadata.tables} <= {*inspect(self._engine).get_table_names()}
 
     def _next_revision(self, session: Session) -> int:
-        """Take the next revision. The row's lock makes writers queue, so revisions commit in order."""
+        """Increment the revision and return it. The row's lock makes writers queue, so revisions commit in order."""
         session.execute(update(Meta).where(Meta.id == 1).values(revision=Meta.revision + 1))
         return session.scalars(select(Meta.revision).where(Meta.id == 1)).one()
 
     @staticmethod
-    def _stored(session: Session, be_id: str) -> str | None:
+    def _stored_digest(session: Session, be_id: str) -> str | None:
         return session.scalar(select(PromptRow.sha256).where(PromptRow.id == be_id))
 
     def _claim_match(self, session: Session, be_id: str, sha256: str | None) -> None:
@@ -324,7 +326,7 @@ class Registry:
             yield
         except SQLAlchemyError as exc:
             text = f"The registry {safe_url(self.url)} failed: {what_failed(exc, self.url)}."
-            raise RegistryError(text) from None  # a traceback would show the driver's own text
+            raise RegistryError(text) from None  # a traceback would print the driver's text with its secrets
 
 
 def _record(row: TokenRow, version: VersionRow, manifest: Manifest, prompt: str | None) -> Record:
@@ -334,13 +336,17 @@ def _record(row: TokenRow, version: VersionRow, manifest: Manifest, prompt: str 
 
 
 def _readable(row: TokenRow, version: VersionRow | None, prompt: str | None) -> Record | None:
-    """The record, or None for one this be-serve cannot read: it must not stop the others."""
+    """The record, or None (and a log line) if this be-serve cannot read it. Other tokens must still be read."""
     if version is None:
         return None
     try:
         return _record(row, version, Manifest.model_validate_json(version.manifest), prompt)
     except ValidationError as exc:
-        # The error's own text quotes what it read, the prompt's among it.
+        # Not the error's own text, which quotes the manifest and may contain the prompt.
         faults = "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in exc.errors())
-        logger.error("Token %s has a manifest that this be-serve cannot read; it is left out: %s", row.id, faults)
+        logger.error(
+            "Token %s is left out, because this be-serve cannot read its manifest: %s. Register it again.",
+            row.id,
+            faults,
+        )
         return None

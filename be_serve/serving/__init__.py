@@ -1,4 +1,4 @@
-"""The vLLM plugin, in the API server's process. Only its room `vllm` imports vLLM.
+"""The vLLM plugin. It runs in the API server's process. Only the subpackage `vllm` imports vLLM.
 
 request -> middleware -> vLLM's chat endpoint -> hook -> resolve -> injection -> engine
                                                   |

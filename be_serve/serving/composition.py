@@ -1,4 +1,4 @@
-"""The tokens of one slot: mostly one, or several that stand behind one another."""
+"""The tokens of one slot: usually one token, or several in sequence."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from be_serve.registry import Record
 
 
 class Composition:
-    """One or more tokens in order, served as one with k = k1 + k2 + ...
+    """One or more tokens in order, served as one token with k = k1 + k2 + ...
 
-    Raises RequestError for tokens that were made for different places in the chat.
+    Raises RequestError for tokens with different placements or template variables.
     """
 
     def __init__(self, records: Sequence[Record]) -> None:
@@ -24,7 +24,7 @@ class Composition:
                 raise RequestError(
                     f"Tokens {records[0].id!r} and {record.id!r} cannot share a slot: their placement or template "
                     f"variables differ ({first.placement} {first.template_kwargs}, "
-                    f"{manifest.placement} {manifest.template_kwargs}).",
+                    f"{manifest.placement} {manifest.template_kwargs}). Send one of them.",
                     param="be_id",
                 )
         self.records = tuple(records)
@@ -34,7 +34,7 @@ class Composition:
 
     @property
     def name(self) -> str:
-        """The ids, separated by commas, which no id contains."""
+        """The ids, separated by commas. No id contains a comma."""
         return ",".join(record.id for record in self.records)
 
     @property
@@ -43,5 +43,5 @@ class Composition:
         return ",".join(record.digest for record in self.records)
 
     def replaces(self, sha256: str) -> bool:
-        """Whether one of the tokens stands for the prompt of this digest."""
+        """Whether one of the tokens replaces the prompt with this digest."""
         return any(record.manifest.prompt.sha256 == sha256 for record in self.records)

@@ -1,4 +1,4 @@
-"""What our own work on one request costs, on the clock and on the processor."""
+"""Measures be-serve's own work on one request: wall time and processor time."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ T = TypeVar("T")
 
 
 class Cost:
-    """Seconds of `wall` time, waiting included, and of `cpu` time, in which a thread really worked.
+    """Sums `wall` seconds, which include waiting, and `cpu` seconds, in which a thread had the processor.
 
-    On a busy machine the first also tells of others: a thread that lost the processor or
-    Python's lock in the middle of its work gets it back milliseconds later.
+    On a busy machine `wall` also depends on other threads: a thread that loses the processor or
+    Python's lock during its work gets it back milliseconds later.
     """
 
     def __init__(self) -> None:
@@ -23,7 +23,7 @@ class Cost:
 
     @contextmanager
     def of_block(self) -> Iterator[None]:
-        """Add what the block costs. It must not await: other tasks' work would count."""
+        """Add the time of the block. The block must not await: the work of other tasks would count."""
         wall, cpu = perf_counter(), thread_time()
         try:
             yield
@@ -32,16 +32,16 @@ class Cost:
             self.wall += perf_counter() - wall
 
     async def of(self, work: Coroutine[Any, Any, T]) -> T:
-        """The result of `work`. Its waiting adds wall time alone, and what other tasks do meanwhile no `cpu`."""
+        """The result of `work`, whose time is added. While `work` waits, only `wall` grows."""
         begin = perf_counter()
         try:
-            return await _Steps(self, work)
+            return await _TimedSteps(self, work)
         finally:
             self.wall += perf_counter() - begin
 
 
-class _Steps(Generic[T]):
-    """A coroutine whose steps are timed, from one suspension to the next."""
+class _TimedSteps(Generic[T]):
+    """An awaitable that runs a coroutine and measures the processor time between its suspensions."""
 
     def __init__(self, cost: Cost, work: Coroutine[Any, Any, T]) -> None:
         self._cost, self._work = cost, work
@@ -60,5 +60,5 @@ class _Steps(Generic[T]):
                 self._cost.cpu += thread_time() - begin
             try:
                 step, given = self._work.send, (yield awaited)
-            except BaseException as exc:  # cancelled, or what was waited for failed: the work's own to handle
+            except BaseException as exc:  # a cancellation or a failed await: the coroutine must handle it
                 step, given = self._work.throw, exc

@@ -1,6 +1,6 @@
-"""Entry point of `vllm.general_plugins`: runs in every process of every vLLM on the machine.
+"""Entry point of `vllm.general_plugins`. vLLM calls it in every process of every vLLM of this Python environment.
 
-Does nothing unless VLLM_PLUGINS names `be_serve`, and may run twice.
+It does nothing unless VLLM_PLUGINS names `be_serve`. vLLM may call it twice in one process.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import os
 
 
 def register() -> None:
-    """Patch what must be patched on the engine's side, and insist on the endpoint plugin."""
+    """Patch the engine's processes, and make the server stop if the endpoint plugin does not load."""
     if "be_serve" not in os.environ.get("VLLM_PLUGINS", "").split(","):
         return
     from be_serve.serving.vllm import engine, versions

@@ -1,4 +1,4 @@
-"""What happens to a chat request: guard, resolve, render with a slot, inject. No vLLM here."""
+"""Processes a chat request: check it, resolve its tokens, render it with a slot, inject. Imports no vLLM."""
 
 from __future__ import annotations
 
@@ -25,33 +25,33 @@ from be_serve.serving.resolve import How, Message, Resolution, Resolver
 logger = logging.getLogger("vllm.be_serve.hook")
 
 _REQUIRED = (
-    "This server answers only chats that name a token (--be-require), and this one names none. Send `be_id` with a "
-    "token's id at the top level of the request's JSON, or `<model>:<id>` as `model`. If you sent `be_id`, something "
-    "on the way dropped it. Operators: let your gateway pass fields that it does not know, or name the token in "
-    "`model`."
+    "This server answers only chats that name a token (--be-require), and this chat names none. Send `be_id` with a "
+    "token's id at the top level of the request's JSON, or `<model>:<id>` as `model`. If you sent `be_id`, a gateway "
+    "or client library dropped it. Operators: let your gateway pass fields that it does not know, or name the token "
+    "in `model`."
 )
 
 
 @dataclass
 class Rendering:
-    """One request on its way through vLLM's renderer."""
+    """One request while vLLM's renderer processes it."""
 
     tokens: Composition
     held: Held | None
-    """What the vectors need in this process; None where they are only counted."""
+    """The rows or memory that the vectors use; None if the request only counts ids and generates nothing."""
     marker: str
     messages: list[dict[str, Any]]
     template_kwargs: dict[str, Any]
     cost: Cost = field(default_factory=Cost)
-    """Of our own work so far."""
+    """Time that be-serve's own work on this request took so far."""
     slot: Slot | None = None
     how: How = "be_id"
-    otherwise: Callable[[BEError], Awaitable[PlainChat]] | None = None
-    """Gives the chat that is answered where the tokens cannot be placed, or raises the reason. None: raised at once."""
+    fallback: Callable[[BEError], Awaitable[PlainChat]] | None = None
+    """If the tokens cannot be placed: returns the chat to answer instead, or raises the error. None: no fallback."""
 
 
 class ChatHook:
-    """Serves a token in place of the system message. One instance a server process."""
+    """Serves a token in place of the system message. One instance per server process."""
 
     def __init__(
         self,
@@ -79,16 +79,16 @@ class ChatHook:
         self._fallback = Fallback(resolver, index, slots)
 
     async def begin(self, request: Any, messages: Sequence[Any], tools: Any) -> Rendering | PlainChat | None:
-        """How a request that names a token is answered; None for a plain one.
+        """Start a request: a Rendering to answer with tokens, a PlainChat to answer instead, None to leave it alone.
 
-        Raises BEError for everything that must be refused, counted.
+        Raises BEError for a request that must be refused, and counts the refusal.
         """
         context = current.get()
         cost = Cost()
         try:
             self._injection.check(messages, tools)
             if context is None or not context.supported:
-                if self._require and context is not None:  # a chat on an endpoint that we do not know
+                if self._require and context is not None:  # a chat on an endpoint that is not in SUPPORTED
                     raise TokenRequired(_REQUIRED)
                 return None
             rendering = await cost.of(self._begin(context, request, messages))
@@ -118,24 +118,24 @@ class ChatHook:
         chat = [dict(m) for m in messages]
         outcome: dict[str, str] = {}
         context.outcomes.append(outcome)
-        full = partial(self._full, context, request, fields, chat, outcome)
+        full_prompt = partial(self._full_prompt_chat, context, request, fields, chat, outcome)
         try:
             rendering = await self._with_tokens(context, request, fields, chat)
-        except TokenRequired:  # no token is named: there is nothing to fall back on
+        except TokenRequired:  # the request names no token, so no stored prompt belongs to it
             raise
         except BEError as exc:
             if not fields.fallback:
                 raise
-            return await full(exc)
+            return await full_prompt(exc)
         if rendering is None:
             return None
         tokens = rendering.tokens
         outcome.update({"x-be-id": tokens.name, "x-be-digest": tokens.digest})
         if rendering.how == "match":
             outcome["x-be-match"] = "exact"
-            rendering.otherwise = partial(self._as_it_came, context, tokens, chat, outcome)
+            rendering.fallback = partial(self._unchanged_chat, context, tokens, chat, outcome)
         elif fields.fallback:
-            rendering.otherwise = full
+            rendering.fallback = full_prompt
         return rendering
 
     async def _with_tokens(
@@ -156,7 +156,7 @@ class ChatHook:
                 self._refuse_options(request)
             if fields.fallback == "full":
                 self._fallback.refuse_unfit(resolution.tokens)
-            # Who has a full prompt to fall back on waits for no room.
+            # A request with a full prompt to fall back on does not wait for free rows.
             wait = resolution.how != "match" and not fields.fallback
             held = await self._hold(context, resolution, wait=wait, choices=max(1, getattr(request, "n", None) or 1))
             return self._mark(resolution, held)
@@ -165,10 +165,10 @@ class ChatHook:
                 held.release()
             if resolution.how != "match":
                 raise
-            self._missed(context, resolution.tokens, exc)
+            self._count_missed_match(context, resolution.tokens, exc)
             return None
 
-    async def _full(
+    async def _full_prompt_chat(
         self,
         context: RequestContext,
         request: Any,
@@ -177,23 +177,23 @@ class ChatHook:
         outcome: dict[str, str],
         exc: BEError,
     ) -> PlainChat:
-        """The stored prompt's chat in place of a token's, which cannot be had for the reason `exc`."""
-        found = await self._fallback.chat(request, fields, chat, exc)
+        """The chat with the stored prompt. `exc` is the reason why the token is not available."""
+        plain = await self._fallback.chat(request, fields, chat, exc)
         outcome.clear()
         outcome["x-be-fallback"] = "full"
         self._count(context, "fallback")
-        return found
+        return plain
 
-    async def _as_it_came(
+    async def _unchanged_chat(
         self, context: RequestContext, tokens: Composition, chat: list[Message], outcome: dict[str, str], exc: BEError
     ) -> PlainChat:
-        """A matched request's own chat: it named no token, and is answered as without the plugin."""
-        self._missed(context, tokens, exc)
+        """The client's own chat, for a request that matched a token by its prompt and named none."""
+        self._count_missed_match(context, tokens, exc)
         outcome.clear()
         return PlainChat(chat)
 
-    def _missed(self, context: RequestContext, tokens: Composition, exc: BEError) -> None:
-        logger.debug("Serving the full prompt: token %s cannot answer: %s", tokens.name, exc)
+    def _count_missed_match(self, context: RequestContext, tokens: Composition, exc: BEError) -> None:
+        logger.debug("Serving the full prompt, because token %s cannot answer: %s", tokens.name, exc)
         self._count(context, "match_missed")
 
     def _count(self, context: RequestContext, how: str) -> None:
@@ -206,7 +206,7 @@ class ChatHook:
         return Rendering(tokens, held, marker, marked, tokens.template_kwargs, how=resolution.how)
 
     async def _hold(self, context: RequestContext, resolution: Resolution, *, wait: bool, choices: int) -> Held | None:
-        if context.path in COUNTING:  # nothing is generated: the manifest says all that is needed
+        if context.path in COUNTING:  # nothing is generated: the number of vectors in the manifest is enough
             for record in resolution.tokens.records:
                 self._index.check_record(record)
             return None
@@ -217,55 +217,57 @@ class ChatHook:
             if vectors is None:
                 vectors = await asyncio.to_thread(self._index.load, record)
             parts.append((record.digest, vectors))
-        over = UnsupportedRequest("A response that goes on in the background cannot use a token in its later turns.")
+        ended = UnsupportedRequest(
+            "A background response cannot use a token in turns after its HTTP request ended; leave out `background`."
+        )
         if context.over:
-            raise over
+            raise ended
         held = await self._injection.hold(parts, wait=wait, choices=choices)
-        if context.over:  # meanwhile: nobody else would give it back
+        if context.over:  # the request ended during the wait, so its cleanup list has already run
             held.release()
-            raise over
+            raise ended
         context.cleanup.append(held.release)
         return held
 
-    async def give_up(self, rendering: Rendering, exc: BEError) -> PlainChat:
-        """The chat that is answered in place of one whose tokens could not be placed, or raises `exc`."""
-        if rendering.held:  # its long answer would hold what it does not use
+    async def on_unavailable(self, rendering: Rendering, exc: BEError) -> PlainChat:
+        """The chat to answer instead, when the tokens of `rendering` could not be placed. Raises `exc` if none."""
+        if rendering.held:  # the answer without the token would hold the rows to its end and not use them
             rendering.held.release()
         try:
-            if rendering.otherwise is None:
+            if rendering.fallback is None:
                 raise exc
-            return await rendering.otherwise(exc)
+            return await rendering.fallback(exc)
         except BEError as refusal:
             self._metrics.refused(refusal)
             raise
 
     def check_prompt(self, prompt: Mapping[str, Any]) -> str:
-        """The text of vLLM's rendered prompt. Raises UnsupportedRequest for what a token cannot stand beside."""
+        """The text of vLLM's rendered prompt. Raises UnsupportedRequest as `prompt_text`."""
         return prompt_text(prompt, media=self._injection.beside_media)
 
     def cut(self, rendering: Rendering, text: str) -> list[int]:
-        """Token ids of the rendered chat with placeholders in the slot. Runs in the renderer's thread pool."""
-        if len(text) > self._max_chars:  # vLLM's own bound, before any tokenizer works on it
+        """Token ids of the rendered chat, with placeholders in the slot. Runs in the renderer's thread pool."""
+        if len(text) > self._max_chars:  # vLLM's own limit; checked before the tokenizer spends time on the text
             raise RequestError(
-                f"The chat has {len(text)} characters, more than any {self._max_chars} that fit this model's context. "
+                f"The chat has {len(text)} characters; at most {self._max_chars} can fit this model's context. "
                 "Please reduce the length of the messages.",
                 param="messages",
             )
         with rendering.cost.of_block():
             sides = self._slots.split(text, rendering.marker, placement=rendering.tokens.placement)
-        slot = self._slots.encode(*sides)  # in place of vLLM's own, which a plain chat waits for as well
+        slot = self._slots.encode(*sides)  # not timed: it replaces vLLM's own tokenising, which a plain chat pays too
         with rendering.cost.of_block():
             check_ids(slot, self._vocab_size)
             rendering.slot = slot
             return slot.ids(rendering.tokens.k)
 
     def finish(self, rendering: Rendering, engine_input: Mapping[str, Any]) -> dict[str, Any]:
-        """The engine input with the vectors in it. Raises UnsupportedRequest where the slot was cut away."""
+        """The engine input with the vectors in it. Raises UnsupportedRequest if vLLM moved or removed the slot."""
         with rendering.cost.of_block():
-            found = self._finish(rendering, engine_input)
+            injected = self._finish(rendering, engine_input)
         if rendering.held:
             self._metrics.injected(rendering.cost)
-        return found
+        return injected
 
     def _finish(self, rendering: Rendering, engine_input: Mapping[str, Any]) -> dict[str, Any]:
         slot, k = rendering.slot, rendering.tokens.k
@@ -273,58 +275,60 @@ class ChatHook:
         kind = engine_input.get("type")
         if slot is None or kind not in ("token", "multimodal"):
             raise UnsupportedRequest(
-                "vLLM rendered this chat in a way that leaves no place for a token; send its full prompt."
+                "vLLM rendered this chat in a way that leaves no place for a token; send the full prompt instead."
             )
         if kind == "multimodal" and not _slot_is_kept(slot, k, engine_input):
             raise UnsupportedRequest(
-                "This model's processor of images, audio and video moved the token's place; send its full prompt.",
+                "This model's processor for images, audio and video moved the token's place; send the full prompt "
+                "instead.",
                 param="messages",
             )
         if kind == "token" and len(ids) != len(slot.before) + k + len(slot.after):
             raise UnsupportedRequest(
-                "The chat was cut to another length, and the token with it; send fewer messages, or shorter ones."
+                "vLLM truncated the chat and may have cut the token; send fewer messages, or shorter ones."
             )
         context = current.get()
         if context is not None:
             self._count(context, rendering.how)
         if rendering.held is None:
-            return dict(engine_input)  # only counted: no vectors are needed
+            return dict(engine_input)  # the request only counts ids: no vectors are needed
         return self._injection.inject(dict(engine_input), slot, rendering.held)
 
     def _may_use(self, context: RequestContext) -> bool:
-        """Whether a request may use tokens: vLLM's API key does not guard /tokenize, and tokens need guarding."""
+        """Whether a request may use tokens. vLLM does not check its API key at /tokenize, so be-serve does."""
         if not self._keys or context.path != "/tokenize":
             return True
         scheme, _, given = context.authorization.partition(" ")
         return scheme.lower() == "bearer" and any(hmac.compare_digest(given.encode(), k.encode()) for k in self._keys)
 
     def _refuse_options(self, request: Any) -> None:
-        """Options whose answer would be wrong beside a vector, which is no vocabulary token."""
+        """Raise UnsupportedRequest for an option that gives a wrong answer with a token."""
         if getattr(request, "background", None) and not self._injection.outlasts_request:
             raise UnsupportedRequest(
-                f"With --be-injection {self._injection.name} a token cannot be used in the background.",
+                f"With --be-injection {self._injection.name} a background response cannot use a token; leave out "
+                "`background`.",
                 param="background",
             )
-        of_the_prompt = {
+        prompt_options = {
             "prompt_logprobs": getattr(request, "prompt_logprobs", None) is not None,  # 0 asks for them, too
             "echo": bool(getattr(request, "echo", False)),
         }
-        for option in (name for name, asked in of_the_prompt.items() if asked):
+        for option in (name for name, requested in prompt_options.items() if requested):
             raise UnsupportedRequest(
-                f"`{option}` cannot be answered for a token, which has no text; leave it out.", param=option
+                f"`{option}` cannot be answered for a token, because a token has no text; leave it out.", param=option
             )
         if getattr(request, "use_beam_search", False):
             raise UnsupportedRequest(
-                "Beam search cannot be used with a token; leave it out, or ask for `n` answers.",
+                "Beam search cannot be used with a token; leave out `use_beam_search`, or use `n` for several answers.",
                 param="use_beam_search",
             )
         if getattr(request, "truncate_prompt_tokens", None) is not None:
             raise UnsupportedRequest(
-                "`truncate_prompt_tokens` could cut the token away; leave it out.", param="truncate_prompt_tokens"
+                "`truncate_prompt_tokens` could remove the token; leave it out.", param="truncate_prompt_tokens"
             )
         if getattr(request, "chat_template", None) is not None:
             raise UnsupportedRequest(
-                "A token is made for the server's chat template; send no `chat_template` with it.",
+                "A token was trained for the server's chat template; send no `chat_template` with it.",
                 param="chat_template",
             )
         transfer = getattr(request, "kv_transfer_params", None)
@@ -336,35 +340,38 @@ class ChatHook:
 
 
 def prompt_text(prompt: Mapping[str, Any], *, media: bool) -> str:
-    """The text of vLLM's rendered prompt. Raises UnsupportedRequest for what a token cannot stand beside."""
+    """The text of vLLM's rendered prompt.
+
+    Raises UnsupportedRequest for images, audio or video unless `media`, and for a chat rendered as ids.
+    """
     if prompt.get("multi_modal_data") and not media:
         raise UnsupportedRequest(
-            "A token that travels as prompt embeds cannot stand beside images, audio or video: vLLM takes embeddings "
-            "or media. Operators: --be-injection resident-rows.",
+            "With --be-injection prompt-embeds a token cannot be combined with images, audio or video; send the full "
+            "prompt instead. Operators: --be-injection resident-rows.",
             param="messages",
         )
     text = prompt.get("prompt")
     if not isinstance(text, str):
         raise UnsupportedRequest(
-            "This server's tokenizer renders chats as ids, and a token has no place in them; "
-            "operators: leave --tokenizer-mode out."
+            "This server's tokenizer renders chats as ids and not as text, so the token's place cannot be found; "
+            "send the full prompt instead. Operators: leave out --tokenizer-mode."
         )
     return text
 
 
 def _slot_is_kept(slot: Slot, k: int, engine_input: Mapping[str, Any]) -> bool:
-    """Whether the slot of k placeholders is where it was before media were put into the prompt, all behind it."""
+    """Whether the slot's k placeholders are unmoved and all media placeholders stand after the slot."""
     ids, end = engine_input["prompt_token_ids"], len(slot.before) + k
-    ranges = [one for of_kind in engine_input.get("mm_placeholders", {}).values() for one in of_kind]
-    return list(ids[:end]) == slot.ids(k)[:end] and all(one.offset >= end for one in ranges)
+    ranges = [item for same_kind in engine_input.get("mm_placeholders", {}).values() for item in same_kind]
+    return list(ids[:end]) == slot.ids(k)[:end] and all(item.offset >= end for item in ranges)
 
 
 def check_ids(slot: Slot, vocab_size: int) -> None:
-    """Raise UnsupportedRequest for a chat with an id that the model has not: an added marker of the tokenizer."""
+    """Raise UnsupportedRequest for an id outside the model's vocabulary, such as an added token of the tokenizer."""
     highest = max(max(slot.before, default=0), max(slot.after, default=0))
     if highest >= vocab_size:
         raise UnsupportedRequest(
-            f"The chat contains a marker of the tokenizer with the id {highest}, which the model does not know; "
-            "take it out of the messages.",
+            f"The chat contains a special token of the tokenizer with the id {highest}, which the model does not "
+            "have; remove it from the messages.",
             param="messages",
         )

@@ -1,4 +1,4 @@
-"""Prometheus metrics under `be_serve_`, beside vLLM's own on /metrics."""
+"""The Prometheus metrics named `be_serve_*`. They appear on /metrics together with vLLM's own."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.
 
 
 class Metrics:
-    """The plugin's collectors; one instance a process (Prometheus refuses a second registration)."""
+    """The plugin's collectors. One instance per process, because Prometheus refuses a second registration."""
 
     def __init__(self) -> None:
         self.requests = Counter(
@@ -21,7 +21,7 @@ class Metrics:
         )
         self.injection = Histogram(
             "be_serve_injection_seconds",
-            "Time from the parsed request to the engine input, less what plain chats need: rendering, tokenising.",
+            "Time from the parsed request to the engine input, without rendering and tokenising.",
             buckets=_SECONDS,
         )
         self.injection_cpu = Histogram(
@@ -40,12 +40,12 @@ class Metrics:
         )
         self.refreshed = Gauge(
             "be_serve_registry_refreshed_timestamp_seconds",
-            "When the registry was last read; seconds in the past: changes and removals are not arriving.",
+            "When the registry was last read. If this is long ago, changes and removals do not arrive.",
             multiprocess_mode="livemin",
         )
         self.inflight = Gauge(
             "be_serve_inflight_bytes",
-            "Bytes of vectors that running requests with tokens hold; --be-inflight-bytes is the bound.",
+            "Bytes of vectors that running requests with tokens hold; --be-inflight-bytes is the limit.",
             multiprocess_mode="livesum",
         )
         self.row_writes = Counter("be_serve_row_writes", "Tokens written into rows of the workers.")
@@ -55,12 +55,12 @@ class Metrics:
         self.tokens = Gauge("be_serve_tokens", "Tokens this server can name.", multiprocess_mode="livemostrecent")
 
     def observe_rows(self, resident: int, written: int) -> None:
-        """Set how many tokens lie in rows, and count those that were written there."""
+        """Set the number of tokens in rows, and add to the count of written tokens."""
         self.row_writes.inc(written)
         self.resident.set(resident)
 
     def injected(self, cost: Cost) -> None:
-        """Observe what a request with a token cost."""
+        """Record the time of one request with a token."""
         self.injection.observe(cost.wall)
         self.injection_cpu.observe(cost.cpu)
 
@@ -73,7 +73,7 @@ _instance: Metrics | None = None
 
 
 def metrics() -> Metrics:
-    """The process's metrics, made on first use: multiprocess mode must be set up before."""
+    """The process's metrics, created on first use. Prometheus' multiprocess mode must be set up before."""
     global _instance
     if _instance is None:
         _instance = Metrics()

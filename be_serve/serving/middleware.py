@@ -1,7 +1,7 @@
-"""A small ASGI middleware: per-request context, our response headers, refusals elsewhere.
+"""ASGI middleware: sets the context of each request, adds the `x-be-*` headers, refuses tokens at other endpoints.
 
-Which token answered is known deep inside vLLM's handlers, whose responses stay
-stock; a context variable carries it out to the response headers.
+Only vLLM's handlers know which token answered, and be-serve does not change their responses. A context
+variable carries this information from there to the response headers.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
-# The endpoints that honour a token.
+# The endpoints that can use a token.
 SUPPORTED = frozenset(
     {
         "/v1/chat/completions",
@@ -36,11 +36,11 @@ SUPPORTED = frozenset(
         "/tokenize",
     }
 )
-# Takes a chat, or text that passes the hook by.
+# Takes a chat, which the hook processes, or a `prompt`, which never reaches the hook.
 _TOKENIZE = "/tokenize"
-# They count a chat's ids and generate nothing.
+# These endpoints count a chat's ids and generate nothing.
 COUNTING = frozenset({"/v1/messages/count_tokens", _TOKENIZE})
-# They answer or render a prompt, and take no token.
+# These endpoints answer or render a prompt and cannot use a token.
 TOKENLESS = frozenset(
     {
         "/v1/completions",
@@ -56,35 +56,35 @@ TOKENLESS = frozenset(
         "/invocations",
     }
 )
-# Their request classes drop fields that they do not know: ours are read from the body, where they may also stand
-# in the one object for custom parameters that these classes do know.
+# The request classes of these endpoints drop unknown fields. The middleware therefore reads the be-serve fields
+# from the body: at its top level, and in the one object for custom parameters that these classes know.
 _STRICT = frozenset({"/v1/messages", "/v1/messages/count_tokens"})
 _STRICT_READS = ("vllm_xargs",)
-# Escapes and other encodings may hide a name.
-_HIDING = (b"\\u", b"\\/", b"\0")
+# With escapes or another encoding, a search of the bytes may miss a name.
+_ENCODED = (b"\\u", b"\\/", b"\0")
 _KEY_END = re.compile(rb'"\s*:')
 _WINDOW = 64
-# Seconds in all that a request which holds something for its token waits for a client to take its answer.
-_PATIENCE = 120.0
+# Total seconds a slow client may block sends while its request holds a token's rows or memory.
+_SEND_SECONDS = 120.0
 
 
 @dataclass
 class RequestContext:
-    """One HTTP request: shared, not copied, with the tasks that handle it."""
+    """The state of one HTTP request. All tasks that handle the request share this one object."""
 
     path: str
     authorization: str = ""
     """The request's Authorization header."""
     fields: dict[str, Any] = field(default_factory=dict)
-    """Our fields as they came, on endpoints whose request classes drop them."""
+    """The be-serve fields of the body, unvalidated, for endpoints whose request classes drop them."""
     fault: BEError | None = None
-    """What is wrong with the names in such a body: for the hook to raise, whose errors come in the endpoint's shape."""
+    """The error of these fields' names. The hook raises it, so that it gets the endpoint's error shape."""
     outcomes: list[dict[str, str]] = field(default_factory=list)
-    """Headers that tell how each chat of the request was answered; of a batch there are many."""
+    """The `x-be-*` headers of each chat in the request. A batch has several chats."""
     cleanup: list[Callable[[], None]] = field(default_factory=list)
-    """Called when the request is over, streams included."""
+    """Functions to call after the end of the request, streaming included."""
     over: bool = False
-    """Whether that is so already: a background task may outlive its request."""
+    """Whether the request has ended. A background task may still run then."""
 
     @property
     def supported(self) -> bool:
@@ -92,7 +92,7 @@ class RequestContext:
 
     @property
     def read_in(self) -> tuple[str, ...]:
-        """Objects of the request in which our fields are read, beside its top level."""
+        """Objects of the request, besides its top level, from which be-serve fields are read."""
         return _STRICT_READS if self.path in _STRICT else ()
 
     @property
@@ -100,7 +100,7 @@ class RequestContext:
         """Headers to add to the response."""
         merged = {name: value for outcome in self.outcomes for name, value in outcome.items()}
         if "x-be-fallback" in merged and "x-be-id" in merged:
-            merged["x-be-fallback"] = "partial"  # some chats of a batch found room for the token, others did not
+            merged["x-be-fallback"] = "partial"  # in a batch, some chats got the token and others the full prompt
         return merged
 
 
@@ -108,12 +108,12 @@ current: ContextVar[RequestContext | None] = ContextVar("be_serve_request", defa
 
 
 def error_body(exc: BEError) -> dict[str, Any]:
-    """An error in OpenAI's shape, as vLLM prints its own: `code` is the HTTP status."""
+    """The error as OpenAI's JSON object. `code` is the HTTP status, as in vLLM's own errors."""
     return {"error": {"message": exc.message, "type": type(exc).__name__, "param": exc.param, "code": exc.http_status}}
 
 
 class BEMiddleware:
-    """Sets `current`, adds `x-be-*` headers, and refuses tokens where they would be ignored."""
+    """Sets `current`, adds `x-be-*` headers, and refuses tokens at endpoints that would ignore them."""
 
     def __init__(
         self,
@@ -124,7 +124,7 @@ class BEMiddleware:
         is_route: Callable[[str], bool],
         require: bool = False,
     ) -> None:
-        """With `require`, endpoints that take no token are refused whole."""
+        """With `require`, every request to an endpoint that cannot use a token is refused."""
         self._app = app
         self._base_models = base_models
         self._metrics = metrics
@@ -139,7 +139,7 @@ class BEMiddleware:
         context = RequestContext(path, authorization=_header(scope, b"authorization"))
         may_ignore = path == _TOKENIZE or not (context.supported or path.startswith("/v1/be/"))
         try:
-            # Only bodies that a route would read whole anyway are read here.
+            # Read only bodies that the route itself would read as a whole.
             if may_ignore and _is_json(scope) and self._is_route(path):
                 body, receive = await _read_ahead(receive)
                 self._refuse_ignored(path, body)
@@ -156,14 +156,14 @@ class BEMiddleware:
         if path in _STRICT:
             body, receive = await _read_ahead(receive)
             try:
-                context.fields = _our_fields(body)
+                context.fields = _read_fields(body)
             except BEError as exc:
                 context.fault = exc
 
-        patience = _PATIENCE
+        seconds_left = _SEND_SECONDS
 
         async def send_with_headers(message: MutableMapping[str, Any]) -> None:
-            nonlocal patience
+            nonlocal seconds_left
             if message["type"] == "http.response.start" and context.headers:
                 extra = [(k.encode("latin-1"), v.encode("latin-1")) for k, v in context.headers.items()]
                 message = {**message, "headers": [*message.get("headers", []), *extra]}
@@ -171,9 +171,9 @@ class BEMiddleware:
                 await send(message)
                 return
             begin = monotonic()
-            async with asyncio.timeout(patience):  # it ends the request, and what it holds is given back
+            async with asyncio.timeout(seconds_left):  # a timeout ends the request, and `cleanup` releases its rows
                 await send(message)
-            patience -= monotonic() - begin
+            seconds_left -= monotonic() - begin
 
         token = current.set(context)
         try:
@@ -185,37 +185,38 @@ class BEMiddleware:
                 context.cleanup.pop()()
 
     def _refuse_ignored(self, path: str, body: bytes) -> None:
-        """Raise where a body names a token on an endpoint that would silently ignore it."""
+        """Raise UnsupportedRequest if a body names a token at an endpoint that would ignore it."""
         names = list(self._base_models())
         if not _may_name_a_field(body) and not any(f"{name}:".encode() in body for name in names):
             return
         data = _json_object(body)
         if data is None or (path == _TOKENIZE and "messages" in data and data.get("prompt") is None):
-            return  # no object, or a chat, which is the hook's
+            return  # the endpoint refuses a body that is no object; the hook checks a chat
         arguments = data.get("vllm_xargs")
         places = [data, arguments if isinstance(arguments, dict) else {}]
         named = [name for name in FIELDS if any(place.get(name) is not None for place in places)]
         model = data.get("model")
-        # Text without a chat has the same ids under every alias.
+        # At /tokenize, a `prompt` has the same ids under every alias.
         if path != _TOKENIZE and isinstance(model, str) and split_alias(model, names) is not None:
             named.append("model")
-        # be_match false asks for what happens here anyway.
+        # `be_match: false` asks for an answer without a token, which this endpoint gives.
         if named == ["be_match"] and data.get("be_match") is False:
             named = []
         if named:
-            why = f"`{named[0]}` names one or is meant for one"
+            why = f"`{named[0]}` belongs to a token"
         elif slip := find_slip(data, data):
-            named, why = [slip.key], f"`{slip.key}` is meant for one (`{slip.field}`)"
+            named, why = [slip.key], f"`{slip.key}` looks like the token field `{slip.field}`"
         else:
             return
-        what = f"{path} of a `prompt`" if path == _TOKENIZE else path
+        what = f"{path} with a `prompt`" if path == _TOKENIZE else path
         raise UnsupportedRequest(
-            f"{what} cannot use a token, and {why}. Use one of: {', '.join(sorted(SUPPORTED))}.", param=named[0]
+            f"{what} cannot use a token, but {why}. Leave it out, or use one of: {', '.join(sorted(SUPPORTED))}.",
+            param=named[0],
         )
 
 
-def _our_fields(body: bytes) -> dict[str, Any]:
-    """Our fields in a body. Raises MisnamedField, NameConflict."""
+def _read_fields(body: bytes) -> dict[str, Any]:
+    """The be-serve fields of a body. Raises MisnamedField, NameConflict."""
     if not _may_name_a_field(body):
         return {}
     data = _json_object(body) or {}
@@ -225,21 +226,22 @@ def _our_fields(body: bytes) -> dict[str, Any]:
         for name in FIELDS:
             value = place.get(name)
             if value is not None and found.setdefault(name, value) != value:
-                raise NameConflict(f"`{name}` is given twice, and differs; send it once.", param=name)
+                raise NameConflict(f"`{name}` is given twice with different values; send it once.", param=name)
     return found
 
 
 def _may_name_a_field(body: bytes) -> bool:
-    """Whether JSON may have a key near one of our fields. False is certain, and costs some microseconds.
+    """Whether a JSON body may have a key close to a be-serve field. False is certain; True may be wrong.
 
-    The text before each colon is looked at alone: to parse a body of images or ids would take milliseconds.
+    Looks only at the text before each colon, which takes microseconds. To parse a body with images or ids
+    takes milliseconds.
     """
-    if any(mark in body for mark in _HIDING):
+    if any(mark in body for mark in _ENCODED):
         return True
     keys = set()
     for end in _KEY_END.finditer(body):
         before, quote, key = body[max(0, end.start() - _WINDOW) : end.start()].rpartition(b'"')
-        # An escape may hide the name, and a key without a beginning is longer than the window.
+        # With an escape the key's name is not certain. Without an opening quote the key is longer than the window.
         if not quote or b"\\" in key or before.endswith(b"\\"):
             return True
         keys.add(key)
@@ -247,7 +249,7 @@ def _may_name_a_field(body: bytes) -> bool:
 
 
 def _json_object(body: bytes) -> dict[str, Any] | None:
-    """The object in a body; None for anything else, which is the endpoint's to refuse."""
+    """The JSON object of a body, or None if the body is anything else. The endpoint refuses such a body."""
     try:
         data = json.loads(body)
     except (ValueError, RecursionError):
@@ -265,7 +267,7 @@ def _is_json(scope: Scope) -> bool:
 
 
 async def _read_ahead(receive: Receive) -> tuple[bytes, Receive]:
-    """The whole body, and a `receive` that gives it again."""
+    """The whole body, and a `receive` function that returns it once more."""
     chunks: list[bytes] = []
     last: MutableMapping[str, Any] = {"type": "http.request", "more_body": True}
     while last["type"] == "http.request" and last.get("more_body", False):
@@ -274,7 +276,7 @@ async def _read_ahead(receive: Receive) -> tuple[bytes, Receive]:
     body = b"".join(chunks)
     queue: list[MutableMapping[str, Any]] = [{"type": "http.request", "body": body, "more_body": False}]
     if last["type"] != "http.request":
-        queue = [last]  # the client went away
+        queue = [last]  # the client disconnected
 
     async def replay() -> MutableMapping[str, Any]:
         return queue.pop() if queue else await receive()
@@ -283,10 +285,10 @@ async def _read_ahead(receive: Receive) -> tuple[bytes, Receive]:
 
 
 def _route_path(scope: Scope) -> str:
-    """The path by which the router finds a route: without --root-path, where a proxy left it on."""
+    """The path by which the router finds a route. Some proxies leave the prefix --root-path on it; it is removed."""
     path: str = scope["path"]
     rest = path.removeprefix(scope.get("root_path", ""))
-    return rest if rest.startswith("/") else path  # /v1x does not lie below /v1
+    return rest if rest.startswith("/") else path  # with the root path /v1, /v1x stays /v1x
 
 
 async def _respond(send: Send, exc: BEError) -> None:

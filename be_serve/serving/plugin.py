@@ -1,4 +1,4 @@
-"""Entry point of `vllm.endpoint_plugins`: puts the parts together in each API server process."""
+"""Entry point of `vllm.endpoint_plugins`: builds and connects the plugin's parts in each API server process."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ logger = logging.getLogger("vllm.be_serve")
 
 
 class BEEndpointPlugin:
-    """vLLM's EndpointPlugin protocol. Loaded only where VLLM_PLUGINS names `be_serve`."""
+    """Implements vLLM's EndpointPlugin protocol. vLLM loads it only if VLLM_PLUGINS names `be_serve`."""
 
     name = versions.PLUGIN_NAME
     required_tasks = ("generate",)
@@ -41,7 +41,7 @@ class BEEndpointPlugin:
         self._settings = Settings.from_env()
 
     def attach_router(self, app: Any) -> None:
-        """Add the admin routes, the error shape and the middleware."""
+        """Add the admin routes, the handler for BEError and the middleware."""
         app.include_router(routes.router)
         app.add_exception_handler(BEError, routes.be_error_handler)
         app.add_middleware(
@@ -53,7 +53,7 @@ class BEEndpointPlugin:
         )
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
-        """Hook into the running server. Raises BEError: a server must not start without its tokens."""
+        """Install the hook in the running server. Raises BEError, which stops the start of the server."""
         hooks.check_server(state)
         model = await asyncio.to_thread(_served_model, engine_client, state)
         dtype = engine_client.model_config.dtype
@@ -102,7 +102,7 @@ class BEEndpointPlugin:
         )
 
     async def _injection(self, engine_client: Any, state: Any) -> Injection:
-        """The way that was asked for, or for which the engine was started. Raises BEError where it is not ready."""
+        """The injection of the settings; for `auto` the one the engine was started for. Raises BEError if not ready."""
         rows = engine_rows.engine_rows(engine_client)
         name = self._settings.injection
         if name == "auto":
@@ -112,8 +112,8 @@ class BEEndpointPlugin:
             return PromptEmbeds(ByteBudget(self._settings.inflight_bytes, metrics().inflight.set))
         if not rows:
             raise IncompatibleVLLM(
-                "The engine was started without rows for tokens. `be-serve serve` asks for them; a plain vLLM command "
-                "must name them: --additional-config '{\"be_rows\": 1024}'."
+                "The engine was started without rows for tokens. Start it with `be-serve serve`, or add to your vLLM "
+                "command: --additional-config '{\"be_rows\": 1024}'."
             )
         engine_rows.install_rows(state, engine_client)
         table = await engine_rows.open_rows(engine_client, state)

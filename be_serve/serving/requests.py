@@ -1,4 +1,4 @@
-"""The request fields of ours: what a client may send beside the OpenAI ones."""
+"""The request fields that be-serve adds to the OpenAI fields, and the checks on them."""
 
 from __future__ import annotations
 
@@ -10,34 +10,34 @@ from be_serve.core.errors import MisnamedField, RequestError, UnsupportedRequest
 from be_serve.core.ids import validate_be_id
 from be_serve.core.names import FIELDS, find_slip
 
-# vLLM's own marker for client-sent embeddings. With the engine able to take embeddings,
-# its text form would become an id outside the vocabulary.
+# vLLM's own marker for embeddings from a client. If the engine accepts embeddings,
+# this text would become an id outside the vocabulary.
 EMBEDS_MARKER = "<prompt_embeds>"
 
 
 Fallback: TypeAlias = Literal["full", "unavailable"]
 
 MAX_COMPOSED = 8
-"""Most tokens that a request may name for its slot."""
+"""Largest number of tokens that a request may name for its slot."""
 
 
 @dataclass(frozen=True)
 class BEFields:
-    """Our fields of one request, validated."""
+    """The validated be-serve fields of one request."""
 
     be_ids: tuple[str, ...] = ()
     """The tokens of the slot, in order."""
     append: bool = False
     match: bool = True
     fallback: Fallback | None = None
-    """Where the full prompt may answer: "full" in place of tokens that cannot answer, or are marked as not
-    keeping its behaviour; "unavailable" in place of the first kind only."""
+    """When the full prompt answers in place of the tokens. "unavailable": if they cannot answer. "full": also if
+    their verdict says that they do not keep the prompt's behaviour. None: never."""
 
     @classmethod
     def parse(cls, extra: Mapping[str, Any] | None) -> BEFields:
         """Read the fields from a request's extra fields. Raises RequestError.
 
-        `null` counts as absent for each of them.
+        A field with the value `null` counts as absent.
         """
         given = {name: extra[name] for name in FIELDS if extra and extra.get(name) is not None}
         if not given:
@@ -59,11 +59,11 @@ _NONE = BEFields()
 
 
 def _be_ids(value: object) -> tuple[str, ...]:
-    """One id, or a list of them. Raises InvalidBeId, RequestError."""
+    """The validated ids of `be_id`, which is one id or a list. Raises InvalidBeId, RequestError."""
     if not isinstance(value, list):
         return (validate_be_id(value),)
     if not 0 < len(value) <= MAX_COMPOSED:
-        raise RequestError(f"`be_id` as a list names 1 to {MAX_COMPOSED} tokens, not {len(value)}.", param="be_id")
+        raise RequestError(f"`be_id` as a list must name 1 to {MAX_COMPOSED} tokens, not {len(value)}.", param="be_id")
     return tuple(validate_be_id(be_id) for be_id in value)
 
 
@@ -73,32 +73,32 @@ def refuse_slips(
     read_in: Collection[str] = (),
     where: str = "at the top level of the request's JSON, beside `model`",
 ) -> None:
-    """Refuse a key that is meant for a field of ours, for nobody would read it. Arguments as of `find_slip`.
+    """Raise MisnamedField for a key that is meant as a be-serve field and is not read. Arguments as for `find_slip`.
 
-    Raises MisnamedField: an answer without the token would be one without any system prompt.
+    If the key were ignored, the model would answer without the token and so without any system prompt.
     """
     slip = find_slip(top, *requests, read_in=read_in)
     if slip is None:
         return
     message = f"`{slip.key}` is not read; send `{slip.field}` {where}."
     if slip.place == "extra_body":
-        message += " `extra_body` is the SDKs' argument for such fields, and itself no field of a request."
+        message += " `extra_body` is an argument of the SDKs for such fields; it is not a field of the request."
     raise MisnamedField(message, param=slip.key)
 
 
 def keep_lists(messages: Any) -> None:
-    """Make lists of the one-shot iterators that pydantic keeps in messages: they may be read more than once."""
+    """Replace the one-shot iterators that pydantic keeps in messages by lists, which can be read more than once."""
     for message in messages:
         if isinstance(message, dict):
-            lazy = {key: list(value) for key, value in message.items() if isinstance(value, Iterator)}
-            message.update(lazy)
+            lists = {key: list(value) for key, value in message.items() if isinstance(value, Iterator)}
+            message.update(lists)
 
 
 def refuse_raw_embeddings(messages: Any, tools: Any) -> None:
-    """Refuse client-sent embeddings in any form, as parts or as their marker in text.
+    """Raise UnsupportedRequest for embeddings from a client: message parts, or vLLM's marker in text.
 
-    Raises UnsupportedRequest. Stock vLLM refuses the parts without
-    `--enable-prompt-embeds`; with it in use for tokens, both must be refused here.
+    Without `--enable-prompt-embeds` vLLM itself refuses the parts. be-serve needs that option for its
+    tokens, so this function refuses both forms.
     """
     keep_lists(messages)
     for value in _leaves([messages, tools]):
@@ -109,12 +109,12 @@ def refuse_raw_embeddings(messages: Any, tools: Any) -> None:
                 )
         elif isinstance(value, Mapping) and value.get("type") == "prompt_embeds":
             raise UnsupportedRequest(
-                "Raw prompt embeddings are not accepted on this server. Register a token and send its `be_id`."
+                "This server does not accept raw prompt embeddings. Register a token and send its `be_id`."
             )
 
 
 def _leaves(value: Any) -> Iterator[Any]:
-    """All strings and mappings below `value`; mapping keys included, they are rendered too."""
+    """All strings and mappings inside `value`. Includes the keys of mappings, because templates print them, too."""
     stack = [value]
     while stack:
         item = stack.pop()

@@ -1,4 +1,4 @@
-"""From a request to the tokens that answer it, or to none. Pure: no I/O, no vLLM."""
+"""Finds the tokens that answer a request, if any. Does no I/O and imports no vLLM."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ How = Literal["be_id", "alias", "match"]
 
 @dataclass(frozen=True)
 class Resolution:
-    """The tokens of a request, and the chat without the system text they replace."""
+    """The tokens of a request, and its chat without the system text that the tokens replace."""
 
     tokens: Composition
     how: How
@@ -29,7 +29,7 @@ class Resolution:
 
 
 class Names(Protocol):
-    """Where records are looked up: a TokenIndex, or files alone."""
+    """Interface to look up records: a TokenIndex, or the files of an `LLM`."""
 
     @property
     def has_matches(self) -> bool: ...
@@ -39,12 +39,12 @@ class Names(Protocol):
         ...
 
     def match(self, sha256: str) -> Record | None:
-        """The record that answers for the prompt of this digest, if any."""
+        """The record registered with `match` for the prompt with this digest, or None."""
         ...
 
 
 class Resolver:
-    """Applies the naming rules: `be_id` (one, or a list), then the alias, then (opt-in) the exact prompt."""
+    """Finds tokens by `be_id` (one id or a list), then by alias, then (opt-in) by the exact prompt."""
 
     def __init__(
         self,
@@ -60,7 +60,7 @@ class Resolver:
         self._usable = usable
 
     def resolve(self, fields: BEFields, model: str | None, messages: Sequence[Message]) -> Resolution | None:
-        """Return the tokens to use, or None for a plain request.
+        """The tokens to use, or None for a request that uses none.
 
         Raises InvalidBeId, NameConflict, TokenNotFound, SystemConflict, RequestError.
         """
@@ -71,10 +71,10 @@ class Resolver:
             and model not in self._base_models()
             and split_alias(model, self._base_models()) is None
         ):
-            # A LoRA adapter: not the model that any token's fingerprint stands for.
+            # `model` is a LoRA adapter. Tokens have the fingerprint of the base model.
             if be_ids:
                 raise UnsupportedRequest(
-                    f"Tokens are made for the base model, and `model` names {model!r}; send the base model's name.",
+                    f"Tokens are trained for the base model, but `model` is {model!r}; send the base model's name.",
                     param="model",
                 )
             return None
@@ -90,13 +90,13 @@ class Resolver:
     def full(
         self, fields: BEFields, be_ids: Sequence[str], texts: Sequence[str], messages: Sequence[Message]
     ) -> list[Message]:
-        """The chat with the prompts' own texts in place of the tokens. Raises SystemConflict."""
+        """The chat with the texts of the prompts in place of the tokens. Raises SystemConflict."""
         digests = {prompt_sha256(text) for text in texts}
         chat, append = self._without_system(",".join(be_ids), digests.__contains__, messages, append=fields.append)
         return [{"role": "system", "content": "\n\n".join([*texts, *([append] if append else [])])}, *chat]
 
     def named(self, fields: BEFields, model: str | None) -> tuple[tuple[str, ...], How]:
-        """The ids that a request names, and how. Raises InvalidBeId, NameConflict."""
+        """The ids that a request names, and by which field. Raises InvalidBeId, NameConflict."""
         alias = split_alias(model, self._base_models())
         if alias is None:
             return fields.be_ids, "be_id"
@@ -119,7 +119,8 @@ class Resolver:
         if not text:
             return None
         record = self._index.match(prompt_sha256(text))
-        # A request that names no token must be answered as without the plugin, never refused for a token's sake.
+        # The request names no token. If the matching token does not fit, the request must be answered as without
+        # the plugin and not be refused.
         if record is None or not self._usable(record):
             return None
         return Resolution(Composition([record]), "match", list(messages[1:]))
@@ -127,26 +128,31 @@ class Resolver:
     def _without_system(
         self, name: str, replaces: Callable[[str], bool], messages: Sequence[Message], *, append: bool
     ) -> tuple[list[Message], str | None]:
-        """Drop the leading system turn the tokens stand for; keep other system text only to append it."""
+        """The chat without its leading system messages, and the text among them that no token replaces.
+
+        Raises SystemConflict for such a text unless `append`, and for a system message later in the chat.
+        """
         count = next((i for i, m in enumerate(messages) if m.get("role") not in SYSTEM_ROLES), len(messages))
         head, chat = messages[:count], list(messages[count:])
         others: list[str] = []
         for message in head:
             text = text_of(message.get("content"))
             if text is None:
-                raise SystemConflict("A system message beside a token must be text.", param="messages")
+                raise SystemConflict(
+                    "A system message sent with a token must be text; remove its other content.", param="messages"
+                )
             if text.strip() and not replaces(prompt_sha256(text)):
                 others.append(text)
         if any(m.get("role") in SYSTEM_ROLES for m in chat):
             raise SystemConflict(
-                "A system message in the middle of the chat cannot stand beside a token; put it first, "
-                'with `"be_system": "append"`.',
+                "A chat with a token cannot have a system message in the middle; put it first and send "
+                '`"be_system": "append"`.',
                 param="messages",
             )
         if others and not append:
             raise SystemConflict(
-                f"Token {name!r} replaces the system message, and this request brings another one. "
-                'Remove it, or send `"be_system": "append"` to place it behind the token.',
+                f"Token {name!r} replaces the system message, but this request has another one. "
+                'Remove it, or send `"be_system": "append"` to place it after the token.',
                 param="messages",
             )
         return chat, "\n\n".join(others) if others else None

@@ -17,9 +17,9 @@ from be_serve.serving.service import Service
 
 
 def service(request: Request) -> Service:
-    """The plugin's service on this app."""
-    found: Service = request.app.state.be_serve
-    return found
+    """The Service that the plugin stored on this app."""
+    stored: Service = request.app.state.be_serve
+    return stored
 
 
 class AdminRoute(APIRoute):
@@ -42,7 +42,7 @@ router = APIRouter(tags=["be-serve"], route_class=AdminRoute)
 
 
 async def be_error_handler(_request: Request, exc: BEError) -> JSONResponse:
-    """Answer a BEError in OpenAI's shape with its own status."""
+    """The response to a BEError: OpenAI's error body with the error's HTTP status."""
     headers = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "1"}}.get(exc.http_status)
     return JSONResponse(error_body(exc), status_code=exc.http_status, headers=headers)
 
@@ -52,7 +52,7 @@ def require_admin(
     x_be_key: Annotated[str | None, Header(description="The admin key (BE_ADMIN_KEY).")] = None,
     authorization: Annotated[str | None, Header(description="`Bearer KEY`, where vLLM has no --api-key.")] = None,
 ) -> None:
-    """Let only the admin key pass. Raises Forbidden or NotAuthenticated."""
+    """Check the admin key of a request. Raises Forbidden or NotAuthenticated."""
     state = service(request)
     expected = state.settings.admin_key
     if expected is None:
@@ -65,7 +65,7 @@ def require_admin(
         where = "`X-BE-Key`" if state.vllm_has_api_key else "`X-BE-Key` or `Authorization: Bearer`"
         raise NotAuthenticated(f"Send the admin key as {where}.")
     if not hmac.compare_digest(given.encode(), expected.encode()):
-        raise Forbidden("That is not the admin key.")
+        raise Forbidden("This is not the server's admin key; compare it with the server's BE_ADMIN_KEY.")
 
 
 Admin = Depends(require_admin)
@@ -83,9 +83,9 @@ _RESPONSES: dict[int | str, dict[str, Any]] = {
     responses={
         **_RESPONSES,
         200: {"description": "The same file was already registered under this id."},
-        409: {"description": "Another file under the id and no `replace`, or the prompt is matched by another token."},
+        409: {"description": "The id has another file and `replace` is false, or another token matches the prompt."},
         413: {"description": "Larger than --be-max-upload."},
-        422: {"description": "Not a valid token file, or made for another model."},
+        422: {"description": "Not a valid token file, or trained for another model."},
     },
     openapi_extra={
         "requestBody": {
@@ -96,13 +96,13 @@ _RESPONSES: dict[int | str, dict[str, Any]] = {
 )
 async def register_token(
     request: Request,
-    be_id: Annotated[str | None, Query(alias="id", description="The id; default: the one in the file.")] = None,
+    be_id: Annotated[str | None, Query(alias="id", description="The id. Default: the id in the file.")] = None,
     match: Annotated[
-        bool | None, Query(description="Answer for the prompt's own text, too; absent: as it is, at first no.")
+        bool | None, Query(description="Also answer chats with the exact prompt. Absent: unchanged, at first false.")
     ] = None,
-    replace: Annotated[bool, Query(description="Make another file under the id a new version.")] = False,
+    replace: Annotated[bool, Query(description="If the id has another file, make this a new version.")] = False,
 ) -> JSONResponse:
-    """Body: the bytes of a `.safetensors` token file. Nothing in it is executed."""
+    """Body: the bytes of a `.safetensors` token file. The server executes nothing in it."""
     state = service(request)
     data = await _read_body(request, state.settings.max_upload)
     result = await asyncio.to_thread(state.register, data, be_id=be_id, match=match, replace=replace)
@@ -111,7 +111,7 @@ async def register_token(
 
 @router.get("/v1/be/tokens", dependencies=[Admin], summary="List tokens", responses=_RESPONSES)
 async def list_tokens(request: Request) -> dict[str, Any]:
-    """Manifests of all tokens; vectors are never returned."""
+    """The manifests of all tokens, without vectors."""
     return {"object": "list", "data": [record.public() for record in service(request).index.records()]}
 
 
@@ -139,13 +139,13 @@ async def show_token(request: Request, be_id: str) -> dict[str, Any]:
     openapi_extra={"requestBody": {"required": True, "content": {"text/plain": {"schema": {"type": "string"}}}}},
 )
 async def store_prompt(request: Request, be_id: str) -> dict[str, Any]:
-    """Body: the prompt's text, for requests with `"be_fallback": "full"`. It is never returned."""
+    """Body: the prompt's text, for requests with `be_fallback`. No route returns this text."""
     state = service(request)
     data = await _read_body(request, state.settings.max_upload)
     try:
         text = data.decode()
     except UnicodeDecodeError as exc:
-        raise InvalidArtifact("The prompt must be UTF-8 text.") from exc
+        raise InvalidArtifact("The prompt must be UTF-8 text; convert the file to UTF-8.") from exc
     return (await asyncio.to_thread(state.store_prompt, be_id, text)).public()
 
 
@@ -158,26 +158,26 @@ async def store_prompt(request: Request, be_id: str) -> dict[str, Any]:
 async def remove_token(
     request: Request,
     be_id: str,
-    prompt: Annotated[bool, Query(description="Also forget the prompt's text, where it was stored.")] = False,
+    prompt: Annotated[bool, Query(description="Also remove the stored text of the prompt.")] = False,
 ) -> dict[str, Any]:
-    """Remove a token with all its versions; it stops answering at once on this server process.
+    """Remove a token with all its versions. This server process stops using the token at once.
 
-    A stored prompt stays, for requests with `be_fallback`, unless `prompt` is true.
+    A stored prompt is kept for requests with `be_fallback`, unless `prompt` is true.
     """
     if not 0 < len(be_id) <= 64:
         raise TokenNotFound(f"No token {be_id[:64]!r} is registered.")
     kept = await asyncio.to_thread(service(request).remove, be_id, prompt=prompt)
-    told = {"prompt_forgotten": True} if prompt else {"prompt_kept": True} if kept else {}
-    return {"id": be_id, "deleted": True, **told}
+    prompt_state = {"prompt_forgotten": True} if prompt else {"prompt_kept": True} if kept else {}
+    return {"id": be_id, "deleted": True, **prompt_state}
 
 
 def is_post_route(app: Any, path: str) -> bool:
-    """Whether a POST to this path has a handler that reads its body."""
+    """Whether the app has a POST route with exactly this path."""
     return any(path == getattr(r, "path", None) and "POST" in (getattr(r, "methods", None) or ()) for r in app.routes)
 
 
 async def _read_body(request: Request, limit: int) -> bytes:
-    """The request body, at most `limit` bytes. Raises ArtifactTooLarge before reading more."""
+    """The request body. Raises ArtifactTooLarge as soon as it exceeds `limit` bytes."""
     refusal = ArtifactTooLarge(f"The token file is larger than {limit} bytes (--be-max-upload).")
     length = request.headers.get("content-length", "")
     if length.isdigit() and int(length) > limit:

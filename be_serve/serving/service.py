@@ -1,4 +1,4 @@
-"""What one server process knows about its tokens: the model, the registry, the index."""
+"""The tokens of one server process: its model, registry and index, and the operations of the admin routes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from be_serve.serving.settings import Settings
 
 @dataclass(frozen=True)
 class ServedModel:
-    """The model behind this server, as far as a token must fit it."""
+    """The properties of the served model that a token must match."""
 
     name: str
     fingerprint: Fingerprint
@@ -28,7 +28,7 @@ class ServedModel:
 
 
 class Service:
-    """Registration and look-up against one served model."""
+    """Registers, looks up and removes tokens for one served model."""
 
     def __init__(
         self,
@@ -40,7 +40,7 @@ class Service:
         vllm_has_api_key: bool,
         capacity: int | None = None,
     ) -> None:
-        """`capacity` is the number of vectors that a token may have here; None: any."""
+        """`capacity` is the largest number of vectors that a token may have on this server; None: no limit."""
         self.settings = settings
         self.model = model
         self.metrics = metrics
@@ -58,8 +58,8 @@ class Service:
         )
 
     def start(self) -> None:
-        """Load `--be-token` files and the registry. Raises BEError: a server must not start half right."""
-        prompt_sha256("\u00e9")  # what it needs takes 0.2 s to make, which no request should wait for
+        """Load the `--be-token` files and the registry. Raises BEError for any fault, so that the server stops."""
+        prompt_sha256("\u00e9")  # builds its regular expression now: that takes 0.2 s, and no request should wait
         for be_id, path in self.settings.tokens.items():
             self.index.add_static(be_id, read_limited(path))
         self.index.start()
@@ -74,7 +74,7 @@ class Service:
         check_vectors(token.vectors, dtype=self.model.dtype)
 
     def check_record(self, record: Record) -> None:
-        """The same by the manifest alone, which has no InvalidArtifact to show."""
+        """As `check`, by the manifest alone: raises WrongModel or TooManyVectors."""
         self._check_manifest(record.manifest)
 
     def _check_manifest(self, manifest: Manifest) -> None:
@@ -83,7 +83,7 @@ class Service:
             raise too_many_vectors(manifest.k, self.capacity)
 
     def usable(self, record: Record) -> bool:
-        """Whether a record was made for this server's model, and has room on it."""
+        """Whether a record was made for this server's model and its vectors fit the rows."""
         try:
             self.check_record(record)
         except (WrongModel, TooManyVectors):
@@ -91,7 +91,7 @@ class Service:
         return True
 
     def listed(self) -> list[Record]:
-        """The records whose aliases /v1/models names; the same list until one of them changes."""
+        """The records whose aliases /v1/models lists. Returns the same list object until the registry changes."""
         revision = self.index.revision
         if self._listed is None or self._listed[0] != revision:
             self._listed = revision, [record for record in self.index.records() if self.usable(record)]
@@ -112,14 +112,14 @@ class Service:
         return result
 
     def store_prompt(self, be_id: str, text: str) -> Record:
-        """Keep the text of a token's prompt. Blocks; raises TokenNotFound, TokenConflict, InvalidArtifact."""
+        """Store the text of a token's prompt. Blocks; raises TokenNotFound, TokenConflict, InvalidArtifact."""
         self.index.refuse_static(be_id)
         self.registry.store_prompt(be_id, text)
         self.index.refresh()
         return self.index.get(be_id)
 
     def remove(self, be_id: str, *, prompt: bool = False) -> bool:
-        """Remove a token, and its stored prompt where `prompt`; returns whether one is kept.
+        """Remove a token, and its stored prompt if `prompt`. Returns whether a stored prompt is kept.
 
         Blocks; raises TokenNotFound, TokenConflict.
         """

@@ -1,4 +1,4 @@
-"""The server's settings: every `--be-x` option and its environment twin `BE_X`."""
+"""The server's settings: each option `--be-x` has an environment variable `BE_X`."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ _INJECTIONS = ("auto", *INJECTIONS)
 
 @dataclass(frozen=True)
 class Settings:
-    """What an operator can choose. `from_env` reads it in every server process alike."""
+    """The operator's settings. Every server process reads the same values with `from_env`."""
 
-    registry: str = field(repr=False)  # its URL may hold a password
+    registry: str = field(repr=False)  # the URL may hold a password
     """Database URL of the registry (BE_REGISTRY). Default: a SQLite file in the cache folder."""
     tokens: dict[str, Path] = field(default_factory=dict)
     """Tokens in memory, id to file (BE_TOKEN: `ID=FILE`, separated by line ends)."""
     admin_key: str | None = field(default=None, repr=False)
-    """Key of the /v1/be routes (BE_ADMIN_KEY). None: they answer 403."""
+    """Key of the /v1/be routes (BE_ADMIN_KEY). None: these routes answer 403."""
     injection: str = "auto"
-    """How vectors reach the engine (BE_INJECTION). `auto`: as the engine was started."""
+    """How vectors reach the engine (BE_INJECTION). `auto`: the injection that the engine was started for."""
     rows: int = 1024
     """Rows for vectors on the workers, for all server processes together (BE_ROWS)."""
     match: bool = True
-    """Whether tokens registered with `match` answer for their prompt's text (BE_MATCH)."""
+    """Whether a token registered with `match` answers a chat with its exact prompt (BE_MATCH)."""
     require: bool = False
     """Whether a chat that names no token is refused (BE_REQUIRE)."""
     max_upload: int = MAX_BYTES
@@ -40,13 +40,13 @@ class Settings:
     """Memory for vectors per server process in bytes (BE_CACHE_BYTES)."""
 
     inflight_bytes: int = 1024 * 1024 * 1024
-    """Memory that requests with tokens may hold at one time per server process (BE_INFLIGHT_BYTES)."""
+    """Bytes that all running requests with tokens may hold together, per server process (BE_INFLIGHT_BYTES)."""
     list_aliases: bool = True
-    """Whether /v1/models names every token to every client (BE_LIST_ALIASES)."""
+    """Whether /v1/models lists the aliases of all tokens to every client (BE_LIST_ALIASES)."""
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] | None = None) -> Settings:
-        """Read BE_* variables. Raises InputError naming the variable at fault."""
+        """Read the BE_* variables. Raises InputError, which names the faulty variable."""
         env = os.environ if env is None else env
         injection = env.get("BE_INJECTION") or "auto"
         if injection not in _INJECTIONS:
@@ -67,7 +67,7 @@ class Settings:
 
 
 def parse_token_option(entry: str) -> tuple[str, Path]:
-    """`ID=FILE` as a pair. Raises InputError."""
+    """The id and the path of `ID=FILE`. Raises InputError."""
     be_id, equals, file = entry.partition("=")
     if not equals or not file:
         raise InputError(f"--be-token takes ID=FILE, not {entry!r}.")
@@ -88,5 +88,5 @@ def _positive(text: str, name: str) -> int:
     except ValueError:
         value = 0
     if value < 1:
-        raise InputError(f"{name}={text!r}: a whole number above 0 is needed.")
+        raise InputError(f"{name}={text!r}: use a whole number above 0.")
     return value

@@ -133,7 +133,7 @@ def test_adapters_and_tokens_take_turns(tiny, tmp_path):
     assert "sailor" in refused.text
     assert [answer.status_code for answer in loads] == [200, 400, 400]
     for answer in loads[1:]:
-        assert "is named as a token's alias" in answer.json()["error"]["message"]
+        assert "has the form of a token's alias" in answer.json()["error"]["message"]
     assert by_alias == pytest.approx(alone[0], abs=1e-3)
     assert (listed.count("late"), listed.count("tiny:harbor"), listed.count("tiny:nobody")) == (1, 1, 0)
 

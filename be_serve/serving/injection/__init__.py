@@ -1,9 +1,9 @@
-"""How vectors reach the engine. It knows nothing of HTTP, of names or of vLLM.
+"""Brings vectors to the engine. Knows nothing of HTTP, token names or vLLM.
 
-base           the seam: what a way of injecting must do
-prompt_embeds  vectors travel with each request, as vLLM prompt embeds
-resident_rows  vectors lie on the workers, a request names their rows
-row_pool       who has which rows, who waits
-byte_budget    memory that requests in flight may hold
+base           the interface of an injection
+prompt_embeds  vectors are sent with each request, as vLLM prompt embeds
+resident_rows  vectors stay on the workers; a request contains the ids of their rows
+row_pool       assigns rows to tokens, and queues requests that need rows
+byte_budget    limits the memory of running requests
 vectors        a token's vectors in the serving dtype
 """

@@ -1,7 +1,7 @@
-"""The seam between the hook and the ways in which vectors reach the engine.
+"""The interface between the hook and an injection, which brings vectors to the engine.
 
-prompt_embeds  they travel with each request, as vLLM prompt embeds
-resident_rows  they lie on the workers; a request names their rows
+prompt_embeds  vectors are sent with each request, as vLLM prompt embeds
+resident_rows  vectors stay on the workers; a request contains the ids of their rows
 """
 
 from __future__ import annotations
@@ -15,40 +15,40 @@ INJECTIONS = ("resident-rows", "prompt-embeds")
 
 
 class Held(Protocol):
-    """What one request with a token holds in this server process."""
+    """The rows or memory that one request with a token holds in this server process."""
 
     def release(self) -> None:
-        """Give it back; called when the HTTP request is over, and harmless when called again."""
+        """Release them. Called when the HTTP request ends; may be called more than once."""
         ...
 
 
 class Injection(Protocol):
-    """One way. `name` is its value of `--be-injection`."""
+    """One way to bring vectors to the engine. `name` is its value of `--be-injection`."""
 
     name: str
 
     @property
     def capacity(self) -> int | None:
-        """Most vectors that one request may hold in this server process; None: any number."""
+        """Largest number of vectors that one request may hold in this server process; None: no limit."""
         ...
 
     beside_media: bool
-    """Whether vectors can stand in one prompt with images, audio or video."""
+    """Whether one prompt can contain vectors and images, audio or video."""
     outlasts_request: bool
-    """Whether what a request holds is kept where its answer is generated when the HTTP request is over."""
+    """Whether an answer can be generated after the end of its HTTP request (background responses)."""
 
     def check(self, messages: Any, tools: Any) -> None:
-        """Raise UnsupportedRequest for content that this way must not let through. Sees every chat request."""
+        """Raise UnsupportedRequest for content that this injection must refuse. Called for every chat request."""
         ...
 
     async def hold(self, parts: Sequence[tuple[str, Any]], *, wait: bool = True, choices: int = 1) -> Held:
-        """Take what a request needs whose slot holds these tokens: each a digest and its vectors [k, hidden_size].
+        """Reserve rows or memory for a request. `parts`: digest and vectors [k, hidden_size] of each of its tokens.
 
-        `choices` are the answers it asks for (`n`).
-        Raises BEError where there is not enough of it: after a while, without `wait` at once.
+        `choices` is the number of answers of the request (`n`). Raises BEError if there is not enough free:
+        after a time limit, or at once without `wait`.
         """
         ...
 
     def inject(self, engine_input: dict[str, Any], slot: Slot, held: Any) -> dict[str, Any]:
-        """The engine input whose slot of placeholders stands for the vectors. Raises BEError."""
+        """The engine input with the vectors, or the ids of their rows, in the slot. Raises BEError."""
         ...

@@ -1,4 +1,4 @@
-"""A bound on the memory that injected tensors may hold at one time in a server process."""
+"""Limits the memory that injected tensors hold at one time in a server process."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from be_serve.core.errors import OverBudget
 
 
 class ByteBudget:
-    """Counts bytes taken and given back; refuses what would exceed `capacity`.
+    """Counts the bytes in use, and refuses a claim that would exceed `capacity`.
 
-    A tensor [T, hidden_size] goes to the engine for each request and waits there with
-    it: without a bound, short requests could claim any amount of memory. `observe` is
-    told the bytes in use after every change.
+    Each request sends a tensor [T, hidden_size] to the engine, and the tensor stays in memory while the
+    request waits there. Without a limit, many short requests could use any amount of memory.
+    `observe` is called with the bytes in use after every change.
     """
 
     def __init__(self, capacity: int, observe: Callable[[int], None] = lambda used: None) -> None:
@@ -27,14 +27,14 @@ class ByteBudget:
         with self._lock:
             if self.used + size > self.capacity:
                 raise OverBudget(
-                    f"Requests with tokens hold {self.used} of {self.capacity} bytes on this server; please try again "
-                    "later. Operators: --be-inflight-bytes."
+                    f"Running requests with tokens hold {self.used} of {self.capacity} bytes in this server process; "
+                    "please try again later. Operators: raise --be-inflight-bytes."
                 )
             self.used += size
             self._observe(self.used)
 
     def give_back(self, size: int) -> None:
-        """Return what `take` claimed."""
+        """Release `size` bytes that `take` claimed."""
         with self._lock:
             self.used -= size
             self._observe(self.used)

@@ -1,8 +1,8 @@
-"""Path A: vectors travel with the request as vLLM prompt embeds.
+"""Injection `prompt-embeds`: each request sends its vectors to the engine, as vLLM prompt embeds.
 
-A tensor [T, hidden_size] with the k rows at the slot and a mask over the token
-positions goes to the engine; vLLM embeds the masked positions itself. The tensor
-never leaves this process as client data: no base64, no unpickling.
+The engine gets a tensor [T, hidden_size] with the k vectors in the slot, and a mask of the positions that
+are ordinary tokens. vLLM embeds those positions itself. The tensor is built in this process and never comes
+from a client, so nothing is decoded from base64 or unpickled.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from be_serve.serving.injection.vectors import join
 from be_serve.serving.requests import refuse_raw_embeddings
 
 PLACEHOLDER_ID = 0
-"""The id under a row. It must be a real one: logits processors index with it."""
+"""The id at the position of a vector. It must be in the vocabulary, because logits processors index with it."""
 
 
 def mixed(slot: Slot, vectors: torch.Tensor) -> tuple[torch.Tensor, list[bool]]:
-    """A tensor [T, hidden_size] with the vectors [k, hidden_size] in the slot, and which of the T are tokens."""
+    """A tensor [T, hidden_size] with the vectors [k, hidden_size] in the slot, and a mask [T]: True for a token id."""
     start, k = len(slot.before), len(vectors)
     length = start + k + len(slot.after)
     embeds = torch.zeros(length, vectors.shape[1], dtype=vectors.dtype)
@@ -32,9 +32,9 @@ def mixed(slot: Slot, vectors: torch.Tensor) -> tuple[torch.Tensor, list[bool]]:
 
 
 class HeldVectors:
-    """The vectors [k, hidden_size] of one request, and the memory that its tensors claim.
+    """The vectors [k, hidden_size] of one request, and the memory of its tensors.
 
-    vLLM sends an embeds prompt to the engine once for each of a request's `choices`.
+    vLLM sends an embeds prompt to the engine once for each of the request's `choices`.
     """
 
     def __init__(self, vectors: torch.Tensor, budget: ByteBudget, choices: int = 1) -> None:
@@ -42,24 +42,24 @@ class HeldVectors:
         self._budget = budget
         self._choices = choices
         self._size = 0
-        self._over = False
+        self._released = False
 
-    def claim(self, tensor: int) -> None:
-        """Claim the bytes of a further tensor. Raises OverBudget, and TooLarge for a request that never fits."""
-        if self._over:
-            raise UnsupportedRequest("The request was over before its chat was rendered.")
-        size = tensor * self._choices
+    def claim(self, tensor_bytes: int) -> None:
+        """Claim the bytes of one more tensor. Raises OverBudget, or TooLarge for a request that can never fit."""
+        if self._released:
+            raise UnsupportedRequest("The request ended before its chat was rendered; send it again.")
+        size = tensor_bytes * self._choices
         if self._size + size > self._budget.capacity:
             raise TooLarge(
-                f"The request with its token takes {self._size + size} bytes as embeddings; this server process holds "
-                f"{self._budget.capacity} for all of them. Operators: --be-inflight-bytes."
+                f"The request needs {self._size + size} bytes of embeddings; this server process allows "
+                f"{self._budget.capacity} for all requests. Send less. Operators: raise --be-inflight-bytes."
             )
         self._budget.take(size)
         self._size += size
 
     def release(self) -> None:
         self._budget.give_back(self._size)
-        self._size, self._over = 0, True
+        self._size, self._released = 0, True
 
 
 class PromptEmbeds:
@@ -82,7 +82,7 @@ class PromptEmbeds:
         return HeldVectors(join([vectors for _, vectors in parts]), self._budget, choices)
 
     def inject(self, engine_input: dict[str, Any], slot: Slot, held: HeldVectors) -> dict[str, Any]:
-        """vLLM's mixed embeds input. Keys other than the prompt's (cache_salt, arrival_time) are kept."""
+        """vLLM's mixed embeds input. Keeps the keys cache_salt and arrival_time of `engine_input`."""
         ids: list[int] = engine_input["prompt_token_ids"]
         held.claim(len(ids) * held.vectors[0].nbytes)
         embeds, is_token = mixed(slot, held.vectors)

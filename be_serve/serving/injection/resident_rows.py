@@ -1,8 +1,7 @@
-"""Path B: vectors lie in rows of a table on the workers, and a request is plain token ids.
+"""Injection `resident-rows`: vectors are in rows of a table on the workers, and a request is plain token ids.
 
-A row's new owner can never meet KV blocks that were computed with the old owner's
-vectors: the token's digest is part of the request's `cache_salt`, with which vLLM
-hashes them.
+When a row gets the vectors of another token, KV blocks of the old token are never used for the new one:
+the token's digest is part of the request's `cache_salt`, and vLLM hashes KV blocks with that salt.
 """
 
 from __future__ import annotations
@@ -16,9 +15,9 @@ from be_serve.serving.injection.row_pool import Lease, RowPool
 
 
 class RowIds(list[int]):
-    """Prompt ids of which some are rows. Only this process can make one: clients send plain lists.
+    """Prompt ids that include ids of rows. Only this process can create one, because clients send plain lists.
 
-    `plain` are the ids of the vocabulary among them; `lease` is on the rows; None for the proof at start-up.
+    `plain` holds the ids of the vocabulary. `lease` holds the rows; None in the proof at start-up.
     """
 
     def __init__(self, before: list[int], rows: list[int], after: list[int], lease: Lease | None) -> None:
@@ -28,7 +27,7 @@ class RowIds(list[int]):
 
 
 class HeldRows:
-    """The rows of one request, and the digests of the tokens that lie in them."""
+    """The rows of one request, and the digests of the tokens in these rows."""
 
     def __init__(self, lease: Lease, digest: str) -> None:
         self.lease = lease
@@ -51,13 +50,13 @@ class ResidentRows:
         self.capacity = pool.capacity
 
     def check(self, messages: Any, tools: Any) -> None:
-        """Nothing is closed to clients: the engine takes no embeddings, and no text becomes a row's id."""
+        """Accepts everything: the engine takes no embeddings, and no text is tokenised to a row's id."""
 
     async def hold(self, parts: Sequence[tuple[str, Any]], *, wait: bool = True, choices: int = 1) -> HeldRows:
         return HeldRows(await self._pool.lease(parts, wait=wait), ",".join(digest for digest, _ in parts))
 
     def inject(self, engine_input: dict[str, Any], slot: Slot, held: HeldRows) -> dict[str, Any]:
-        """The token input with the rows' ids in the slot."""
+        """The engine input with the ids of the rows in the slot."""
         ids: list[int] = engine_input["prompt_token_ids"]
         start, k = len(slot.before), len(held.lease.rows)
         rows = [self._first + row for row in held.lease.rows]
@@ -69,5 +68,5 @@ class ResidentRows:
 
 
 def salt(digest: str, given: str | None) -> str:
-    """One salt of the tokens' digests and the client's own."""
+    """The cache salt made from the tokens' digests and the client's own `cache_salt`."""
     return hashlib.sha256(f"{digest}\n{given or ''}".encode()).hexdigest()

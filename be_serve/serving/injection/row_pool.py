@@ -1,14 +1,13 @@
-"""Which token's vectors lie in which row of the workers' side table. No vLLM here.
+"""Assigns rows of the workers' table to tokens. Imports no vLLM.
 
 Each server process owns a range of rows and counts the requests that use each
-token. A token that is asked for and not resident takes the rows of those that were
-used longest ago; rows of a request in flight are never rewritten, for a preempted
-request is embedded again.
+token. A token that is not in rows takes free rows, then the rows of the least
+recently used tokens. Rows of a running request are never rewritten, because vLLM
+embeds a preempted request again.
 
-Who gets which rows is decided at once, without waiting for anything, so that nobody
-can come between a request and the rows that were found for it. Only the writing
-takes time. Where there is no room, requests wait in a queue, and whatever becomes
-free is given to them from there.
+The pool assigns rows without an await, so no other request can take the rows that
+were found for a request. Only writing the vectors takes time. If there are not enough
+rows, requests wait in a queue and get rows in queue order as rows become free.
 """
 
 from __future__ import annotations
@@ -24,44 +23,47 @@ from typing import Any
 from be_serve.core.errors import RowsBusy, TooManyVectors
 
 Write = Callable[[list[int], Any], Coroutine[Any, Any, None]]
-_PASSED = 32
-"""How many requests that fit may pass the first of the queue before it is alone for `_ALONE` seconds."""
-_ALONE = 3.0
-_LOOKS = 128
-"""How far into the queue room is looked for, since thousands may wait. A queue of more is overtaken by nobody."""
+_MAX_OVERTAKES = 32
+"""How many requests may overtake the first of the queue. Then nobody overtakes it for `_EXCLUSIVE_SECONDS` seconds."""
+_EXCLUSIVE_SECONDS = 3.0
+_MAX_TRIED = 128
+"""How many waiting requests are tried when rows become free, since thousands may wait.
+
+Nobody overtakes a queue that is longer than this.
+"""
 
 
 def too_many_vectors(k: int, capacity: int) -> TooManyVectors:
-    """The refusal of `k` vectors where a server process has `capacity` rows."""
+    """The error for `k` vectors on a server process with `capacity` rows."""
     return TooManyVectors(
-        f"The token has {k} vectors; this server process has {capacity} rows for tokens. Operators: --be-rows.",
+        f"The token has {k} vectors; this server process has {capacity} rows for tokens. Operators: raise --be-rows.",
         param="be_id",
     )
 
 
 @dataclass(eq=False)
 class _Resident:
-    """A token whose vectors lie in `rows`, or are being written there, and how many use it."""
+    """A token whose vectors are in `rows` or are being written there, and the number of its users."""
 
     rows: list[int]
     users: int = 1
-    """The write that brings the vectors counts as one."""
+    """Number of leases on the token. The write of the vectors counts as one more."""
     written: asyncio.Task[None] = field(init=False)
 
 
 @dataclass(eq=False)
 class _Request:
-    """What a request asks for."""
+    """The tokens that a request needs."""
 
     digests: Sequence[str]
-    """In order; a token may stand in it more than once."""
+    """Digests of the tokens, in order. A token may occur more than once."""
     vectors: dict[str, Any]
     granted: asyncio.Future[Lease] = field(init=False)
-    """For a request that waits."""
+    """Set only while the request waits in the queue."""
 
 
 class Lease:
-    """The right of one request to `rows`, those of its tokens in order."""
+    """Holds `rows`, the rows of one request's tokens in order, until it is released."""
 
     def __init__(self, pool: RowPool, residents: Sequence[_Resident]) -> None:
         self._pool, self._residents = pool, residents
@@ -71,26 +73,29 @@ class Lease:
             pool.enter(resident)
 
     def renew(self) -> Lease:
-        """A second right to the same rows, with a life of its own. The first must still be held."""
+        """A second lease on the same rows, released on its own. This lease must still be held."""
         if not self._held:
-            raise RuntimeError("A lease that was released cannot be renewed.")
+            raise RuntimeError("A released lease cannot be renewed.")
         return Lease(self._pool, self._residents)
 
     def release(self) -> None:
-        """Let the rows be rewritten once no other lease is on them. May be called more than once."""
+        """End the lease. Rows without any lease may be rewritten. May be called more than once."""
         if self._held:
             self._held = False
             self._pool.leave(self._residents)
 
     async def written(self, patience: float) -> bool:
-        """Whether the vectors are in the rows within `patience` seconds. Raises what kept them from it."""
+        """Wait at most `patience` seconds for the vectors. Returns whether they are in the rows.
+
+        Raises the error of a write that failed.
+        """
         writes = {resident.written for resident in self._residents}
         for ended in [write for write in writes if write.done()]:
-            ended.result()  # one that failed a moment ago has not given its rows back yet
+            ended.result()  # a write that has just failed may not have freed its rows yet: raise its error
             writes.remove(ended)
         if not writes:
             return True
-        # `wait` cancels none: others may have leased the same token, whose write does not end with this request.
+        # `asyncio.wait` cancels no write. Other requests may have leased the same token and need its write.
         done, pending = await asyncio.wait(writes, timeout=patience)
         for write in done:
             write.result()
@@ -98,12 +103,11 @@ class Lease:
 
 
 class RowPool:
-    """Rows of the side table that belong to this process.
+    """The rows of the workers' table that belong to this process. For one event loop; not thread-safe.
 
-    `write` puts vectors [n, hidden_size] into rows on every worker, and returns when
-    they are there; calls reach the workers in the order in which they are made. `observe`
-    is told, after each write, the number of resident tokens and how many tokens were written:
-    1, or 0 for a write that failed. One event loop; not for threads.
+    `write` puts vectors [n, hidden_size] into rows on every worker and returns when they are there. Its calls
+    must reach the workers in the order of the calls. `observe` is called after each write with the number of
+    resident tokens and the number of written tokens: 1, or 0 if the write failed.
     """
 
     def __init__(
@@ -116,32 +120,32 @@ class RowPool:
     ) -> None:
         self.capacity = len(rows)
         self.writes = 0
-        """How often vectors were written into rows."""
+        """Number of successful writes."""
         self._observe = observe
         self._free = list(reversed(rows))
         self._write = write
         self._patience = patience
-        self._residents: OrderedDict[str, _Resident] = OrderedDict()  # the longest unused first
+        self._residents: OrderedDict[str, _Resident] = OrderedDict()  # least recently used first
         self._idle = 0
-        """Rows of residents that nobody uses."""
+        """Number of rows of residents without users."""
         self._waiting: dict[_Request, None] = {}
-        """Requests that wait for room, first come, first served."""
-        self._passed = 0
-        """Requests that took rows past the first that waits, since it is the first or was last alone."""
-        self._alone: asyncio.TimerHandle | None = None
+        """Requests that wait for rows, in order of arrival."""
+        self._overtakes = 0
+        """Requests that overtook the first of the queue since it became first, or since its last time alone."""
+        self._exclusive: asyncio.TimerHandle | None = None
 
     @property
     def resident(self) -> int:
-        """Number of tokens that lie in rows."""
+        """Number of tokens in rows."""
         return len(self._residents)
 
     async def lease(self, parts: Sequence[tuple[str, Any]], *, wait: bool = True) -> Lease:
-        """The rows of tokens, each a digest and its vectors [k, hidden_size]; written where they are not resident.
+        """A lease on the rows of the tokens in `parts`: digest and vectors [k, hidden_size] of each.
 
-        All or none: nothing is held while waiting. A request whose tokens are resident
-        never waits for room. Raises TooManyVectors where the vectors exceed the rows of this
-        process, RowsBusy where too few became free within `patience` seconds, at once without `wait`,
-        or where the engine does not take the vectors within as many seconds more.
+        Writes the tokens that are not in rows. A request holds no rows while it waits; it gets all its rows
+        together. A request whose tokens are all in rows never waits for rows. Raises TooManyVectors if the
+        vectors exceed the rows of this process. Raises RowsBusy if too few rows became free within `patience`
+        seconds (at once without `wait`), or if the write then takes more than `patience` seconds.
         """
         request = _Request([digest for digest, _ in parts], dict(parts))
         k = sum(map(len, request.vectors.values()))
@@ -149,53 +153,53 @@ class RowPool:
             raise too_many_vectors(k, self.capacity)
         lease = self._grant(request, first=not self._waiting)
         if lease is None:
-            lease = await self._granted(request) if wait else None
+            lease = await self._wait_for_grant(request) if wait else None
         if lease is None:
             raise RowsBusy(
-                f"All {self.capacity} rows of this server process are used by requests in flight, or kept for one that "
-                "waits for many; please try again later. Operators: --be-rows."
+                f"Too few of the {self.capacity} rows of this server process are free: running requests use them, or "
+                "an earlier request waits for them; please try again later. Operators: raise --be-rows."
             )
         try:
             if not await lease.written(self._patience):
-                raise RowsBusy("The engine did not take the token into its memory in time; please try again.")
+                raise RowsBusy("The engine did not write the token into its rows in time; please try again.")
         except BaseException:
             lease.release()
             raise
         return lease
 
     def enter(self, resident: _Resident) -> None:
-        """For leases: one user more."""
+        """Add one user to a resident. Called by leases."""
         if not resident.users:
             self._idle -= len(resident.rows)
         resident.users += 1
 
     def leave(self, residents: Sequence[_Resident]) -> None:
-        """For leases: one user less of each. What becomes idle with them is given away as one."""
+        """Remove one user from each resident. Called by leases. All rows that become idle are then offered together."""
         for resident in residents:
             resident.users -= 1
             if not resident.users:
                 self._idle += len(resident.rows)
         if not all(resident.users for resident in residents):
-            self._serve()
+            self._grant_waiting()
 
     def _grant(self, request: _Request, *, first: bool) -> Lease | None:
-        """A lease, if there is room for what is missing and it may have it; the writes have begun then."""
+        """A lease whose writes have begun, or None if too few rows are free or the request may not overtake."""
         missing = {digest: vectors for digest, vectors in request.vectors.items() if digest not in self._residents}
         if missing:
-            if not first and (self._passed >= _PASSED or len(self._waiting) > _LOOKS):
+            if not first and (self._overtakes >= _MAX_OVERTAKES or len(self._waiting) > _MAX_TRIED):
                 return None
             if not self._make_room(sum(map(len, missing.values())), keep=request.vectors):
                 return None
             if not first:
-                self._pass()
+                self._count_overtake()
         for digest, vectors in missing.items():
             self._begin_writing(digest, vectors)
         for digest in request.vectors:
             self._residents.move_to_end(digest)
         return Lease(self, [self._residents[digest] for digest in request.digests])
 
-    async def _granted(self, request: _Request) -> Lease | None:
-        """The lease that the request is given in its turn, or None once its patience is at an end."""
+    async def _wait_for_grant(self, request: _Request) -> Lease | None:
+        """Wait in the queue for a lease. Returns None after `patience` seconds."""
         request.granted = asyncio.get_running_loop().create_future()
         self._waiting[request] = None
         try:
@@ -208,8 +212,8 @@ class RowPool:
             self._leave_queue(request)
         return request.granted.result() if request.granted.done() else None
 
-    def _serve(self) -> None:
-        """Give what is free to those who wait, in their order."""
+    def _grant_waiting(self) -> None:
+        """Give free rows to the waiting requests, in order."""
         refused = 0
         for request in list(self._waiting):
             first = next(iter(self._waiting)) is request
@@ -217,8 +221,8 @@ class RowPool:
                 del self._waiting[request]
                 request.granted.set_result(lease)
                 if first:
-                    self._new_first()
-            elif (refused := refused + 1) > _LOOKS:
+                    self._reset_overtakes()
+            elif (refused := refused + 1) > _MAX_TRIED:
                 break
 
     def _leave_queue(self, request: _Request) -> None:
@@ -226,28 +230,30 @@ class RowPool:
             first = next(iter(self._waiting)) is request
             del self._waiting[request]
             if first:
-                self._new_first()
-                self._serve()
+                self._reset_overtakes()
+                self._grant_waiting()
 
-    def _new_first(self) -> None:
-        self._passed = 0
-        if self._alone:
-            self._alone.cancel()
-            self._alone = None
+    def _reset_overtakes(self) -> None:
+        self._overtakes = 0
+        if self._exclusive:
+            self._exclusive.cancel()
+            self._exclusive = None
 
-    def _pass(self) -> None:
-        self._passed += 1
-        if self._passed >= _PASSED:
-            self._alone = asyncio.get_running_loop().call_later(_ALONE, self._let_pass, context=Context())
+    def _count_overtake(self) -> None:
+        self._overtakes += 1
+        if self._overtakes >= _MAX_OVERTAKES:
+            self._exclusive = asyncio.get_running_loop().call_later(
+                _EXCLUSIVE_SECONDS, self._end_exclusive, context=Context()
+            )
 
-    def _let_pass(self) -> None:
-        self._new_first()
-        self._serve()
+    def _end_exclusive(self) -> None:
+        self._reset_overtakes()
+        self._grant_waiting()
 
     def _begin_writing(self, digest: str, vectors: Any) -> None:
         resident = _Resident([self._free.pop() for _ in range(len(vectors))])
         self._residents[digest] = resident
-        # In a context of its own: a task keeps its context, and with it the request that began the write.
+        # An empty context: a task keeps its context alive, and this one would keep the request that began the write.
         resident.written = asyncio.create_task(self._write(resident.rows, vectors), context=Context())
         resident.written.add_done_callback(partial(self._end_writing, digest, resident), context=Context())
 
@@ -255,18 +261,21 @@ class RowPool:
         done = not task.cancelled() and task.exception() is None
         self.writes += done
         if not done:
-            # It may still land. Writes reach the workers in order, so the rows' next owner comes after it.
+            # The failed write may still arrive. Writes arrive in order, so the rows' next token overwrites it.
             del self._residents[digest]
             self._free += resident.rows
             resident.rows = []
-        if task.cancelled():  # the loop is about to end
+        if task.cancelled():  # the event loop is closing
             resident.users -= 1
         else:
             self.leave([resident])
         self._observe(len(self._residents), int(done))
 
     def _make_room(self, k: int, keep: Collection[str] = ()) -> bool:
-        """Whether k rows are free, after giving up tokens that nobody uses, the longest unused first; not `keep`."""
+        """Free k rows: remove tokens without users, least recently used first, but none of `keep`.
+
+        Returns False, and removes nothing, if that cannot free k rows.
+        """
         kept = [found for digest in keep if (found := self._residents.get(digest)) and not found.users]
         if len(self._free) + self._idle - sum(len(found.rows) for found in kept) < k:
             return False

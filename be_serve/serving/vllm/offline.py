@@ -1,8 +1,8 @@
-"""vLLM without a server, in a process of its own: `python -P -m be_serve.serving.vllm.offline ENGINE`.
+"""Runs vLLM without a server, in its own process: `python -P -m be_serve.serving.vllm.offline ENGINE`.
 
-ENGINE is a JSON object with the engine's settings. Each line on standard input is a job,
-each line on standard output its result or the error; vLLM's own words go to standard
-error. The process ends with its input or its parent, and all its memory is free again.
+ENGINE is a JSON object with the engine's settings. Each line on standard input is a job; each line on
+standard output is the job's result or error. vLLM's own output goes to standard error. The process ends
+when its input or its parent ends, and frees all its memory.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from be_serve.serving.vllm import engine, versions
 
 
 def main() -> None:
-    """Decode jobs until the input ends."""
-    threading.Thread(target=_die_with, args=(os.getppid(),), daemon=True).start()
+    """Decode jobs until standard input ends."""
+    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     channel = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    os.environ["VLLM_PLUGINS"] = ""  # stock vLLM: nothing of ours between the prompt and its answer
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the seeds' patch must reach the engine
+    os.environ["VLLM_PLUGINS"] = ""  # stock vLLM: no plugin may change the prompt or its answer
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine must run here, where patch_cpu_seed applies
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
     versions.check_version()
@@ -42,9 +42,10 @@ def main() -> None:
 
 
 def offline_decoder(model: str, dtype: str, max_model_len: int) -> Callable[..., list[list[int]]]:
-    """An engine without a server, in this process: response ids to chats given as ids.
+    """Start an engine in this process, and return a function that decodes chats.
 
-    The result takes `chats` and `sampling` (fields of vLLM's SamplingParams).
+    The function takes `chats` (token ids) and `sampling` (fields of vLLM's SamplingParams), and returns the
+    token ids of each response.
     """
     from vllm import LLM, SamplingParams
 
@@ -54,20 +55,20 @@ def offline_decoder(model: str, dtype: str, max_model_len: int) -> Callable[...,
     else:
         import torch
 
-        free, total = torch.cuda.mem_get_info()  # the trainer's own model lies on the device already
+        free, total = torch.cuda.mem_get_info()  # the trainer's model already occupies memory of this device
         memory["gpu_memory_utilization"] = 0.85 * free / total
     llm = LLM(model=model, dtype=dtype, max_model_len=max_model_len, enforce_eager=engine.on_cpu(), **memory)
 
     def decode(chats: Sequence[Sequence[int]], sampling: dict[str, Any]) -> list[list[int]]:
         prompts = [{"prompt_token_ids": list(chat)} for chat in chats]
-        made = llm.generate(prompts, SamplingParams(**sampling), use_tqdm=False)
-        return [list(one.outputs[0].token_ids) for one in made]
+        outputs = llm.generate(prompts, SamplingParams(**sampling), use_tqdm=False)
+        return [list(output.outputs[0].token_ids) for output in outputs]
 
     return decode
 
 
-def _die_with(parent: int) -> None:
-    """End this process group once the parent is gone, in the middle of a job too."""
+def _end_with_parent(parent: int) -> None:
+    """Kill this process group when the process `parent` has ended, even during a job."""
     while os.getppid() == parent:
         time.sleep(1)
     os.killpg(os.getpgid(0), signal.SIGKILL)

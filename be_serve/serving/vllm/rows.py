@@ -1,6 +1,6 @@
-"""A server process's side of resident rows: opened, proven, written, held. For vLLM 0.32 and 0.33.
+"""Resident rows in the API server's process: opens, proves, writes and holds them. For vLLM 0.32 and 0.33.
 
-`engine` is the other side, in the workers.
+The module `engine` has the part in the workers.
 """
 
 from __future__ import annotations
@@ -20,40 +20,46 @@ from be_serve.serving.vllm.engine import PROBE_ROWS, ROWS_KEY
 
 _ATTEMPTS = 3
 _TOP, _TOLERANCE = 8, 0.1
-"""Of how many likely tokens the log-probabilities are compared, and how far bfloat16 may move them (nats)."""
-_INSTEAD = "start the server with --be-injection prompt-embeds."
+"""How many of the most likely tokens the proof compares, and the allowed difference of log-probabilities (nats)."""
+_USE_PROMPT_EMBEDS = "start the server with --be-injection prompt-embeds."
 
 
 @dataclass(frozen=True)
 class RowTable:
-    """The part of the workers' rows that belongs to this server process."""
+    """The rows of the workers' table that belong to this server process."""
 
     first: int
-    """Id of row 0 of all."""
+    """The token id of row 0 of the whole table."""
     rows: range
 
 
 def engine_rows(engine_client: Any) -> int:
-    """Rows with which the engine was started; 0 for none."""
+    """Number of rows that the engine was started with; 0 if none."""
     config = engine_client.vllm_config.additional_config
     return int(config.get(ROWS_KEY, 0)) if isinstance(config, dict) else 0
 
 
 async def open_rows(engine_client: Any, state: Any) -> RowTable:
-    """The rows of this process, once it is proven that the engine reads them as it reads ordinary ids.
+    """The rows of this process, after a proof that the engine reads rows as it reads ordinary ids.
 
-    Raises IncompatibleVLLM where it does not, where a client could name a row's id, or
-    where something beside the engine may not tell the owners of a row apart.
+    Raises IncompatibleVLLM if the proof fails, if a client could send a row's id, or if an option of vLLM
+    is not safe with rows.
     """
     await _refuse_unsafe(engine_client)
-    found = await _on_every_engine(engine_client, "be_rows_info")
-    if any(one["first"] != found[0]["first"] or one["rows"] != found[0]["rows"] or not one["proven"] for one in found):
-        raise IncompatibleVLLM(f"This model's input embedding cannot take rows for tokens ({found}); {_INSTEAD}")
-    first, count = int(found[0]["first"]), int(found[0]["rows"])
+    infos = await _on_every_engine(engine_client, "be_rows_info")
+    if any(
+        info["first"] != infos[0]["first"] or info["rows"] != infos[0]["rows"] or not info["proven"] for info in infos
+    ):
+        raise IncompatibleVLLM(
+            f"This model's input embedding cannot take rows for tokens ({infos}); {_USE_PROMPT_EMBEDS}"
+        )
+    first, count = int(infos[0]["first"]), int(infos[0]["rows"])
     highest = state.online_renderer.renderer.get_tokenizer().max_token_id
     if highest >= first:
-        raise IncompatibleVLLM(f"The tokenizer knows ids up to {highest}, the rows begin at {first}; {_INSTEAD}")
-    for attempt in range(_ATTEMPTS):  # processes that start together share batches, which round differently
+        raise IncompatibleVLLM(
+            f"The tokenizer knows ids up to {highest}, but the rows begin at {first}; {_USE_PROMPT_EMBEDS}"
+        )
+    for attempt in range(_ATTEMPTS):  # processes that start together share batches, and batches round differently
         try:
             await _prove_rows(engine_client, first + count)
             break
@@ -61,7 +67,7 @@ async def open_rows(engine_client: Any, state: Any) -> RowTable:
             if attempt + 1 == _ATTEMPTS:
                 raise
             await asyncio.sleep(1)
-    # Processes that took one another's rows would serve one another's tokens: no guess if these are missing.
+    # No default for these two values: with overlapping rows, a process would serve the tokens of another.
     client = engine_client.engine_core
     index, clients = int(client.client_index), int(client.client_count)
     return RowTable(first, range(count * index // clients, count * (index + 1) // clients))
@@ -71,37 +77,51 @@ async def _refuse_unsafe(engine_client: Any) -> None:
     config = engine_client.vllm_config
     if engine_client.model_config.enable_prompt_embeds:
         raise IncompatibleVLLM(
-            "With resident rows the engine must take no embeddings, for clients could send their own: "
-            f"leave --enable-prompt-embeds out, or {_INSTEAD}"
+            "With resident rows the engine must take no embeddings, because clients could send their own: "
+            f"leave out --enable-prompt-embeds, or {_USE_PROMPT_EMBEDS}"
         )
     if config.kv_transfer_config is not None:
-        raise IncompatibleVLLM(f"Resident rows are not safe beside --kv-transfer-config; {_INSTEAD}")
+        raise IncompatibleVLLM(
+            f"Resident rows are not safe with --kv-transfer-config; leave it out, or {_USE_PROMPT_EMBEDS}"
+        )
     drafting = getattr(config.speculative_config, "method", None)
     if drafting and not all(await _on_every_engine(engine_client, "be_keep_rows_from_drafts")):
-        raise IncompatibleVLLM(f"Resident rows are not safe beside speculative decoding by {drafting}; {_INSTEAD}")
+        raise IncompatibleVLLM(
+            f"Resident rows are not safe with speculative decoding by {drafting}; leave it out, or {_USE_PROMPT_EMBEDS}"
+        )
     if getattr(config.parallel_config, "enable_elastic_ep", False):
-        raise IncompatibleVLLM(f"Workers that join later have no token in their rows (elastic EP); {_INSTEAD}")
+        raise IncompatibleVLLM(
+            "Resident rows are not safe with elastic EP, because a worker that joins later has no tokens in its rows; "
+            f"leave it out, or {_USE_PROMPT_EMBEDS}"
+        )
     if engine_client.model_config.logits_processors or logits_processor_plugins():
         raise IncompatibleVLLM(
-            f"Custom logits processors are shown the ids of a prompt, and may index logits with a row's; {_INSTEAD}"
+            "Custom logits processors see the ids of a prompt and may index logits with a row's id; leave them out, or "
+            f"{_USE_PROMPT_EMBEDS}"
         )
 
 
 async def _on_every_engine(engine_client: Any, method: str, *args: Any) -> list[Any]:
-    """The answers of all workers that hold the input embedding (others say None). Raises where an engine has none."""
+    """Call `method` on all workers. Returns the results of those that hold the input embedding; others return None.
+
+    Raises IncompatibleVLLM if an engine has no such worker.
+    """
     client = engine_client.engine_core
     engines = await client.call_utility_all_async("collective_rpc", method, None, args, None)
-    found = [[answer for answer in answers if answer is not None] for answers in engines]
-    if not all(found):
+    results = [[result for result in engine if result is not None] for engine in engines]
+    if not all(results):
         raise IncompatibleVLLM(
-            "An engine has no rows for tokens: start every node with the same --additional-config, "
-            f"and a model whose input embedding is known; or {_INSTEAD}"
+            "An engine has no rows for tokens: start every node with the same --additional-config "
+            f"and with a model whose input embedding supports rows; or {_USE_PROMPT_EMBEDS}"
         )
-    return [answer for answers in found for answer in answers]
+    return [result for engine in results for result in engine]
 
 
 async def _prove_rows(engine_client: Any, first_probe: int) -> None:
-    """Ask the engine the same thing in ordinary ids and through rows that hold those ids' embeddings."""
+    """Send the engine the same prompt as ordinary ids, and with rows that hold the embeddings of these ids.
+
+    Raises IncompatibleVLLM if the log-probabilities of the next token differ.
+    """
     vocabulary = engine_client.model_config.get_vocab_size()
     ids = [(i + 1) * vocabulary // (PROBE_ROWS + 2) for i in range(PROBE_ROWS)]
     await _on_every_engine(engine_client, "be_probe_rows", ids)
@@ -114,12 +134,12 @@ async def _prove_rows(engine_client: Any, first_probe: int) -> None:
         close = [abs(plain[token] - resident[token]) <= _TOLERANCE for token in shared]  # False for NaN
         if len(shared) < _TOP // 2 or not all(close):
             raise IncompatibleVLLM(
-                f"The engine answers rows otherwise than the same ids ({plain} against {resident}); {_INSTEAD}"
+                f"The engine answers rows and the same ids differently ({resident} and {plain}); {_USE_PROMPT_EMBEDS}"
             )
 
 
 def _ranks(engine_client: Any) -> list[int | None]:
-    """Data-parallel ranks that this process can choose between; none to choose where it feeds one engine."""
+    """The data-parallel ranks that this process can choose; [None] if it feeds one engine and has no choice."""
     parallel = engine_client.vllm_config.parallel_config
     if len(engine_client.engine_core.core_engines) < 2 or parallel.data_parallel_hybrid_lb:
         return [None]
@@ -127,11 +147,11 @@ def _ranks(engine_client: Any) -> list[int | None]:
 
 
 async def _likely(engine_client: Any, ids: list[int], **options: Any) -> dict[int, float]:
-    """The likeliest next tokens of a prompt with their log-probabilities."""
+    """The most likely next tokens of a prompt, with their log-probabilities."""
     from vllm import SamplingParams
 
-    # Of one candidate: greedy, in the way that every configuration allows but drafting, where vLLM on CPU dies of a
-    # top_k in a step without drafts.
+    # top_k 1 is greedy and works in every configuration but one: with drafting, vLLM on CPU crashes if a step
+    # without drafts has a top_k.
     drafting = engine_client.vllm_config.speculative_config is not None
     greedy = {"temperature": 0.0} if drafting else {"temperature": 1.0, "top_k": 1}
     sampling = SamplingParams(max_tokens=1, logprobs=_TOP, ignore_eos=True, detokenize=False, **greedy)
@@ -139,21 +159,21 @@ async def _likely(engine_client: Any, ids: list[int], **options: Any) -> dict[in
     request_id = f"be-serve-{uuid.uuid4().hex}"
     outputs = [one async for one in engine_client.generate(prompt, sampling, request_id, **options)]
     if not outputs or not outputs[-1].outputs[0].logprobs:
-        raise IncompatibleVLLM("The engine gave no answer at start-up.")
+        raise IncompatibleVLLM(f"The engine did not answer the test prompt at start-up; {_USE_PROMPT_EMBEDS}")
     return {token: float(found.logprob) for token, found in outputs[-1].outputs[0].logprobs[0].items()}
 
 
 async def write_rows(engine_client: Any, rows: list[int], vectors: Any) -> None:
-    """Put vectors [n, hidden_size] in the serving dtype into rows of every worker."""
+    """Write vectors [n, hidden_size], in the serving dtype, into `rows` of every worker. Raises RowsBusy."""
     import torch
 
     data = vectors.contiguous().view(torch.uint8).numpy().tobytes()
     if not all(await _on_every_engine(engine_client, "be_write_rows", rows, data, vectors.shape[1])):
-        raise RowsBusy("The server sleeps, and takes no token into its memory; please try again when it is awake.")
+        raise RowsBusy("The server sleeps and cannot load a token; please try again when it is awake.")
 
 
 def install_rows(state: Any, engine_client: Any) -> None:
-    """Let ids of rows pass where a server process made them, and keep rows while a request may be embedded again."""
+    """Patch vLLM: accept ids of rows that this process made, and hold a request's rows until the engine is done."""
     base = state.online_renderer.renderer
     validate, generate = base.validate_token_ids, engine_client.generate
 
@@ -170,30 +190,30 @@ def install_rows(state: Any, engine_client: Any) -> None:
 
 
 def _leased(lease: Lease, outputs: Any) -> Any:
-    """The outputs, with the rows held until the request is over: aborted on the engine, if the client went away.
+    """The outputs, which hold the rows until the engine has finished or aborted the request.
 
-    Held from here on, for a background response is generated when its HTTP request is over.
+    They have a lease of their own, because a background response is generated after its HTTP request ended.
     """
-    own, begun, loop = lease.renew(), [], asyncio.get_running_loop()
+    own, started, loop = lease.renew(), [], asyncio.get_running_loop()
 
     async def held() -> Any:
-        begun.append(True)
+        started.append(True)
         try:
             async for output in outputs:
                 yield output
         finally:
             try:
                 await outputs.aclose()
-                await asyncio.sleep(0)  # vLLM may have an abort of its own to send yet
+                await asyncio.sleep(0)  # lets vLLM send an abort that it still has to send
             finally:
                 own.release()
 
-    made = held()
+    generator = held()
 
-    def give_back() -> None:
-        if not begun and not loop.is_closed():
+    def release_unstarted() -> None:
+        if not started and not loop.is_closed():
             loop.call_soon_threadsafe(own.release)
 
-    # A generator that was never begun runs no `finally`. Garbage may be collected in any thread.
-    weakref.finalize(made, give_back)
-    return made
+    # A generator that never started runs no `finally`. The garbage collector may run in any thread.
+    weakref.finalize(generator, release_unstarted)
+    return generator

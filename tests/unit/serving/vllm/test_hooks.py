@@ -50,7 +50,7 @@ def test_versions(monkeypatch):
 
 
 def test_a_server_of_another_shape_is_refused():
-    with pytest.raises(IncompatibleVLLM, match="chat renderer elsewhere"):
+    with pytest.raises(IncompatibleVLLM, match="no chat renderer where be-serve expects it"):
         hooks.check_server(object())
 
 
@@ -139,7 +139,7 @@ async def test_an_adapter_loaded_later_cannot_take_an_aliass_name(name):
     request = SimpleNamespace(lora_name=name, lora_path="/x", load_inplace=True)
     for answer in (await models.load_lora_adapter(request), await models.resolve_lora(name)):
         assert (answer.error.code, answer.error.type, answer.error.param) == (400, "InvalidUserInput", "lora_name")
-        assert f"{name!r} is named as a token's alias" in answer.error.message
+        assert f"{name!r} has the form of a token's alias" in answer.error.message
     assert loaded == []
     for other in ("sailor", "other:harbor", "tiny2:harbor"):
         request.lora_name = other

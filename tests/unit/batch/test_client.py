@@ -11,7 +11,7 @@ from tests.unit.batch.fake import MODEL, Answers, read, row, run, write
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr("be_serve.batch.asking._LONGEST_WAIT", 0.01)
+    monkeypatch.setattr("be_serve.batch.client._LONGEST_WAIT", 0.01)
 
 
 async def test_answers_stand_in_the_rows_order_with_refusals_named(tmp_path):
@@ -164,7 +164,7 @@ async def test_a_server_that_is_not_there_is_waited_for_and_then_given_up(tmp_pa
     rows = read_rows(write(tmp_path / "in.jsonl", row("a", say="hi")))
     with Journal(tmp_path / "out.jsonl", rows, MODEL) as journal:
         async with connect("http://127.0.0.1:9/v1") as client:
-            with pytest.raises(BatchStopped, match=r"Nothing was answered for 0 s\. The server does not answer"):
+            with pytest.raises(BatchStopped, match=r"No row was answered for 0 s\. The server does not answer"):
                 await run_rows(client, rows, journal, patience=0.05)
 
 

@@ -1,4 +1,4 @@
-"""Ask a server for each row, through its busy times and its absences."""
+"""Sends each row to a server, and retries while the server is busy or away."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from be_serve.core.addresses import warn_of_clear_text
 from be_serve.core.errors import BatchStopped, InputError
 from be_serve.core.redaction import hide, safe_url
 
-_ROWS_FAULT = (400, 404, 413, 422)
+_ROW_ERRORS = (400, 404, 413, 422)
 _BUSY = (408, 429, 502, 503, 504)
-_CUT = (httpx.ProtocolError, httpx.ReadError, httpx.WriteError)
-"""The connection broke while a row was asked: the server restarts, or the row killed it."""
-_TRIES = 3  # of a row on which the server itself fails, or that it does not answer in time
+_CONNECTION_LOST = (httpx.ProtocolError, httpx.ReadError, httpx.WriteError)
+"""The connection broke during a request: the server restarts, or this row made it crash."""
+_TRIES = 3  # for a row that gets a server error, a broken connection or no answer in time
 _LONGEST_WAIT = 10.0  # seconds between two tries
-_WRONG_SERVER = "Is it the right URL and key?"
-_PATIENCE = 600.0  # seconds without any answer after which a batch is given up
+_WRONG_SERVER = "Check the URL and the key."
+_PATIENCE = 600.0  # seconds without an answer to any row after which the batch stops
 
 
 @asynccontextmanager
@@ -41,16 +41,17 @@ async def connect(
     uds: str | None = None,
     transport: httpx.AsyncBaseTransport | None = None,
 ) -> AsyncIterator[httpx.AsyncClient]:
-    """A client for the server at `url`, or behind the socket file `uds`; `timeout` in seconds bounds each answer.
+    """An HTTP client for the server at `url`, or at the socket file `uds`.
 
-    Raises InputError for a bad URL.
+    `timeout` is the limit in seconds for each answer. Raises InputError for a wrong URL or key.
     """
     try:
         parsed = httpx.URL(url)
     except httpx.InvalidURL:
-        raise InputError("--url is no URL.") from None  # its text quotes the URL
+        # Without the cause, whose text quotes the URL.
+        raise InputError("--url is no URL. Use http://HOST:PORT.") from None
     if parsed.userinfo:
-        raise InputError("--url holds a name or password: give the server's key by VLLM_API_KEY.")
+        raise InputError("--url contains a user or password. Remove it, and set the server's key as VLLM_API_KEY.")
     if parsed.scheme not in ("http", "https") or not parsed.host:
         raise InputError("--url must begin with http:// or https://.")
     if key:
@@ -58,46 +59,49 @@ async def connect(
     headers = {}
     if key and (key := key.strip()):
         if not key.isascii() or not key.isprintable():
-            raise InputError("The server's key holds characters that no HTTP header can carry.")
+            raise InputError(
+                "The server's key holds characters that an HTTP header cannot contain. Check VLLM_API_KEY."
+            )
         headers["Authorization"] = f"Bearer {key}"
     limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
-    # A server that lost its power answers no more; without this a worker would wait for it for ever.
-    alive = [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)]
+    # If the server's machine loses power, no packet tells us. Without keep-alive a worker would wait for ever.
+    keepalive = [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)]
     async with httpx.AsyncClient(
         base_url=str(parsed).rstrip("/").removesuffix("/v1"),
         headers=headers,
         timeout=httpx.Timeout(timeout, connect=10.0),
-        transport=transport or httpx.AsyncHTTPTransport(limits=limits, uds=uds, socket_options=None if uds else alive),
-        trust_env=False,  # prompts and keys go to the server, and not by a proxy of the environment
+        transport=transport
+        or httpx.AsyncHTTPTransport(limits=limits, uds=uds, socket_options=None if uds else keepalive),
+        trust_env=False,  # prompts and keys must not pass a proxy of the environment
     ) as client:
         yield client
 
 
 async def served_models(client: httpx.AsyncClient) -> str:
-    """The base models of a server, for a journal's `made_by`. Raises BatchStopped where it does not say."""
+    """The names of a server's base models, for a journal's `made_by`. Raises BatchStopped if it does not answer."""
     try:
         answer = await client.get("/v1/models")
     except httpx.RequestError as exc:
         raise BatchStopped(f"The server does not answer: {type(exc).__name__} {hide(str(exc))}".rstrip()) from exc
-    found = (json_object(answer.content) or {}).get("data")
-    if not answer.is_success or not isinstance(found, list):
+    data = (json_object(answer.content) or {}).get("data")
+    if not answer.is_success or not isinstance(data, list):
         raise BatchStopped(f"GET /v1/models answered {answer.status_code}: {_message(answer)} {_WRONG_SERVER}")
-    models = [one for one in found if isinstance(one, dict) and not one.get("parent")]
-    return ", ".join(sorted(f"{one.get('id')} ({one.get('root')})" for one in models))
+    models = [model for model in data if isinstance(model, dict) and not model.get("parent")]
+    return ", ".join(sorted(f"{model.get('id')} ({model.get('root')})" for model in models))
 
 
 @dataclass
-class _Clock:
-    """When anything was last answered, by any row."""
+class _LastAnswer:
+    """The time of the last answer to any row."""
 
     patience: float
     at: float = field(default_factory=time.monotonic)
 
-    def tick(self) -> None:
+    def update(self) -> None:
         self.at = time.monotonic()
 
-    def out(self, since: float) -> bool:
-        """Whether nothing was answered for so long, of which the row that asks was in trouble all the time."""
+    def is_too_old(self, since: float) -> bool:
+        """Whether no row was answered for `patience` seconds, counted from `since` at the earliest."""
         return time.monotonic() - max(self.at, since) > self.patience
 
 
@@ -111,33 +115,35 @@ async def run_rows(
     done: Callable[[], object] = lambda: None,
     patience: float = _PATIENCE,
 ) -> dict[str, dict[str, Any]]:
-    """Ask for every row that the journal does not hold, `concurrency` at a time.
+    """Send every row that the journal does not hold, `concurrency` rows at a time. Returns the rows that failed.
 
-    A busy or absent server is asked again for as long as any row is answered now and then.
-    Returns the rows that failed: three times 500 or no answer in time, another status that the row
-    alone meets, or a server that is busy for the last rows only; a further run asks them again.
-    Raises BatchStopped where nothing was answered for `patience` seconds, where `alive` says no, and
-    where it is the wrong server or key.
+    Retries while the server is busy or away, as long as any row is answered within `patience` seconds. A row
+    fails after three times 500, a broken connection or no answer in time, after an unexpected status, or if the
+    server stays busy for the last rows only. The next run sends failed rows again.
+    Raises BatchStopped if no row was answered for `patience` seconds, if `alive` returns False, or if it is the
+    wrong server or key.
     """
     left = [row for row in rows if row.custom_id not in journal]
     waiting = iter(left)
     failed: dict[str, dict[str, Any]] = {}
-    clock = _Clock(patience)
+    last_answer = _LastAnswer(patience)
 
-    def last() -> bool:
+    def no_more_rows() -> bool:
         return len(journal) > 0 and taken == len(left)
 
     taken = 0
-    alone = asyncio.Lock()
+    one_at_a_time = asyncio.Lock()
 
     async def work() -> None:
         nonlocal taken
         for row in waiting:
             taken += 1
-            answer, final = await _ask(client, row, clock, alive, lambda: len(journal) > 0, last, alone)
+            answer, final = await _send(
+                client, row, last_answer, alive, lambda: len(journal) > 0, no_more_rows, one_at_a_time
+            )
             if final:
                 journal.add(answer)
-                clock.tick()
+                last_answer.update()
             else:
                 failed[row.custom_id] = answer
             done()
@@ -147,7 +153,7 @@ async def run_rows(
         await asyncio.gather(*workers)
     except BatchStopped as exc:
         kept = f"{len(journal)} answers are kept in {journal.path}" if len(journal) else "There were no answers yet"
-        raise BatchStopped(f"{exc} {kept}: the same command, without --fresh, goes on from there.") from exc
+        raise BatchStopped(f"{exc} {kept}. Run the same command without --fresh to continue.") from exc
     finally:
         for worker in workers:
             worker.cancel()
@@ -155,65 +161,67 @@ async def run_rows(
     return failed
 
 
-async def _ask(
+async def _send(
     client: httpx.AsyncClient,
     row: BatchRow,
-    clock: _Clock,
+    last_answer: _LastAnswer,
     alive: Callable[[], bool],
     proven: Callable[[], bool],
-    last: Callable[[], bool],
-    alone: asyncio.Lock,
+    no_more_rows: Callable[[], bool],
+    one_at_a_time: asyncio.Lock,
 ) -> tuple[dict[str, Any], bool]:
-    """One row's answer, as a row of the output, and whether it is final.
+    """One row's answer, as a row of the output, and whether the answer is final.
 
-    `proven`: others were answered before; `last`: and none waits to be asked. A row whose
-    connection broke is asked again when the server is there again, `alone` among such rows:
-    one that kills it must not be asked for ever, nor take the others with it.
+    `proven`: this server has answered other rows. `no_more_rows`: it has, and every other row was sent. A row
+    that lost its connection is sent again when the server is back. Such rows are sent `one_at_a_time` and only
+    `_TRIES` times: one of them may make the server crash, and other rows must not lose their tries by that.
     """
-    wait, broken = 0.5, 0
+    wait, failures = 0.5, 0
     since: float | None = None
-    cut = False
+    lost = False
     while True:
-        answer, named = None, ""
+        answer, retry_after = None, ""
         try:
-            async with alone if cut else contextlib.nullcontext():
-                if cut:
-                    await _until_there(client, clock, alive, since)
+            async with one_at_a_time if lost else contextlib.nullcontext():
+                if lost:
+                    await _wait_for_server(client, last_answer, alive, since)
                 answer = await client.post(row.url, content=row.content, headers={"Content-Type": "application/json"})
         except httpx.RequestError as exc:
             why = f"The server does not answer: {type(exc).__name__} {hide(str(exc))}".rstrip() + "."
-            cut = cut or isinstance(exc, _CUT)
-            broken += isinstance(exc, (httpx.ReadTimeout, httpx.DecodingError, *_CUT))
+            lost = lost or isinstance(exc, _CONNECTION_LOST)
+            failures += isinstance(exc, (httpx.ReadTimeout, httpx.DecodingError, *_CONNECTION_LOST))
         else:
             status, body = answer.status_code, json_object(answer.content)
-            if (answer.is_success and body is not None) or _is_rows_fault(answer):
+            if (answer.is_success and body is not None) or _is_row_error(answer):
                 return _as_row(row, answer), True
             why = f"The server answered {status}: {_message(answer)}"
-            broken += status in (httpx.codes.INTERNAL_SERVER_ERROR, httpx.codes.GATEWAY_TIMEOUT)
+            failures += status in (httpx.codes.INTERNAL_SERVER_ERROR, httpx.codes.GATEWAY_TIMEOUT)
             if status not in (*_BUSY, httpx.codes.INTERNAL_SERVER_ERROR):
                 if not proven() or status == httpx.codes.UNAUTHORIZED or not answer.is_error:
-                    where = answer.headers.get("location")
-                    raise BatchStopped(f"{why}{f' (it points to {safe_url(where)})' if where else ''} {_WRONG_SERVER}")
+                    target = answer.headers.get("location")
+                    raise BatchStopped(
+                        f"{why}{f' (it points to {safe_url(target)})' if target else ''} {_WRONG_SERVER}"
+                    )
                 return _as_row(row, answer), False
-            named = answer.headers.get("retry-after", "")
+            retry_after = answer.headers.get("retry-after", "")
         if not alive():
             raise BatchStopped("The server ended; its log above says why.")
-        if broken == _TRIES:
+        if failures == _TRIES:
             return (_as_row(row, answer) if answer is not None else _unanswered(row, why)), False
         since = since or time.monotonic()
-        if clock.out(since):
-            if answer is not None and last():
+        if last_answer.is_too_old(since):
+            if answer is not None and no_more_rows():
                 return _as_row(row, answer), False
-            raise BatchStopped(f"Nothing was answered for {clock.patience:.0f} s. {why}")
-        pause = min(float(named) if named.isdecimal() else wait, _LONGEST_WAIT)
+            raise BatchStopped(f"No row was answered for {last_answer.patience:.0f} s. {why}")
+        pause = min(float(retry_after) if retry_after.isdecimal() else wait, _LONGEST_WAIT)
         await asyncio.sleep(pause * random.uniform(0.5, 1.5))  # noqa: S311
         wait *= 2
 
 
-async def _until_there(
-    client: httpx.AsyncClient, clock: _Clock, alive: Callable[[], bool], since: float | None
+async def _wait_for_server(
+    client: httpx.AsyncClient, last_answer: _LastAnswer, alive: Callable[[], bool], since: float | None
 ) -> None:
-    """Return when the server answers anything. Raises BatchStopped where it ended, or nothing was answered for long."""
+    """Return when the server answers /v1/models. Raises BatchStopped if it ended, or after `patience` seconds."""
     while True:
         try:
             if not (await client.get("/v1/models")).is_server_error:
@@ -222,16 +230,16 @@ async def _until_there(
             pass
         if not alive():
             raise BatchStopped("The server ended; its log above says why.")
-        if since is not None and clock.out(since):
-            raise BatchStopped(f"Nothing was answered for {clock.patience:.0f} s. The server went away.")
+        if since is not None and last_answer.is_too_old(since):
+            raise BatchStopped(f"No row was answered for {last_answer.patience:.0f} s. The server is away.")
         await asyncio.sleep(min(1.0, _LONGEST_WAIT))
 
 
-def _is_rows_fault(answer: httpx.Response) -> bool:
-    """Whether a refusal is about the row, and not a route that this server does not have."""
+def _is_row_error(answer: httpx.Response) -> bool:
+    """Whether a refusal is about the row. A 404 for a missing route is not."""
     if answer.status_code == httpx.codes.NOT_FOUND and _message(answer) in ("Not Found", ""):
         return False
-    return answer.status_code in _ROWS_FAULT and json_object(answer.content) is not None
+    return answer.status_code in _ROW_ERRORS and json_object(answer.content) is not None
 
 
 def _message(answer: httpx.Response) -> str:
@@ -256,7 +264,7 @@ def _as_row(row: BatchRow, answer: httpx.Response) -> dict[str, Any]:
         "request_id": answer.headers.get("x-request-id") or body.get("id") or f"be-{uuid.uuid4().hex}",
         "body": body,
     }
-    if said := {name: value for name, value in answer.headers.items() if name.startswith("x-be-")}:
-        response["headers"] = said  # such as that the full prompt stood in for a token
-    fault = body.get("error", body) if answer.is_error else None
-    return {"id": f"batch_req_{uuid.uuid4().hex}", "custom_id": row.custom_id, "response": response, "error": fault}
+    if be_headers := {name: value for name, value in answer.headers.items() if name.startswith("x-be-")}:
+        response["headers"] = be_headers  # such as x-be-fallback
+    error = body.get("error", body) if answer.is_error else None
+    return {"id": f"batch_req_{uuid.uuid4().hex}", "custom_id": row.custom_id, "response": response, "error": error}
