@@ -62,6 +62,9 @@ _STRICT = frozenset({"/v1/messages", "/v1/messages/count_tokens"})
 _STRICT_READS = ("vllm_xargs",)
 # With escapes or another encoding, a search of the bytes may miss a name.
 _ENCODED = (b"\\u", b"\\/", b"\0")
+# A route's pattern ends in `$`, which also matches before a final newline: the router finds a route for a path that
+# equals no path above. No route has a control character in its path.
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _KEY_END = re.compile(rb'"\s*:')
 _WINDOW = 64
 # Total seconds a slow client may block sends while its request holds a token's rows or memory.
@@ -132,6 +135,9 @@ class BEMiddleware:
         self._require = require
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and _CONTROL.search(scope["path"]):
+            await _not_found(send)
+            return
         if scope["type"] != "http" or scope["method"] != "POST":
             await self._app(scope, receive, send)
             return
@@ -291,8 +297,17 @@ def _route_path(scope: Scope) -> str:
     return rest if rest.startswith("/") else path  # with the root path /v1, /v1x stays /v1x
 
 
+async def _not_found(send: Send) -> None:
+    message = "The path contains a control character, and no route has one; remove it (such as `%0A`)."
+    await _send_json(send, 404, {"error": {"message": message, "type": "NotFoundError", "param": None, "code": 404}})
+
+
 async def _respond(send: Send, exc: BEError) -> None:
-    body = json.dumps(error_body(exc)).encode()
+    await _send_json(send, exc.http_status, error_body(exc))
+
+
+async def _send_json(send: Send, status: int, content: dict[str, Any]) -> None:
+    body = json.dumps(content).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    await send({"type": "http.response.start", "status": exc.http_status, "headers": headers})
+    await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

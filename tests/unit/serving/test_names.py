@@ -283,6 +283,22 @@ def test_tokenize_of_text_names_no_token(http):
     assert http.post("/tokenize", json={"prompt": 'say "be_id": 1', "model": "org/tiny:harbor"}).status_code == 200
 
 
+@pytest.mark.parametrize("path", [*STRICT, *BYPASSING, "/tokenize"])
+def test_no_path_with_a_control_character_is_answered(http, path):
+    """Starlette's router finds the route of `path` for `path` with a final newline, too."""
+    for spelling in (f"{path}%0A", f"{path}%0a", f"{path}%0A%0A", f"{path}%0D", f"/%0A{path[1:]}", f"{path}%7f"):
+        for body in ({"be_id": "harbor"}, {"model": "org/tiny:harbor"}, {"prompt": "x"}):
+            answer = http.post(spelling, json=body)
+            assert answer.status_code == 404, spelling
+            assert answer.json()["error"] == {
+                "message": "The path contains a control character, and no route has one; remove it (such as `%0A`).",
+                "type": "NotFoundError",
+                "param": None,
+                "code": 404,
+            }
+    assert http.get(f"{path}%0A").status_code == 404
+
+
 def test_half_a_surrogate_pair_can_be_told(http):
     answer = http.post("/v1/completions", content=b'{"be\\ud800id": "x"}')
     assert answer.status_code == 400

@@ -147,6 +147,11 @@ def test_endpoints_that_take_no_token_are_refused_whole():
     assert named.status_code == 400  # says more: where the token would be used
     assert http.get("/v1/completions").status_code == 405
     assert http.post("/generative_score", json={}).status_code == 404
+    for path in paths:  # the router finds the route of a path with a final newline
+        for end in ("%0A", "%0a", "%0A%0A", "%0D", "%7F", "%00"):
+            answer = http.post(path + end, content=b'{"prompt": "hi"}')
+            assert answer.status_code == 404, path + end
+            assert answer.json()["error"]["code"] == 404
 
 
 def test_every_route_of_vllm_is_known():
