@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 from be_serve.core.errors import BEError, NotAuthenticated, RequestError, TokenRequired, UnsupportedRequest
+from be_serve.core.names import FIELDS
 from be_serve.core.slots import Slot, SlotRenderer, new_marker
 from be_serve.registry import TokenIndex
 from be_serve.serving.composition import Composition
@@ -18,7 +19,7 @@ from be_serve.serving.cost import Cost
 from be_serve.serving.fallback import Fallback, PlainChat, refuse_revealing
 from be_serve.serving.injection.base import Held, Injection
 from be_serve.serving.metrics import Metrics
-from be_serve.serving.middleware import COUNTING, RequestContext, current
+from be_serve.serving.middleware import COUNTING, SUPPORTED, RequestContext, current
 from be_serve.serving.requests import BEFields, keep_lists, refuse_slips
 from be_serve.serving.resolve import How, Message, Resolution, Resolver
 
@@ -88,6 +89,7 @@ class ChatHook:
         try:
             self._injection.check(messages, tools)
             if context is None or not context.supported:
+                self._refuse_token(context, request)
                 if self._require and context is not None:  # a chat on an endpoint that is not in SUPPORTED
                     raise TokenRequired(_REQUIRED)
                 return None
@@ -98,6 +100,25 @@ class ChatHook:
         if isinstance(rendering, Rendering):
             rendering.cost = cost
         return rendering
+
+    def _refuse_token(self, context: RequestContext | None, request: Any) -> None:
+        """Raise UnsupportedRequest for a request that names a token where none can be used.
+
+        The middleware refuses what it sees in the body. A handler of vLLM may change the request after that.
+        """
+        extra = getattr(request, "model_extra", None) or {}
+        given = [name for name in FIELDS if extra.get(name) is not None]
+        if given == ["be_match"] and extra["be_match"] is False:  # asks for an answer without a token
+            given = []
+        if not given and self._resolver.named(BEFields(), getattr(request, "model", None))[0]:
+            given = ["model"]
+        if given:
+            where = context.path if context else "This call"
+            raise UnsupportedRequest(
+                f"{where} cannot use a token, but `{given[0]}` belongs to one. Leave it out, or use one of: "
+                f"{', '.join(sorted(SUPPORTED))}.",
+                param=given[0],
+            )
 
     async def _begin(
         self, context: RequestContext, request: Any, messages: Sequence[Any]

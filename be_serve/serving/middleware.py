@@ -60,6 +60,8 @@ TOKENLESS = frozenset(
 # from the body: at its top level, and in the one object for custom parameters that these classes know.
 _STRICT = frozenset({"/v1/messages", "/v1/messages/count_tokens"})
 _STRICT_READS = ("vllm_xargs",)
+# vLLM's /invocations writes this header's value into the body's `model`, after the middleware has read the body.
+_ADAPTER_HEADER = "X-Amzn-SageMaker-Adapter-Identifier"
 # With escapes or another encoding, a search of the bytes may miss a name.
 _ENCODED = (b"\\u", b"\\/", b"\0")
 # A route's pattern ends in `$`, which also matches before a final newline: the router finds a route for a path that
@@ -149,6 +151,7 @@ class BEMiddleware:
             if may_ignore and _is_json(scope) and self._is_route(path):
                 body, receive = await _read_ahead(receive)
                 self._refuse_ignored(path, body)
+            self._refuse_adapter(path, scope)
             if self._require and path in TOKENLESS and self._is_route(path):
                 raise TokenRequired(
                     f"This server answers only chats that name a token (--be-require), and {path} cannot use one. "
@@ -189,6 +192,18 @@ class BEMiddleware:
             context.over = True
             while context.cleanup:
                 context.cleanup.pop()()
+
+    def _refuse_adapter(self, path: str, scope: Scope) -> None:
+        """Raise UnsupportedRequest if SageMaker's header names a token."""
+        if path != "/invocations":
+            return
+        for value in _headers(scope, _ADAPTER_HEADER.lower().encode()):
+            if split_alias(value.strip(), self._base_models()) is not None:
+                raise UnsupportedRequest(
+                    f"{path} cannot use a token, but the header `{_ADAPTER_HEADER}` names one. Leave it out, or use "
+                    f"one of: {', '.join(sorted(SUPPORTED))}.",
+                    param=_ADAPTER_HEADER,
+                )
 
     def _refuse_ignored(self, path: str, body: bytes) -> None:
         """Raise UnsupportedRequest if a body names a token at an endpoint that would ignore it."""
@@ -263,8 +278,12 @@ def _json_object(body: bytes) -> dict[str, Any] | None:
     return data if isinstance(data, dict) else None
 
 
+def _headers(scope: Scope, name: bytes) -> list[str]:
+    return [v.decode("latin-1") for k, v in scope["headers"] if k == name]
+
+
 def _header(scope: Scope, name: bytes) -> str:
-    return next((v.decode("latin-1") for k, v in scope["headers"] if k == name), "")
+    return next(iter(_headers(scope, name)), "")
 
 
 def _is_json(scope: Scope) -> bool:

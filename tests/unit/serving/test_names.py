@@ -209,7 +209,7 @@ def http():
         await request.body()
         return {"fields": context.fields, "fault": context.fault and context.fault.message}
 
-    for path in (*STRICT, *BYPASSING, "/tokenize"):
+    for path in (*STRICT, *BYPASSING, "/tokenize", "/invocations"):
         app.post(path)(echo)
     return TestClient(app)
 
@@ -297,6 +297,22 @@ def test_no_path_with_a_control_character_is_answered(http, path):
                 "code": 404,
             }
     assert http.get(f"{path}%0A").status_code == 404
+
+
+@pytest.mark.parametrize("name", ["X-Amzn-SageMaker-Adapter-Identifier", "x-amzn-sagemaker-adapter-identifier"])
+def test_sagemakers_header_names_no_token(http, name):
+    """/invocations writes it into `model` after the middleware has read the body."""
+    for body in ({"messages": USER}, {"prompt": "x"}, {"model": "org/tiny", "prompt": "x"}):
+        answer = http.post("/invocations", json=body, headers={name: "org/tiny:harbor"})
+        assert answer.status_code == 400
+        assert answer.json()["error"]["param"] == "X-Amzn-SageMaker-Adapter-Identifier"
+        assert "/invocations cannot use a token" in answer.json()["error"]["message"]
+        assert http.post("/invocations", json=body, headers={name: "my-lora"}).status_code == 200
+        assert http.post("/invocations", json=body, headers={name: "org/tiny"}).status_code == 200
+    twice = [(name, "my-lora"), (name, "org/tiny:harbor")]
+    assert http.post("/invocations", json={"prompt": "x"}, headers=twice).status_code == 400
+    upload = {name: "org/tiny:harbor", "content-type": "multipart/form-data"}
+    assert http.post("/invocations", content=b"{}", headers=upload).status_code == 400
 
 
 def test_half_a_surrogate_pair_can_be_told(http):
