@@ -10,7 +10,17 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from be_serve.core.errors import BEError, NotAuthenticated, RequestError, TokenRequired, UnsupportedRequest
+from be_serve.core.errors import (
+    BEError,
+    NotAuthenticated,
+    OverBudget,
+    RequestError,
+    RowsBusy,
+    TokenRequired,
+    TooLarge,
+    TooManyVectors,
+    UnsupportedRequest,
+)
 from be_serve.core.names import FIELDS
 from be_serve.core.slots import Slot, SlotRenderer, new_marker
 from be_serve.registry import TokenIndex
@@ -25,6 +35,8 @@ from be_serve.serving.resolve import How, Message, Resolution, Resolver
 
 logger = logging.getLogger("vllm.be_serve.hook")
 
+# The server has no room for a token's vectors. Nothing is wrong with the request.
+_NO_ROOM = (OverBudget, RowsBusy, TooLarge, TooManyVectors)
 _REQUIRED = (
     "This server answers only chats that name a token (--be-require), and this chat names none. Send `be_id` with a "
     "token's id at the top level of the request's JSON, or `<model>:<id>` as `model`. If you sent `be_id`, a gateway "
@@ -184,7 +196,7 @@ class ChatHook:
         except BEError as exc:
             if held:
                 held.release()
-            if resolution.how != "match":
+            if resolution.how != "match" or not self._may_answer_match(exc):
                 raise
             self._count_missed_match(context, resolution.tokens, exc)
             return None
@@ -208,10 +220,20 @@ class ChatHook:
     async def _unchanged_chat(
         self, context: RequestContext, tokens: Composition, chat: list[Message], outcome: dict[str, str], exc: BEError
     ) -> PlainChat:
-        """The client's own chat, for a request that matched a token by its prompt and named none."""
+        """The client's own chat, for a request that matched a token by its prompt and named none. Or raises `exc`."""
+        if not self._may_answer_match(exc):
+            outcome.clear()
+            raise exc
         self._count_missed_match(context, tokens, exc)
         outcome.clear()
         return PlainChat(chat)
+
+    def _may_answer_match(self, exc: BEError) -> bool:
+        """Whether a matched chat may get its own prompt in place of the token that failed with `exc`.
+
+        With `require` only for want of room: an option that rules tokens out can also cut the prompt away.
+        """
+        return not self._require or isinstance(exc, _NO_ROOM)
 
     def _count_missed_match(self, context: RequestContext, tokens: Composition, exc: BEError) -> None:
         logger.debug("Serving the full prompt, because token %s cannot answer: %s", tokens.name, exc)
