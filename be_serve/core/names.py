@@ -70,6 +70,11 @@ def field_meant(key: object) -> str | None:
     return _PLAIN.get(_plain(key)) or (field if _MARK.match(_folded(key)) else None)
 
 
+def field_of_header(name: str) -> str | None:
+    """The field that a request header or query parameter is named after, such as `x-be-id`, or None."""
+    return _PLAIN.get(_plain(name.lower().removeprefix("x-")))
+
+
 def find_slip(top: Mapping[str, Any], *requests: Mapping[str, Any], read_in: Collection[str] = ()) -> Slip | None:
     """The first slip in the keys of `top` and in the PLACES of `requests`, or None. A null value counts as absent.
 

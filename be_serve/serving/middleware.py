@@ -14,10 +14,11 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any
+from urllib.parse import parse_qsl
 
-from be_serve.core.errors import BEError, NameConflict, TokenRequired, UnsupportedRequest
+from be_serve.core.errors import BEError, MisnamedField, NameConflict, TokenRequired, UnsupportedRequest
 from be_serve.core.ids import split_alias
-from be_serve.core.names import FIELDS, field_near, find_slip
+from be_serve.core.names import FIELDS, field_near, field_of_header, find_slip
 from be_serve.serving.metrics import Metrics
 from be_serve.serving.requests import refuse_slips
 
@@ -152,6 +153,13 @@ class BEMiddleware:
                 body, receive = await _read_ahead(receive)
                 self._refuse_ignored(path, body)
             self._refuse_adapter(path, scope)
+            if context.supported or (may_ignore and self._is_route(path)):
+                try:
+                    _refuse_outside(path, scope)
+                except MisnamedField as exc:
+                    if path not in _STRICT:
+                        raise
+                    context.fault = exc
             if self._require and path in TOKENLESS and self._is_route(path):
                 raise TokenRequired(
                     f"This server answers only chats that name a token (--be-require), and {path} cannot use one. "
@@ -167,7 +175,7 @@ class BEMiddleware:
             try:
                 context.fields = _read_fields(body)
             except BEError as exc:
-                context.fault = exc
+                context.fault = context.fault or exc
 
         seconds_left = _SEND_SECONDS
 
@@ -234,6 +242,22 @@ class BEMiddleware:
             f"{what} cannot use a token, but {why}. Leave it out, or use one of: {', '.join(sorted(SUPPORTED))}.",
             param=named[0],
         )
+
+
+def _refuse_outside(path: str, scope: Scope) -> None:
+    """Raise MisnamedField for a header or a query parameter that is meant as a be-serve field: neither is read."""
+    headers = (key.decode("latin-1") for key, _ in scope["headers"])
+    query = scope.get("query_string", b"").decode("latin-1")
+    parameters = (key for key, _ in parse_qsl(query, keep_blank_values=True))
+    for kind, names in (("header", headers), ("query parameter", parameters)):
+        for name in names:
+            if field := field_of_header(name):
+                where = "" if path in SUPPORTED else f" of one of: {', '.join(sorted(SUPPORTED))}"
+                raise MisnamedField(
+                    f"The {kind} `{name[:64]}` is not read; send `{field}` at the top level of the request's JSON, "
+                    f"beside `model`{where}.",
+                    param=name[:64],
+                )
 
 
 def _read_fields(body: bytes) -> dict[str, Any]:

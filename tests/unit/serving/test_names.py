@@ -283,7 +283,7 @@ def http():
         await request.body()
         return {"fields": context.fields, "fault": context.fault and context.fault.message}
 
-    for path in (*STRICT, *BYPASSING, "/tokenize", "/invocations"):
+    for path in (*STRICT, *BYPASSING, "/tokenize", "/invocations", "/v1/chat/completions"):
         app.post(path)(echo)
     return TestClient(app)
 
@@ -391,6 +391,34 @@ def test_sagemakers_header_names_no_token(http, name):
     assert http.post("/invocations", json={"prompt": "x"}, headers=twice).status_code == 400
     upload = {name: "org/tiny:harbor", "content-type": "multipart/form-data"}
     assert http.post("/invocations", content=b"{}", headers=upload).status_code == 400
+
+
+@pytest.mark.parametrize("path", [*STRICT, *BYPASSING, "/tokenize", "/v1/chat/completions", "/invocations"])
+def test_a_field_in_a_header_or_the_query_is_refused(http, path):
+    """Neither is read. A chat with one of them must not be answered without its prompt."""
+
+    def fault(url, **options):
+        answer = http.post(url, json={"messages": USER}, **options)
+        if path in STRICT:  # the hook raises it, in the endpoint's shape
+            assert answer.status_code == 200
+            return answer.json()["fault"]
+        return answer.json()["error"]["message"] if answer.status_code == 400 else None
+
+    for field in FIELDS:
+        for name in (f"x-{field.replace('_', '-')}", f"X-{field.upper()}", field, field.replace("_", "-")):
+            assert f"send `{field}` at the top level" in fault(path, headers={name: "harbor"}), name
+        for query in (f"{field}=harbor", f"a=1&{field.upper()}=", f"{field}%5B%5D=x", field.replace("_", "%2D") + "=x"):
+            found = fault(f"{path}?{query}")
+            assert "The query parameter `" in found
+            assert f"send `{field}` at the top level" in found
+    for name in ("X-BE-Key", "x-be-digest", "x-request-id", "x-bid", "bed"):
+        assert fault(path, headers={name: "x"}) is None
+        assert fault(f"{path}?{name}=x") is None
+
+
+def test_a_field_in_a_header_elsewhere_is_left_alone(http):
+    assert http.get("/v1/models", headers={"x-be-id": "harbor"}).status_code == 404
+    assert http.post("/v1/be/tokens?be_id=x", headers={"x-be-id": "harbor"}).status_code == 404
 
 
 def test_half_a_surrogate_pair_can_be_told(http):
