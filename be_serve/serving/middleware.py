@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from time import monotonic
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import parse_qsl
 
 from be_serve.core.errors import BEError, MisnamedField, NameConflict, TokenRequired, UnsupportedRequest
@@ -22,6 +22,7 @@ from be_serve.core.names import FIELDS, field_near, field_of_header, find_slip
 from be_serve.serving.metrics import Metrics
 from be_serve.serving.requests import refuse_slips
 
+T = TypeVar("T")
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
@@ -70,6 +71,8 @@ _ENCODED = (b"\\u", b"\\/", b"\0")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _KEY_END = re.compile(rb'"\s*:')
 _WINDOW = 64
+# The search of a larger body runs in a thread, so that other requests go on meanwhile.
+_LARGE_BODY = 1_000_000
 # Total seconds a slow client may block sends while its request holds a token's rows or memory.
 _SEND_SECONDS = 120.0
 
@@ -151,7 +154,7 @@ class BEMiddleware:
             # Read only bodies that the route itself would read as a whole.
             if may_ignore and _is_json(scope) and self._is_route(path):
                 body, receive = await _read_ahead(receive)
-                self._refuse_ignored(path, body)
+                await _search(self._refuse_ignored, path, body)
             self._refuse_adapter(path, scope)
             if context.supported or (may_ignore and self._is_route(path)):
                 try:
@@ -173,7 +176,7 @@ class BEMiddleware:
         if path in _STRICT:
             body, receive = await _read_ahead(receive)
             try:
-                context.fields = _read_fields(body)
+                context.fields = await _search(_read_fields, body)
             except BEError as exc:
                 context.fault = context.fault or exc
 
@@ -242,6 +245,13 @@ class BEMiddleware:
             f"{what} cannot use a token, but {why}. Leave it out, or use one of: {', '.join(sorted(SUPPORTED))}.",
             param=named[0],
         )
+
+
+async def _search(search: Callable[..., T], *arguments: Any) -> T:
+    """The result of `search` on these arguments, the last of which is a body. A large body is searched in a thread."""
+    if len(arguments[-1]) > _LARGE_BODY:
+        return await asyncio.to_thread(search, *arguments)
+    return search(*arguments)
 
 
 def _refuse_outside(path: str, scope: Scope) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import asyncio
 import importlib.util
 import json
 import random
@@ -17,7 +18,7 @@ from fastapi.testclient import TestClient
 
 from be_serve.core.errors import BEError, MisnamedField
 from be_serve.core.names import FIELDS, PLACES, field_near, find_slip
-from be_serve.serving import routes
+from be_serve.serving import middleware, routes
 from be_serve.serving.metrics import metrics
 from be_serve.serving.middleware import SUPPORTED, BEMiddleware, RequestContext, current
 from tests.unit.serving.hooks import USER, make_hook, request
@@ -419,6 +420,24 @@ def test_a_field_in_a_header_or_the_query_is_refused(http, path):
 def test_a_field_in_a_header_elsewhere_is_left_alone(http):
     assert http.get("/v1/models", headers={"x-be-id": "harbor"}).status_code == 404
     assert http.post("/v1/be/tokens?be_id=x", headers={"x-be-id": "harbor"}).status_code == 404
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/messages"])
+def test_a_large_body_is_searched_in_a_thread(http, monkeypatch, path):
+    """The event loop serves all other requests of the process."""
+    searched = []
+
+    def may_name(body):
+        searched.append(asyncio._get_running_loop() is not None)
+        return found(body)
+
+    found = middleware._may_name_a_field
+    monkeypatch.setattr(middleware, "_may_name_a_field", may_name)
+    for size, on_loop in ((10, True), (1_000_001, False)):
+        searched.clear()
+        answer = http.post(path, json={"prompt": "x" * size, "be-id": "harbor"})
+        assert "be-id" in (answer.json()["fault"] if path in STRICT else answer.json()["error"]["message"])
+        assert searched == [on_loop]
 
 
 def test_half_a_surrogate_pair_can_be_told(http):
