@@ -10,7 +10,18 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from be_serve.core.errors import BEError, NotAuthenticated, RequestError, TokenRequired, UnsupportedRequest
+from be_serve.core.errors import (
+    BEError,
+    NotAuthenticated,
+    OverBudget,
+    RequestError,
+    RowsBusy,
+    TokenRequired,
+    TooLarge,
+    TooManyVectors,
+    UnsupportedRequest,
+)
+from be_serve.core.names import FIELDS
 from be_serve.core.slots import Slot, SlotRenderer, new_marker
 from be_serve.registry import TokenIndex
 from be_serve.serving.composition import Composition
@@ -18,12 +29,14 @@ from be_serve.serving.cost import Cost
 from be_serve.serving.fallback import Fallback, PlainChat, refuse_revealing
 from be_serve.serving.injection.base import Held, Injection
 from be_serve.serving.metrics import Metrics
-from be_serve.serving.middleware import COUNTING, RequestContext, current
+from be_serve.serving.middleware import COUNTING, SUPPORTED, RequestContext, current
 from be_serve.serving.requests import BEFields, keep_lists, refuse_slips
 from be_serve.serving.resolve import How, Message, Resolution, Resolver
 
 logger = logging.getLogger("vllm.be_serve.hook")
 
+# The server has no room for a token's vectors. Nothing is wrong with the request.
+_NO_ROOM = (OverBudget, RowsBusy, TooLarge, TooManyVectors)
 _REQUIRED = (
     "This server answers only chats that name a token (--be-require), and this chat names none. Send `be_id` with a "
     "token's id at the top level of the request's JSON, or `<model>:<id>` as `model`. If you sent `be_id`, a gateway "
@@ -88,6 +101,7 @@ class ChatHook:
         try:
             self._injection.check(messages, tools)
             if context is None or not context.supported:
+                self._refuse_token(context, request)
                 if self._require and context is not None:  # a chat on an endpoint that is not in SUPPORTED
                     raise TokenRequired(_REQUIRED)
                 return None
@@ -98,6 +112,25 @@ class ChatHook:
         if isinstance(rendering, Rendering):
             rendering.cost = cost
         return rendering
+
+    def _refuse_token(self, context: RequestContext | None, request: Any) -> None:
+        """Raise UnsupportedRequest for a request that names a token where none can be used.
+
+        The middleware refuses what it sees in the body. A handler of vLLM may change the request after that.
+        """
+        extra = getattr(request, "model_extra", None) or {}
+        given = [name for name in FIELDS if extra.get(name) is not None]
+        if given == ["be_match"] and extra["be_match"] is False:  # asks for an answer without a token
+            given = []
+        if not given and self._resolver.named(BEFields(), getattr(request, "model", None))[0]:
+            given = ["model"]
+        if given:
+            where = context.path if context else "This call"
+            raise UnsupportedRequest(
+                f"{where} cannot use a token, but `{given[0]}` belongs to one. Leave it out, or use one of: "
+                f"{', '.join(sorted(SUPPORTED))}.",
+                param=given[0],
+            )
 
     async def _begin(
         self, context: RequestContext, request: Any, messages: Sequence[Any]
@@ -163,7 +196,7 @@ class ChatHook:
         except BEError as exc:
             if held:
                 held.release()
-            if resolution.how != "match":
+            if resolution.how != "match" or not self._may_answer_match(exc):
                 raise
             self._count_missed_match(context, resolution.tokens, exc)
             return None
@@ -187,10 +220,20 @@ class ChatHook:
     async def _unchanged_chat(
         self, context: RequestContext, tokens: Composition, chat: list[Message], outcome: dict[str, str], exc: BEError
     ) -> PlainChat:
-        """The client's own chat, for a request that matched a token by its prompt and named none."""
+        """The client's own chat, for a request that matched a token by its prompt and named none. Or raises `exc`."""
+        if not self._may_answer_match(exc):
+            outcome.clear()
+            raise exc
         self._count_missed_match(context, tokens, exc)
         outcome.clear()
         return PlainChat(chat)
+
+    def _may_answer_match(self, exc: BEError) -> bool:
+        """Whether a matched chat may get its own prompt in place of the token that failed with `exc`.
+
+        With `require` only for want of room: an option that rules tokens out can also cut the prompt away.
+        """
+        return not self._require or isinstance(exc, _NO_ROOM)
 
     def _count_missed_match(self, context: RequestContext, tokens: Composition, exc: BEError) -> None:
         logger.debug("Serving the full prompt, because token %s cannot answer: %s", tokens.name, exc)

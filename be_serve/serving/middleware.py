@@ -13,14 +13,16 @@ from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from time import monotonic
-from typing import Any
+from typing import Any, TypeVar
+from urllib.parse import parse_qsl
 
-from be_serve.core.errors import BEError, NameConflict, TokenRequired, UnsupportedRequest
+from be_serve.core.errors import BEError, MisnamedField, NameConflict, TokenRequired, UnsupportedRequest
 from be_serve.core.ids import split_alias
-from be_serve.core.names import FIELDS, field_near, find_slip
+from be_serve.core.names import FIELDS, field_near, field_of_header, find_slip
 from be_serve.serving.metrics import Metrics
 from be_serve.serving.requests import refuse_slips
 
+T = TypeVar("T")
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
@@ -60,10 +62,17 @@ TOKENLESS = frozenset(
 # from the body: at its top level, and in the one object for custom parameters that these classes know.
 _STRICT = frozenset({"/v1/messages", "/v1/messages/count_tokens"})
 _STRICT_READS = ("vllm_xargs",)
+# vLLM's /invocations writes this header's value into the body's `model`, after the middleware has read the body.
+_ADAPTER_HEADER = "X-Amzn-SageMaker-Adapter-Identifier"
 # With escapes or another encoding, a search of the bytes may miss a name.
 _ENCODED = (b"\\u", b"\\/", b"\0")
+# A route's pattern ends in `$`, which also matches before a final newline: the router finds a route for a path that
+# equals no path above. No route has a control character in its path.
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _KEY_END = re.compile(rb'"\s*:')
 _WINDOW = 64
+# The search of a larger body runs in a thread, so that other requests go on meanwhile.
+_LARGE_BODY = 1_000_000
 # Total seconds a slow client may block sends while its request holds a token's rows or memory.
 _SEND_SECONDS = 120.0
 
@@ -132,6 +141,9 @@ class BEMiddleware:
         self._require = require
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and _CONTROL.search(scope["path"]):
+            await _not_found(send)
+            return
         if scope["type"] != "http" or scope["method"] != "POST":
             await self._app(scope, receive, send)
             return
@@ -142,7 +154,15 @@ class BEMiddleware:
             # Read only bodies that the route itself would read as a whole.
             if may_ignore and _is_json(scope) and self._is_route(path):
                 body, receive = await _read_ahead(receive)
-                self._refuse_ignored(path, body)
+                await _search(self._refuse_ignored, path, body)
+            self._refuse_adapter(path, scope)
+            if context.supported or (may_ignore and self._is_route(path)):
+                try:
+                    _refuse_outside(path, scope)
+                except MisnamedField as exc:
+                    if path not in _STRICT:
+                        raise
+                    context.fault = exc
             if self._require and path in TOKENLESS and self._is_route(path):
                 raise TokenRequired(
                     f"This server answers only chats that name a token (--be-require), and {path} cannot use one. "
@@ -156,9 +176,9 @@ class BEMiddleware:
         if path in _STRICT:
             body, receive = await _read_ahead(receive)
             try:
-                context.fields = _read_fields(body)
+                context.fields = await _search(_read_fields, body)
             except BEError as exc:
-                context.fault = exc
+                context.fault = context.fault or exc
 
         seconds_left = _SEND_SECONDS
 
@@ -183,6 +203,18 @@ class BEMiddleware:
             context.over = True
             while context.cleanup:
                 context.cleanup.pop()()
+
+    def _refuse_adapter(self, path: str, scope: Scope) -> None:
+        """Raise UnsupportedRequest if SageMaker's header names a token."""
+        if path != "/invocations":
+            return
+        for value in _headers(scope, _ADAPTER_HEADER.lower().encode()):
+            if split_alias(value.strip(), self._base_models()) is not None:
+                raise UnsupportedRequest(
+                    f"{path} cannot use a token, but the header `{_ADAPTER_HEADER}` names one. Leave it out, or use "
+                    f"one of: {', '.join(sorted(SUPPORTED))}.",
+                    param=_ADAPTER_HEADER,
+                )
 
     def _refuse_ignored(self, path: str, body: bytes) -> None:
         """Raise UnsupportedRequest if a body names a token at an endpoint that would ignore it."""
@@ -213,6 +245,29 @@ class BEMiddleware:
             f"{what} cannot use a token, but {why}. Leave it out, or use one of: {', '.join(sorted(SUPPORTED))}.",
             param=named[0],
         )
+
+
+async def _search(search: Callable[..., T], *arguments: Any) -> T:
+    """The result of `search` on these arguments, the last of which is a body. A large body is searched in a thread."""
+    if len(arguments[-1]) > _LARGE_BODY:
+        return await asyncio.to_thread(search, *arguments)
+    return search(*arguments)
+
+
+def _refuse_outside(path: str, scope: Scope) -> None:
+    """Raise MisnamedField for a header or a query parameter that is meant as a be-serve field: neither is read."""
+    headers = (key.decode("latin-1") for key, _ in scope["headers"])
+    query = scope.get("query_string", b"").decode("latin-1")
+    parameters = (key for key, _ in parse_qsl(query, keep_blank_values=True))
+    for kind, names in (("header", headers), ("query parameter", parameters)):
+        for name in names:
+            if field := field_of_header(name):
+                where = "" if path in SUPPORTED else f" of one of: {', '.join(sorted(SUPPORTED))}"
+                raise MisnamedField(
+                    f"The {kind} `{name[:64]}` is not read; send `{field}` at the top level of the request's JSON, "
+                    f"beside `model`{where}.",
+                    param=name[:64],
+                )
 
 
 def _read_fields(body: bytes) -> dict[str, Any]:
@@ -257,8 +312,12 @@ def _json_object(body: bytes) -> dict[str, Any] | None:
     return data if isinstance(data, dict) else None
 
 
+def _headers(scope: Scope, name: bytes) -> list[str]:
+    return [v.decode("latin-1") for k, v in scope["headers"] if k == name]
+
+
 def _header(scope: Scope, name: bytes) -> str:
-    return next((v.decode("latin-1") for k, v in scope["headers"] if k == name), "")
+    return next(iter(_headers(scope, name)), "")
 
 
 def _is_json(scope: Scope) -> bool:
@@ -291,8 +350,17 @@ def _route_path(scope: Scope) -> str:
     return rest if rest.startswith("/") else path  # with the root path /v1, /v1x stays /v1x
 
 
+async def _not_found(send: Send) -> None:
+    message = "The path contains a control character, and no route has one; remove it (such as `%0A`)."
+    await _send_json(send, 404, {"error": {"message": message, "type": "NotFoundError", "param": None, "code": 404}})
+
+
 async def _respond(send: Send, exc: BEError) -> None:
-    body = json.dumps(error_body(exc)).encode()
+    await _send_json(send, exc.http_status, error_body(exc))
+
+
+async def _send_json(send: Send, status: int, content: dict[str, Any]) -> None:
+    body = json.dumps(content).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    await send({"type": "http.response.start", "status": exc.http_status, "headers": headers})
+    await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

@@ -193,6 +193,35 @@ async def test_other_paths_see_plain_requests_only(tmp_path, context):
     assert await hook.begin(request(), FULL, None) is None
 
 
+@pytest.mark.parametrize("path", ["/invocations", "/v1/chat/completions/render", "/v9/chat", None])
+@pytest.mark.parametrize("require", [False, True])
+async def test_a_token_named_on_another_path_is_refused(tmp_path, context, path, require):
+    """/invocations takes `model` from a header of SageMaker, after the middleware has read the body."""
+    from be_serve.serving.middleware import current
+
+    hook, _, _ = make_hook(tmp_path, require=require)
+    context.path = path or context.path
+    reset = current.set(context if path else None)
+    try:
+        for named in (
+            {"model": "tiny:harbor"},
+            {"be_id": "harbor"},
+            {"be_id": 7},
+            {"be_system": "append"},
+            {"be_fallback": "full"},
+            {"be_match": True},
+            {"be_match": False, "model": "tiny:harbor"},
+        ):
+            with pytest.raises(UnsupportedRequest, match="cannot use a token") as caught:
+                await hook.begin(request(**named), USER, None)
+            assert caught.value.param in named
+        if not require:
+            for plain in ({}, {"be_match": False}, {"be_id": None}, {"model": "my-lora"}):
+                assert await hook.begin(request(**plain), USER, None) is None
+    finally:
+        current.reset(reset)
+
+
 async def test_the_scan_leaves_lazy_lists_usable(tmp_path, context):
     hook, _, _ = make_hook(tmp_path)
     message = {"role": "assistant", "content": "x", "tool_calls": iter([{"id": "1"}])}

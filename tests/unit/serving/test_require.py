@@ -11,7 +11,18 @@ import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
-from be_serve.core.errors import NotAuthenticated, RequestError, TokenNotFound, TokenRequired
+from be_serve.core.errors import (
+    NotAuthenticated,
+    OverBudget,
+    RegistryError,
+    RequestError,
+    RowsBusy,
+    TokenNotFound,
+    TokenRequired,
+    TooLarge,
+    TooManyVectors,
+    UnsupportedRequest,
+)
 from be_serve.serving import routes
 from be_serve.serving.injection.resident_rows import ResidentRows
 from be_serve.serving.injection.row_pool import RowPool
@@ -111,6 +122,44 @@ async def test_what_answers_in_a_tokens_place_passes(tmp_path, context):
         await hook.begin(request(model="my-lora", be_fallback="full"), USER, None)
 
 
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"truncate_prompt_tokens": 3},
+        {"kv_transfer_params": {"prompt_token_ids": [1, 2]}},
+        {"prompt_logprobs": 0},
+        {"echo": True},
+        {"use_beam_search": True},
+        {"chat_template": "{{ messages[-1].content }}"},
+        {"background": True},
+    ],
+)
+async def test_an_option_that_rules_tokens_out_is_refused_for_a_match(tmp_path, context, option):
+    """Answered plainly, vLLM could cut the prompt away, and nothing would stand in its place."""
+    for require in (True, False):
+        hook, _, _ = make_hook(tmp_path / str(require), require=require)
+        asked = request()
+        for name, value in option.items():
+            setattr(asked, name, value)
+        if require:
+            with pytest.raises(UnsupportedRequest):
+                await hook.begin(asked, FULL, None)
+            assert "x-be-id" not in context.headers
+        else:
+            assert await hook.begin(asked, FULL, None) is None
+
+
+async def test_a_match_gives_way_for_want_of_room_alone(tmp_path, context):
+    hook, _, _ = make_hook(tmp_path, require=True)
+    for full in (OverBudget("x"), RowsBusy("x"), TooLarge("x"), TooManyVectors("x")):
+        matched = await hook.begin(request(), FULL, None)
+        assert (await hook.on_unavailable(matched, full)).messages == FULL
+    for cut in (UnsupportedRequest("vLLM truncated the chat"), RegistryError("x")):
+        matched = await hook.begin(request(), FULL, None)
+        with pytest.raises(type(cut)):
+            await hook.on_unavailable(matched, cut)
+
+
 async def test_a_chat_on_an_endpoint_unknown_to_us_is_refused(tmp_path, context):
     context.path = "/v9/chat"
     hook, _, _ = make_hook(tmp_path, require=True)
@@ -147,6 +196,11 @@ def test_endpoints_that_take_no_token_are_refused_whole():
     assert named.status_code == 400  # says more: where the token would be used
     assert http.get("/v1/completions").status_code == 405
     assert http.post("/generative_score", json={}).status_code == 404
+    for path in paths:  # the router finds the route of a path with a final newline
+        for end in ("%0A", "%0a", "%0A%0A", "%0D", "%7F", "%00"):
+            answer = http.post(path + end, content=b'{"prompt": "hi"}')
+            assert answer.status_code == 404, path + end
+            assert answer.json()["error"]["code"] == 404
 
 
 def test_every_route_of_vllm_is_known():
