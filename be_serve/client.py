@@ -8,7 +8,7 @@ from typing import Any
 
 import httpx
 
-from be_serve.core.addresses import is_local, warn_of_clear_text
+from be_serve.core.addresses import checked_key, is_local, warn_of_clear_text
 from be_serve.core.artifact import Token, read_limited
 from be_serve.core.errors import InputError, ServerRefused
 from be_serve.core.ids import validate_be_id
@@ -28,12 +28,12 @@ class BEClient:
     """
 
     def __init__(self, url: str, *, api_key: str, vllm_api_key: str | None = None, timeout: float = 60.0) -> None:
-        headers = {"X-BE-Key": api_key}
-        if vllm_api_key:
+        headers = {"X-BE-Key": checked_key(api_key, "--admin-key or BE_ADMIN_KEY")}
+        if vllm_api_key and (vllm_api_key := checked_key(vllm_api_key, "--vllm-api-key or VLLM_API_KEY")):
             headers["Authorization"] = f"Bearer {vllm_api_key}"
         base = url.rstrip("/").removesuffix("/v1")
         self._url = safe_url(base)
-        self._secrets = {key for key in (api_key, vllm_api_key) if key}
+        self._secrets = {key for key in (api_key.strip(), vllm_api_key) if key}
         try:
             server = httpx.URL(base)
             # An explicit transport ignores the proxies of the environment, but still reads its certificates.
@@ -41,7 +41,7 @@ class BEClient:
             self._http = httpx.Client(base_url=base, headers=headers, timeout=timeout, transport=direct)
         except httpx.InvalidURL:  # raised again without its text, which quotes the URL
             raise InputError(f"--url {self._url} is no URL. Use http://HOST:PORT.") from None
-        warn_of_clear_text(server.scheme, server.host)
+        warn_of_clear_text(server.scheme, server.host, by_proxy=True)
 
     def register(
         self,
@@ -68,10 +68,11 @@ class BEClient:
         if be_id is not None:
             params["id"] = validate_be_id(be_id, param="--id")
         response = self._call("POST", "/v1/be/tokens", params=params, content=data)
-        manifest: dict[str, Any] = response.json()
+        manifest = self._object(response, "id", str)
         if prompt is not None:
             try:
-                manifest = self._call("PUT", f"/v1/be/tokens/{manifest['id']}/prompt", content=prompt.encode()).json()
+                put = self._call("PUT", f"/v1/be/tokens/{manifest['id']}/prompt", content=prompt.encode())
+                manifest = self._object(put, "id", str)
             except ServerRefused as exc:
                 raise ServerRefused(
                     exc.http_status,
@@ -81,13 +82,12 @@ class BEClient:
 
     def list(self) -> list[dict[str, Any]]:
         """The manifests of all tokens."""
-        data: list[dict[str, Any]] = self._call("GET", "/v1/be/tokens").json()["data"]
+        data: list[dict[str, Any]] = self._object(self._call("GET", "/v1/be/tokens"), "data", list)["data"]
         return data
 
     def show(self, be_id: str) -> dict[str, Any]:
         """The manifest of one token."""
-        manifest: dict[str, Any] = self._call("GET", f"/v1/be/tokens/{validate_be_id(be_id, param='ID')}").json()
-        return manifest
+        return self._object(self._call("GET", f"/v1/be/tokens/{validate_be_id(be_id, param='ID')}"), "id", str)
 
     def remove(self, be_id: str, *, prompt: bool = False) -> bool:
         """Remove a token with all its versions, and its stored prompt if `prompt`.
@@ -95,7 +95,8 @@ class BEClient:
         Returns whether the server keeps a stored prompt.
         """
         params = {"prompt": str(prompt).lower()}
-        answer = self._call("DELETE", f"/v1/be/tokens/{validate_be_id(be_id, param='ID')}", params=params).json()
+        response = self._call("DELETE", f"/v1/be/tokens/{validate_be_id(be_id, param='ID')}", params=params)
+        answer = self._object(response)
         if prompt and not answer.get("prompt_forgotten"):
             raise ServerRefused(
                 501, f"{be_id} is removed, but this server is too old to remove stored prompts; upgrade the server."
@@ -109,6 +110,19 @@ class BEClient:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._http.close()
+
+    def _object(self, response: httpx.Response, name: str = "", kind: type = object) -> dict[str, Any]:
+        """The JSON object of an answer, with `name` of this kind. Raises ServerRefused if it is something else."""
+        try:
+            found = response.json()
+        except ValueError:
+            found = None
+        if isinstance(found, dict) and (not name or isinstance(found.get(name), kind)):
+            return found
+        said = hide(response.text[:300], self._secrets)
+        raise ServerRefused(
+            response.status_code, f"{said!r} is no answer of be-serve. Check that {self._url} is a be-serve server."
+        )
 
     def _call(self, method: str, path: str, **options: Any) -> httpx.Response:
         try:

@@ -17,7 +17,7 @@ import httpx
 
 from be_serve.batch.journal import Journal, json_object
 from be_serve.batch.rows import BatchRow
-from be_serve.core.addresses import warn_of_clear_text
+from be_serve.core.addresses import checked_key, warn_of_clear_text
 from be_serve.core.errors import BatchStopped, InputError
 from be_serve.core.redaction import hide, safe_url
 
@@ -57,11 +57,7 @@ async def connect(
     if key:
         warn_of_clear_text(parsed.scheme, parsed.host)
     headers = {}
-    if key and (key := key.strip()):
-        if not key.isascii() or not key.isprintable():
-            raise InputError(
-                "The server's key holds characters that an HTTP header cannot contain. Check VLLM_API_KEY."
-            )
+    if key and (key := checked_key(key, "VLLM_API_KEY")):
         headers["Authorization"] = f"Bearer {key}"
     limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
     # If the server's machine loses power, no packet tells us. Without keep-alive a worker would wait for ever.

@@ -15,6 +15,10 @@ import ipaddress
 import socket
 import sys
 import unicodedata
+from urllib.request import getproxies, proxy_bypass
+
+from be_serve.core.errors import InputError
+from be_serve.core.redaction import safe_url
 
 
 def is_local(host: str) -> bool:
@@ -43,7 +47,21 @@ def is_exposed(scheme: str, host: str) -> bool:
 
 
 @functools.cache
-def warn_of_clear_text(scheme: str, host: str) -> None:
-    """Warn on standard error, once for each host, that a key is sent there in clear text."""
+def warn_of_clear_text(scheme: str, host: str, *, by_proxy: bool = False) -> None:
+    """Warn on standard error, once for each host, that a key is sent there in clear text.
+
+    `by_proxy`: the client uses the proxy of the environment. The warning then names it, because it reads the key.
+    """
     if is_exposed(scheme, host):
-        print(f"Warning: the key is sent to {host} in clear text. Use an https:// URL.", file=sys.stderr)
+        proxies = getproxies() if by_proxy and not proxy_bypass(host) else {}
+        proxy = proxies.get(scheme) or proxies.get("all")
+        by = f", through the proxy {safe_url(proxy)}" if proxy else ""
+        print(f"Warning: the key is sent to {host} in clear text{by}. Use an https:// URL.", file=sys.stderr)
+
+
+def checked_key(key: str, source: str) -> str:
+    """A key without white space around it. Raises InputError, which names `source`, if no HTTP header can hold it."""
+    key = key.strip()
+    if not key.isascii() or not key.isprintable():
+        raise InputError(f"The server's key holds characters that an HTTP header cannot contain. Check {source}.")
+    return key

@@ -7,6 +7,8 @@ such as the last part of a webhook's path.
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
 import re
 import shlex
@@ -35,27 +37,35 @@ _ABBREVIATED = ("api-key", "hf-token", "ssl-keyfile-password")
 
 _URL = re.compile(r"([A-Za-z0-9+._-]{0,40})://")
 _URL_IN_TEXT = re.compile(rf"{_URL.pattern}\S*")
-_BARE_USER_INFO = re.compile(r"[^\s:/@='\"]+:(?!//)[^\s@]+@(?:[^\s@]*@)*")
+# The lookbehind makes a search begin only where a user's name may begin: it keeps the time linear in the text.
+_BARE_USER = re.compile(r"(?<![^:/@='\"])[^:/@='\"]+:(?!//)(?=[^@])")
+_WORD = re.compile(r"\S+")
 _HOST = r"(?:\[[\w:.%]*\]|[\w.*-]*)(?::(?:\d{1,4}|[1-5]\d{4}|6[0-5]\d{3})?)?"
 _HOSTS = re.compile(f"{_HOST}(?:,{_HOST})*")
 _PAIR = re.compile(r"(?<![\w.%+-])([\w.%+-]+)(['\"]?\s*(?:=|:(?!//))\s*)(?=\S)")
-_PAIR_IN_TEXT = re.compile(
-    r"(?<![\w.%+-])([\w.%+-]+)(\s*=\s*|['\"]\s*[:=]\s*)(\"[^\"]*\"|'[^']*'|\[[^\]]*\]|[^\s,;&)}\]]+)"
+_NAME_IN_TEXT = re.compile(r"(?<![\w.%+-])([\w.%+-]+)(?:\s*=\s*|['\"]\s*[:=]\s*)")
+_VALUE_IN_TEXT = re.compile(
+    r"\"[^\"\\]*(?:\\(?s:.)[^\"\\]*)*\"|'[^'\\]*(?:\\(?s:.)[^'\\]*)*'|\[[^\]]*\]"
+    r"|[\"'\[].*"  # its end is missing: hide the rest of the line
+    r"|[^\s,;&)}\]]+"
 )
 _HEADER = re.compile(r"(?i)\b(authorization|x-be-key|x-api-key|cookie)(['\"]?\s*[:=]\s*)(\S.*)")
 _SHAPES = re.compile(
     r"(?i:\bbearer\s+)[^\s'\",;]{4,}|\b(?:hf_|sk-|gh[pousr]_|github_pat_|xox[a-z]-|glpat-)[\w-]{10,}|\bAKIA[0-9A-Z]{12,}"
     r"|(?<=Illegal header value )\S.*"  # h11's error for a key that contains a line end
-    r"|\beyJ[\w-]{8,}\.[\w-]+\.[\w-]*"
+    r"|\beyJ[\w-]{8,2048}\.[\w-]+\.[\w-]*"  # the limit keeps the time linear in the text
 )
 _AFTER_URL = ".,;:!?)>]}'\"`"
 _AFTER_URL_IN_WORD = re.compile(r"[\s'\"<>]")
 _FILES = ("sqlite", "file", "unix", "ipc")
 _SEPARATORS = re.compile(r"[\s@/:?#&=;,'\"\\]+")
+_PASSED_ON = (("--server-arg", "--plugin-arg"), ("--quality-arg",))
+"""Options of the benchmarks whose values together are another program's command line, in this order."""
 _REPLACED_ANYWHERE = 4
 """From this length on, a known secret is also replaced inside longer words."""
 
 
+@functools.lru_cache(maxsize=1024)  # a text may hold one name a hundred thousand times
 def names_a_secret(name: str) -> bool:
     """Whether an option, variable, parameter or JSON key with this name holds a secret.
 
@@ -66,7 +76,7 @@ def names_a_secret(name: str) -> bool:
     if not words or words[-1] in _NO_SECRET_ENDS or words[0] in _SWITCHES:
         return False
     last, before = words[-1], words[-2] if len(words) > 1 else ""
-    if any(secret in word for word in (*words, "".join(words)) for secret in _SECRET_INSIDE):
+    if any(secret in joined for joined in (" ".join(words), "".join(words)) for secret in _SECRET_INSIDE):
         return True
     if last in _SECRET_ENDS or "access_key" in "_".join(words):
         return True
@@ -82,10 +92,17 @@ def redact(command: Iterable[str]) -> list[str]:
 
     After an option that names a secret, the next word is always hidden, and then all words up to
     the next option, because vLLM's `--api-key` takes several values.
+    The values of `--server-arg`, `--plugin-arg` and `--quality-arg` are read as the command lines that they make.
     """
+    words = list(command)
+    passed = _passed_on(words)
     redacted: list[str] = []
     first = more = tokens = False
-    for word in command:
+    for i, word in enumerate(words):
+        if i in passed:
+            first = more = tokens = False
+            redacted.append(passed[i])
+            continue
         option = len(word) > 1 and word.startswith("-") and not any(map(str.isspace, word.partition("=")[0]))
         name, equals, value = word.partition("=")
         if first or (more and not option):
@@ -155,8 +172,7 @@ def hide(text: str, known: Iterable[str] = ()) -> str:
         text = re.sub(pattern if len(secret) >= _REPLACED_ANYWHERE else rf"(?<!\w){pattern}(?!\w)", MASK, text)
     text = _without_bare_user_info(_URL_IN_TEXT.sub(_hide_url_in_text, text))
     text = _HEADER.sub(rf"\1\2{MASK}", text)
-    text = _PAIR_IN_TEXT.sub(lambda m: f"{m[1]}{m[2]}{MASK}" if names_a_secret(m[1]) else m[0], text)
-    return _SHAPES.sub(MASK, text)
+    return _SHAPES.sub(MASK, _without_pairs_in_text(text))
 
 
 def credentials_in(url: str) -> set[str]:
@@ -198,6 +214,31 @@ def _forms(secret: str) -> tuple[str, ...]:
     return secret, bare, repr(bare)[1:-1], repr(bare.encode())[2:-1]
 
 
+def _passed_on(words: list[str]) -> dict[int, str]:
+    """The words that hold values of the options in `_PASSED_ON`, by their place, with their secrets hidden."""
+    found: dict[str, list[tuple[int, str, str]]] = {}
+    i = 0
+    while i < len(words):
+        name, equals, value = words[i].partition("=")
+        if name in {option for options in _PASSED_ON for option in options}:
+            if equals:
+                found.setdefault(name, []).append((i, f"{name}=", value))
+            elif i + 1 < len(words):
+                i += 1
+                found.setdefault(name, []).append((i, "", words[i]))
+        i += 1
+    passed: dict[int, str] = {}
+    for options in _PASSED_ON:
+        values = [value for option in options for value in found.get(option, [])]
+        split = [_shell_words(value) for _, _, value in values]
+        line = list(itertools.chain.from_iterable(split))
+        redacted = iter(redact(line) if line else ())
+        for (place, before, value), inner in zip(values, split, strict=True):
+            shown = list(itertools.islice(redacted, len(inner)))
+            passed[place] = before + (redact_word(value) if shown == inner else _line(shown))
+    return passed
+
+
 def _is_secret_option(name: str) -> bool:
     plain = name.lstrip("-").replace("_", "-").lower()
     shortened = any(full.startswith(plain) and len(plain) > full.find("-") + 1 for full in _ABBREVIATED)
@@ -210,15 +251,15 @@ def _is_token_file(word: str) -> bool:
 
 def _without_urls(word: str) -> str:
     """A word with the secrets in its URLs hidden. A URL with `@` is taken to reach to the end of the word."""
-    pieces = []
-    while found := _URL.search(word):
-        rest, after = word[found.end() :], ""
-        if "@" not in rest:  # with `@`, white space may be part of a password
-            url = _AFTER_URL_IN_WORD.split(rest, maxsplit=1)[0]
-            rest, after = url, rest[len(url) :]
-        pieces += [_without_bare_user_info(word[: found.start()]), _hide_url(found[1], rest)]
-        word = after
-    return "".join([*pieces, _without_bare_user_info(word)])
+    pieces, start, last_at = [], 0, word.rfind("@")
+    while found := _URL.search(word, start):
+        end = len(word)
+        if last_at < found.end():  # with `@`, white space may be part of a password
+            border = _AFTER_URL_IN_WORD.search(word, found.end())
+            end = border.start() if border else end
+        pieces += [_without_bare_user_info(word[start : found.start()]), _hide_url(found[1], word[found.end() : end])]
+        start = end
+    return "".join([*pieces, _without_bare_user_info(word[start:])])
 
 
 def _without_pairs(word: str) -> str:
@@ -231,12 +272,32 @@ def _without_pairs(word: str) -> str:
 
 def _without_bare_user_info(text: str) -> str:
     """A text with the `user:password` of addresses without a scheme hidden."""
-    return _BARE_USER_INFO.sub(f"{MASK}@", text) if "@" in text else text
+    return _WORD.sub(_without_user, text) if "@" in text else text
+
+
+def _without_user(word: re.Match[str]) -> str:
+    """A word without `user:password` before its last `@`, from the first possible user on."""
+    last = word[0].rfind("@")
+    found = _BARE_USER.search(word[0], 0, last + 1) if last >= 0 else None
+    return f"{word[0][: found.start()]}{MASK}{word[0][last:]}" if found else word[0]
+
+
+def _without_pairs_in_text(text: str) -> str:
+    """A text with the values of secret names hidden. A value that is no secret may itself hold names and values."""
+    pieces, start, searched = [], 0, 0
+    while found := _NAME_IN_TEXT.search(text, searched):
+        searched = found.end()
+        if names_a_secret(found[1]) and (value := _VALUE_IN_TEXT.match(text, found.end())):
+            pieces += [text[start : found.end()], MASK]
+            start = searched = value.end()
+    return "".join([*pieces, text[start:]])
 
 
 def _hide_url(scheme: str, rest: str) -> str:
     """A URL with its secrets hidden. `rest` follows `://`. A password may contain any character, also `@` and `/`."""
     in_file = scheme.lower().startswith(_FILES) and rest.startswith("/")  # then `@` and `:` belong to the file name
+    if scheme.lower().startswith("sqlite") and not rest.startswith("//") and "@" in rest:
+        in_file = False  # probably a user and password: the registry refuses `@` in a relative path
     at = -1 if in_file else rest.rfind("@")
     query_marks = "?#" if scheme.lower().startswith("http") else "?"  # other URLs have no fragment
     if at >= 0 and any(mark in rest[:at] for mark in query_marks):
@@ -270,13 +331,19 @@ def _hide_url_in_text(found: re.Match[str]) -> str:
 
 def _redact_line(text: str) -> str:
     """A command line given as one word, such as the value of `--server-arg`, with its secrets hidden."""
-    try:
-        words = shlex.split(text)
-    except ValueError:  # a sentence with an apostrophe, or a truncated line
-        words = text.split()
+    words = _shell_words(text)
     redacted = redact(words)
-    if redacted == words:
-        return text
+    return text if redacted == words else _line(redacted)
+
+
+def _shell_words(text: str) -> list[str]:
+    try:
+        return shlex.split(text)
+    except ValueError:  # a sentence with an apostrophe, or a truncated line
+        return text.split()
+
+
+def _line(redacted: Iterable[str]) -> str:
     return " ".join(word if MASK in word else shlex.quote(word) for word in redacted)
 
 

@@ -62,6 +62,11 @@ def _parsed(url: str) -> URL:
     on_disk = backend == "sqlite"
     if on_disk and parsed.get_driver_name() != "pysqlcipher" and (parsed.host or parsed.username or parsed.password):
         raise RegistryError("BE_REGISTRY names a host for SQLite. Use sqlite:////absolute/path.db, with four slashes.")
+    if on_disk and "@" in (parsed.database or "") and not str(parsed.database).startswith("/"):
+        raise RegistryError(
+            "BE_REGISTRY has an @ in a relative SQLite path, which looks like a user and a host. "
+            "Use sqlite:////absolute/path.db, with four slashes."
+        )
     # The end of the password would become part of the host, and DNS would be asked for it.
     if not on_disk and "@" in f"{parsed.host}{parsed.database}":
         raise RegistryError(f"BE_REGISTRY has an @ in its user name, password or database: {safe_url(url)}. {_ENCODE}")

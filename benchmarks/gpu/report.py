@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from be_serve.core.redaction import hide, redact
 from benchmarks.gpu.shapes import PAPER_BOUND, SHAPES
 
 PAPER_HARDWARE = "A100"
@@ -24,12 +25,12 @@ def report(state: dict[str, Any]) -> str:
         + ". Models have the paper's shapes and random weights, except in `quality`. Time does not depend on the "
         "values of the weights.",
         "",
-        *(f"    {' '.join(command)}" for command in state["commands"]),
+        *(f"    {' '.join(redact(command))}" for command in state["commands"]),
         "",
     ]
     for name, step in steps.items():
         if step["status"] != "done":
-            lines += [f"**{name}: {step['status']}** after {step['seconds']:.0f} s. {step.get('error', '')}", ""]
+            lines += [f"**{name}: {step['status']}** after {step['seconds']:.0f} s. {hide(step.get('error', ''))}", ""]
     figures = {name: step["figures"] for name, step in steps.items() if step["status"] == "done"}
     if "start" in figures:
         start = figures["start"]

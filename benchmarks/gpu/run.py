@@ -15,13 +15,13 @@ from typing import Any
 
 from be_serve.core.artifact import write_atomically
 from be_serve.core.errors import BEError, InputError
-from be_serve.core.redaction import redact
+from be_serve.core.redaction import hide, redact, secrets_of
 from benchmarks.common.machine import gpus, hardware, versions
 from benchmarks.common.servers import engine_settings
 from benchmarks.gpu.chart import draw
 from benchmarks.gpu.report import report
 from benchmarks.gpu.shapes import SHAPES
-from benchmarks.gpu.steps import Interrupted, Plan, Say, Step, chosen, ensure_model
+from benchmarks.gpu.steps import MODES, Interrupted, Plan, Say, Step, chosen, ensure_model
 
 
 @dataclass
@@ -45,6 +45,8 @@ class GpuRun:
                 state = json.loads(path.read_text(encoding="utf-8"))
             except ValueError as exc:
                 raise InputError(f"{path} is damaged ({exc}). Use another --out, or --fresh.") from exc
+            if fault := _fault(state):
+                raise InputError(f"{path} is damaged ({fault}). Use another --out, or --fresh.")
             if state.get("tiny") != plan.tiny:
                 raise InputError(f"{path} is from a run with{'out' if plan.tiny else ''} --tiny. Use another --out.")
         found = versions() | ({"git_commit": commit} if commit else {})
@@ -109,8 +111,9 @@ class GpuRun:
         except (Interrupted, asyncio.CancelledError):
             entry["status"] = "interrupted"
         except (BEError, RuntimeError, OSError, ValueError, LookupError) as exc:  # other steps can still succeed
-            entry |= {"status": "failed", "error": f"{type(exc).__name__}: {exc}"}
-            self.say(f"  failed: {exc}")
+            why = hide(str(exc), secrets_of((*self.plan.server_args, *self.plan.quality_args), os.environ))
+            entry |= {"status": "failed", "error": f"{type(exc).__name__}: {why}"}
+            self.say(f"  failed: {why}")
         entry["seconds"] = round(time.monotonic() - began, 1)
         self.state["steps"][step.name] = entry
         self.keep()
@@ -123,6 +126,31 @@ class GpuRun:
         write_atomically(out / "gpu.json", (json.dumps(self.state, indent=1) + "\n").encode())
         write_atomically(out / "README.md", (report(self.state) + "\n").encode())
         draw(self.state, out / "ttft.png")
+
+
+def _fault(state: object) -> str:
+    """What is wrong with an earlier result; empty if nothing is. Its server arguments go to vLLM's command line."""
+    if not isinstance(state, dict):
+        return "it holds no object"
+    steps, commands = state.get("steps", {}), state.get("commands", [])
+    if not isinstance(steps, dict) or not all(isinstance(entry, dict) for entry in steps.values()):
+        return "its steps are no objects"
+    if not isinstance(commands, list) or not all(isinstance(command, list) for command in commands):
+        return "its commands are no lists"
+    if not all(isinstance(word, str) for command in commands for word in command):
+        return "a word of its commands is no text"
+    for name, entry in steps.items():
+        if not isinstance(entry.get("figures", {}), dict):
+            return f"the figures of {name} are no object"
+        complete = isinstance(entry.get("started"), str) and isinstance(entry.get("seconds"), int | float)
+        if entry.get("status") not in ("done", "failed", "interrupted") or not complete:
+            return f"{name} has no status, start or duration"
+        if entry["status"] == "done" and "figures" not in entry:
+            return f"{name} has no figures"
+    start = steps.get("start", {}).get("figures")
+    if start is not None and start.get("server_args") not in [list(arguments) for _, arguments in MODES]:
+        return "the step start names server arguments of no known mode"
+    return ""
 
 
 def _names(steps: Sequence[Step]) -> str:

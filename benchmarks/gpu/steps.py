@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import shlex
 import sys
 from collections.abc import Awaitable, Callable
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from be_serve.core.errors import BEError, InputError, ServerError
+from be_serve.core.redaction import hide, redact, secrets_of
 from be_serve.models import DEFAULT_MODEL
 from benchmarks.common.client import ServerClient
 from benchmarks.common.machine import gpus
@@ -117,7 +119,12 @@ async def call(arguments: list[str], *, log: Path) -> str:
             raise
     if process.returncode:
         tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:]
-        raise StepFailed(f"{shlex.join(arguments)} ended with status {process.returncode}:\n" + "\n".join(tail))
+        secrets = secrets_of(arguments, os.environ)
+        shown = [
+            f"{shlex.join(redact(arguments))} ended with status {process.returncode}:",
+            *(hide(line, secrets) for line in tail),
+        ]
+        raise StepFailed("\n".join(shown))
     return out.decode("utf-8", "replace")
 
 
@@ -145,7 +152,7 @@ async def start(plan: Plan, out: Path, say: Say) -> dict[str, Any]:
                 await client.call("POST", "/v1/completions", json=body)
                 return {"mode": mode, "server_args": list(arguments), "seconds": server.start_seconds, "failed": tried}
         except ServerError as exc:
-            tried[mode] = str(exc)
+            tried[mode] = hide(str(exc))
             (out / "stock.log").rename(out / f"stock-{len(tried)}.log")
     raise StepFailed("vLLM did not start in any mode: " + "; ".join(f"{mode}: {why}" for mode, why in tried.items()))
 

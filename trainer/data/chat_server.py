@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import httpx
 
-from be_serve.core.addresses import is_local, warn_of_clear_text
+from be_serve.core.addresses import checked_key, is_local, warn_of_clear_text
 from be_serve.core.digests import digest_of
 from be_serve.core.errors import InputError
 from be_serve.core.redaction import hide, holds_credentials
@@ -55,7 +55,7 @@ class Endpoint:
         self.base = url.rstrip("/").removesuffix("/v1")
         self.model = model
         self.role = role
-        key = os.environ.get(key_variable)
+        key = checked_key(os.environ.get(key_variable, ""), key_variable)
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._secrets = {key} if key else set()
         try:
@@ -66,7 +66,7 @@ class Endpoint:
         except httpx.InvalidURL as exc:
             raise InputError(f"--{role}-url {url!r} is no URL: {exc}.") from exc
         if key:
-            warn_of_clear_text(server.scheme, server.host)
+            warn_of_clear_text(server.scheme, server.host, by_proxy=True)
 
     def chat(self, messages: Sequence[Mapping[str, str]], settings: Mapping[str, Any]) -> Answer:
         """The answer to a chat. Raises InputError where the server cannot be reached, or refuses."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import itertools
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -40,8 +41,7 @@ _UNPROVEN_WITH = {
     "--enable-prompt-embeds": "it asks for prompt embeds",
 }
 _ADDITIONAL = "--additional-config"
-_SHORTEST_PREFIX = 6
-# A whole option name that is also the beginning of another option: argparse then takes the whole name.
+# vLLM's options that are also the beginning of an option named here: argparse then takes the whole name.
 _WHOLE_NAMES = frozenset({"--model"})
 
 
@@ -70,16 +70,18 @@ def vllm_arguments(injection: str, rows: int, arguments: Sequence[str]) -> list[
     made = list(arguments)
     if injection == "prompt-embeds":
         return made if "--enable-prompt-embeds" in _options(made) else [*made, "--enable-prompt-embeds"]
-    for i, argument in enumerate(made):
-        name, equals, value = argument.partition("=")
-        if _means(name.replace("_", "-"), _ADDITIONAL):
+    file = _config_file(made)
+    for argument in (*reversed(made), *reversed(file)):  # --option.key VALUE: vLLM reads it after the whole option
+        name, dot, _ = argument.partition("=")[0].partition(".")
+        if dot and _means(_name(name), _ADDITIONAL):
+            return [*made, f"{_name(name)}.be_rows", str(rows)]  # vLLM joins keys only under the same spelling
+    for i in reversed(range(len(made))):  # vLLM takes the last one
+        name, equals, value = made[i].partition("=")
+        if _means(_name(name), _ADDITIONAL):
             text = value if equals else "".join(made[i + 1 : i + 2])
             return [*made[:i], _ADDITIONAL, _with_rows(text, rows), *made[i + (1 if equals else 2) :]]
-    file = _config_file(made)
-    if any(name.replace("_", "-").startswith(f"{_ADDITIONAL}.") for name in (*made, *file)):  # as --option.key VALUE
-        return [*made, f"{_ADDITIONAL}.be_rows", str(rows)]
-    given: Any = next((value for name, value in file.items() if name.replace("_", "-") == _ADDITIONAL), {})
-    return [*made, _ADDITIONAL, _with_rows(given if isinstance(given, str) else json.dumps(given), rows)]
+    given = [value for name, value in file.items() if _means(_name(name), _ADDITIONAL)]
+    return [*made, _ADDITIONAL, _with_rows(_as_json(given[-1]) if given else "{}", rows)]
 
 
 def spelled_out(arguments: Sequence[str]) -> list[str]:
@@ -90,9 +92,9 @@ def spelled_out(arguments: Sequence[str]) -> list[str]:
 
 def value_of(option: str, arguments: Sequence[str]) -> str | None:
     """The value of an option as vLLM reads it: the last one on the command line, else the one in the --config file."""
-    given = [a.partition("=")[2] for a in arguments if _name(a.partition("=")[0]) == option and "=" in a]
-    given += [b for a, b in itertools.pairwise(arguments) if _name(a) == option]
-    found = given or [str(value) for name, value in _config_file(arguments).items() if _name(name) == option]
+    given = [a.partition("=")[2] for a in arguments if _means(_name(a.partition("=")[0]), option) and "=" in a]
+    given += [b for a, b in itertools.pairwise(arguments) if _means(_name(a), option)]
+    found = given or [str(value) for name, value in _config_file(arguments).items() if _means(_name(name), option)]
     return found[-1] if found else None
 
 
@@ -103,17 +105,19 @@ def logits_processor_plugins() -> list[str]:
 
 def _means(given: str, option: str) -> bool:
     """Whether argparse may read a word as `option`: the whole name, or an abbreviation of it."""
+    # A beginning that other options share counts, too: vLLM refuses it.
     return given == option or (
-        len(given) >= _SHORTEST_PREFIX and given not in _WHOLE_NAMES and option.startswith(given)
+        given.startswith("--") and given != "--" and given not in _WHOLE_NAMES and option.startswith(given)
     )
 
 
 def _options(arguments: Sequence[str]) -> set[str]:
-    """Names of the options on vLLM's command line, where they may be abbreviated, and in its --config file."""
+    """Names of the options on vLLM's command line and in its --config file. Both may abbreviate them."""
     words = {_name(a.partition("=")[0]) for a in arguments if a.startswith("-")}
+    words |= {_name(key) for key in _config_file(arguments)}
     known = (*_UNPROVEN_WITH, _ADDITIONAL)
     meant = {option for option in known if any(_means(word, option) for word in words)}
-    return words | meant | {_name(key) for key in _config_file(arguments)}
+    return words | meant
 
 
 def _name(option: str) -> str:
@@ -131,6 +135,28 @@ def _with_rows(text: str, rows: int) -> str:
     return json.dumps({**config, "be_rows": rows})
 
 
+def _as_json(value: Any) -> str:
+    """A value of the --config file as JSON. Raises InputError for a date and for other values that JSON lacks."""
+    if isinstance(value, str):
+        return value
+    try:
+        return json.dumps(value)
+    except (TypeError, ValueError, RecursionError):
+        raise InputError(
+            f"{_ADDITIONAL} in the --config file holds a value that JSON cannot hold, such as a date. Quote it."
+        ) from None
+
+
+def _yaml_problem(exc: Exception) -> str:
+    """What is wrong with a YAML text, and where, without any part of the text."""
+    problem = getattr(exc, "problem", None)
+    # A problem may quote a tag, an alias or a character of the file.
+    said = re.sub(r"(?s)['\"].*['\"]", "...", problem) if isinstance(problem, str) else "no valid YAML in UTF-8"
+    mark = getattr(exc, "problem_mark", None)
+    where = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+    return re.split("['\"]", said)[0].strip() + where
+
+
 def _config_file(arguments: Sequence[str]) -> dict[str, Any]:
     """The options that vLLM reads from its --config file: `--name` to value. Raises InputError.
 
@@ -145,8 +171,11 @@ def _config_file(arguments: Sequence[str]) -> dict[str, Any]:
     path = Path("".join(arguments[where : where + 1]))
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as exc:
-        raise InputError(f"Cannot read --config {path}: {exc}.") from exc
+    except OSError as exc:
+        raise InputError(f"Cannot read --config {path}: {exc.strerror}.") from exc
+    except (yaml.YAMLError, ValueError, RecursionError) as exc:  # ValueError: no UTF-8, or a date like 2026-13-01
+        # Without the cause, whose text quotes the line, which may hold a key.
+        raise InputError(f"Cannot read --config {path}: {_yaml_problem(exc)}.") from None
     if not isinstance(found, dict):
         return {}
     return {f"--{key}": value for key, value in found.items() if value is not False and value != []}

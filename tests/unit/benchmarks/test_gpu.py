@@ -78,11 +78,61 @@ def test_steps_that_start_servers_need_a_mode(tmp_path, monkeypatch):
     assert "did not start" in run.state["steps"]["ttft"]["error"]
 
 
-@pytest.mark.parametrize("text", ["{", '{"tiny": false, "steps": {}}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        '{"tiny": false, "steps": {}}',
+        "[]",
+        '"x"',
+        '{"tiny": true, "steps": []}',
+        '{"tiny": true, "steps": {"start": []}}',
+        '{"tiny": true, "steps": {"start": {"status": "done"}}}',
+        '{"tiny": true, "steps": {"a": {"status": "done", "started": "x", "seconds": 1}}}',
+        '{"tiny": true, "commands": 1}',
+        '{"tiny": true, "commands": [[1]]}',
+    ],
+)
 def test_a_folder_of_another_kind_is_refused(tmp_path, text):
     (tmp_path / "gpu.json").write_text(text)
     with pytest.raises(InputError, match="another --out"):
         GpuRun.open(Plan(out=tmp_path, models=tmp_path, tokenizer=tmp_path, tiny=True), lambda line: None)
+
+
+def test_the_mode_of_an_earlier_run_is_one_of_ours(tmp_path):
+    start = {"status": "done", "started": "2026-01-01", "seconds": 1, "figures": {"server_args": ["--enforce-eager"]}}
+    plan = Plan(out=tmp_path, models=tmp_path, tokenizer=tmp_path, tiny=True)
+    file = tmp_path / "gpu.json"
+    file.write_text(json.dumps({"tiny": True, "steps": {"start": start}}))
+    assert GpuRun.open(plan, lambda line: None).done("start")
+    for words in (["--trust-remote-code"], "--enforce-eager", None):
+        start["figures"] = {"server_args": words}
+        file.write_text(json.dumps({"tiny": True, "steps": {"start": start}}))
+        with pytest.raises(InputError, match="no known mode"):
+            GpuRun.open(plan, lambda line: None)
+
+
+async def test_a_command_that_fails_shows_no_secret(tmp_path):
+    arguments = ["nothing.of.this.name", "https://me:hunter2@host.example/x", "--api-key", "hunter2-key"]
+    (tmp_path / "log").write_text("asked https://me:hunter2@host.example/x with hunter2-key\n")
+    with pytest.raises(StepFailed, match="ended with status") as caught:
+        await gpu_steps.call(arguments, log=tmp_path / "log")
+    assert "hunter2" not in str(caught.value)
+    assert "host.example" in str(caught.value)
+
+
+def test_an_error_with_a_secret_is_kept_without_it(tmp_path, monkeypatch):
+    async def telling(plan, out, say):
+        raise StepFailed("no answer from https://me:hunter2@host.example/x")
+
+    said: list[str] = []
+    run = make_run(tmp_path, monkeypatch, said, first=telling)
+    assert asyncio.run(run.run()) == 1
+    run.state["steps"]["first"]["error"] += " https://me:hunter2@host.example"  # as an older version kept it
+    run.state["commands"].append(["--server-arg", "--api-key", "--server-arg", "hunter2"])
+    kept = (tmp_path / "out" / "gpu.json").read_text() + (tmp_path / "out" / "README.md").read_text()
+    assert "hunter2" not in "".join([kept, report(run.state), *said])
+    assert "host.example" in kept
 
 
 def test_commands_are_kept_without_secrets(tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import string
+import time
 
 import pytest
 from hypothesis import given, settings
@@ -195,6 +196,84 @@ def test_options_of_every_kind():
 def test_long_words_take_no_time_and_end_nowhere(text):
     word = text * 4000
     assert isinstance(redact([word, f"--x={word}"])[0] + hide(word) + safe_url(word), str)
+
+
+SIZE = 200_000
+LONG_TEXTS = {
+    "users": "x:" * (SIZE // 2) + " @",
+    "JSON": json.dumps({"ids": [*range(SIZE // 7)], "u": "a@b"}),
+    "a user": "a" * SIZE + "@",
+    "no schemes": "://" * (SIZE // 3),
+    "addresses": "a:b@" * (SIZE // 4),
+    "signs": "x:" + "@" * SIZE + " ",
+    "URLs": "http:// " * (SIZE // 8),
+    "dots": "a." * (SIZE // 2) + "@",
+    "open lists": "password=[, " * (SIZE // 12),
+    "open quotes": "pwd='" + "\\'" * (SIZE // 2),
+    "heads of JWTs": "eyJaaaaaaaa-" * (SIZE // 12),
+    "options": "--server-arg " * (SIZE // 13),
+}
+
+
+@pytest.mark.parametrize("text", LONG_TEXTS.values(), ids=LONG_TEXTS.keys())
+def test_the_time_is_linear_in_the_text(text):
+    """A hostile server chooses the text of an error, and a prompt may stand in a request."""
+    for function in (
+        hide,
+        safe_url,
+        redact_word,
+        names_a_secret,
+        holds_credentials,
+        credentials_in,
+        lambda long: redact([long]),
+        lambda long: redact(long.split(" ")),
+        lambda long: redact_environment({"A": long}),
+        lambda long: secrets_of(["x", long], {}),
+    ):
+        start = time.process_time()
+        function(text)
+        assert time.process_time() - start < 2.0  # quadratic, it is a minute
+
+
+@pytest.mark.parametrize("option", ["--server-arg", "--plugin-arg", "--quality-arg"])
+def test_values_of_an_option_that_passes_them_on_are_one_command_line(option):
+    for words in (
+        [option, "--api-key", option, "hunter2secret", "--k", "4"],
+        [f"{option}=--api-key", f"{option}=hunter2secret", "--k", "4"],
+        [option, "--api-key one", "--rounds", "3", f"{option}=hunter2secret", "--k", "4"],
+    ):
+        shown = redact(words)
+        assert len(shown) == len(words)
+        assert "hunter2" not in " ".join(shown)
+        assert shown[-2:] == ["--k", "4"]
+    assert redact([option, "--api-key", option, "s3"]) == [option, "--api-key", option, MASK]
+    innocent = [option, "--max-model-len 9", option, "--dtype", f"{option}=float32", option]
+    assert redact(innocent) == innocent
+
+
+def test_an_option_of_the_plugin_server_follows_those_of_both():
+    words = ["--plugin-arg", "hunter2", "--server-arg", "--dtype float32 --api-key"]
+    assert redact(words)[1] == MASK
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        r"pwd='a\'hunter2' x",
+        r'password="a\"hunter2" x',
+        "password='a hunter2",
+        "api_key=['a', 'hunter2",
+        "args=['x', 'api_key=hunter2']",
+        'cause="password=hunter2"',
+    ],
+)
+def test_a_quoted_secret_is_hidden_to_its_end(text):
+    assert "hunter2" not in hide(text)
+
+
+def test_a_relative_sqlite_path_with_a_user_is_hidden():
+    assert "pw" not in safe_url("sqlite:///x:pw@h/d")
+    assert redact(["--be-registry", "sqlite:///x:pw@h/d"]) == ["--be-registry", f"sqlite://{MASK}@h/d"]
 
 
 def test_an_environment_without_its_secrets():

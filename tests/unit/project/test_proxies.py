@@ -14,7 +14,7 @@ import pytest
 from be_serve.batch import connect
 from be_serve.client import BEClient
 from be_serve.core.addresses import is_exposed, is_local, warn_of_clear_text
-from be_serve.core.errors import BEError, InputError
+from be_serve.core.errors import BEError, InputError, ServerRefused
 from be_serve.process import Server
 from benchmarks.common.client import ServerClient
 from trainer.data.chat_server import Endpoint
@@ -213,6 +213,20 @@ async def test_a_key_in_clear_text_is_warned_of_once(ask, monkeypatch, capsys):
     assert KEY not in said
 
 
+@pytest.mark.parametrize(("ask", "by_proxy"), [*zip(CLIENTS, (True, True, False, False), strict=True)])
+async def test_the_warning_names_the_proxy_that_reads_the_key(ask, by_proxy, monkeypatch, capsys):
+    monkeypatch.setenv("BE_JUDGE_KEY", KEY)
+    for name in ("NO_PROXY", "no_proxy", "http_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HTTP_PROXY", "http://me:proxy-word@127.0.0.1:9")
+    warn_of_clear_text.cache_clear()
+    with pytest.raises(Exception, match=r"."):
+        await ask("http://model.invalid:8000")
+    said = capsys.readouterr().err
+    assert ("127.0.0.1:9" in said) == by_proxy
+    assert "proxy-word" not in said
+
+
 def test_tls_and_this_machine_need_no_warning():
     assert not is_exposed("https", "example.com")
     assert not is_exposed("http", "127.0.0.1")
@@ -239,3 +253,25 @@ def test_a_url_with_a_secret_is_not_shown(url):
     with pytest.raises(InputError, match="BE_JUDGE_KEY") as caught:
         Endpoint(url, "m", role="judge", key_variable="BE_JUDGE_KEY")
     assert "ter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["schlüssel-hunter2", "hunter2\x00x", "a\nhunter2"])
+def test_a_key_that_is_no_header_is_refused_at_once(key, monkeypatch):
+    for keys in ({"api_key": key}, {"api_key": "k", "vllm_api_key": key}):
+        with pytest.raises(InputError, match="Check --") as caught:
+            BEClient("http://127.0.0.1:9", **keys)
+        assert "hunter2" not in str(caught.value)
+    monkeypatch.setattr(os, "environ", {**os.environ, "BE_JUDGE_KEY": key})
+    with pytest.raises(InputError, match="Check BE_JUDGE_KEY") as caught:
+        Endpoint("http://127.0.0.1:9", "m", role="judge", key_variable="BE_JUDGE_KEY")
+    assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize("answer", [{}, [], {"data": None}, "hunter2-key"])
+def test_an_answer_of_another_server_is_no_traceback(answer, noted, monkeypatch):
+    monkeypatch.setitem(globals(), "ANSWER", answer)
+    with BEClient(noted().url(), api_key=KEY) as client:
+        for ask in (client.list, lambda: client.show("x")):
+            with pytest.raises(ServerRefused, match="no answer of be-serve") as caught:
+                ask()
+            assert KEY not in str(caught.value)

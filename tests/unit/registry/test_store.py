@@ -262,6 +262,16 @@ def test_bad_urls_say_so(bad):
         Registry(bad)
 
 
+def test_a_user_and_host_are_no_relative_sqlite_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RegistryError, match="four slashes") as caught:
+        Registry("sqlite:///x:hunter2@host/db")
+    assert "hunter2" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "a@b").mkdir()
+    Registry(f"sqlite:///{tmp_path}/a@b/r.db").close()
+
+
 @pytest.mark.parametrize(
     "user_info",
     [

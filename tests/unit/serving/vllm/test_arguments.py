@@ -7,6 +7,7 @@ import json
 import pytest
 
 from be_serve.core.errors import InputError
+from be_serve.serving.vllm import arguments as module
 from be_serve.serving.vllm.arguments import choose_injection, spelled_out, value_of, vllm_arguments
 
 
@@ -60,7 +61,13 @@ def test_additional_config_in_a_file_is_kept(tmp_path):
     ("text", "expected"),
     [
         ("model: some/model\n", "resident-rows"),
-        ("model-im: transformers\n", "resident-rows"),  # a key is a whole name
+        ("model-im: transformers\n", "prompt-embeds"),  # argparse reads an abbreviated key, too
+        ("speculative-conf: {method: ngram}\n", "prompt-embeds"),
+        ("kv_transfer_conf: {}\n", "prompt-embeds"),
+        ("logits-proc: [x:Y]\n", "prompt-embeds"),
+        ("enable-prompt: true\n", "prompt-embeds"),
+        ("enable-prompt-tokens-details: true\n", "resident-rows"),
+        ("speculative-conf.method: ngram\n", "prompt-embeds"),
         ("enable-prompt-embeds: false\n", "resident-rows"),
         ("logits_processors: []\n", "resident-rows"),
         ("compilation-config: {speculative-config: {}}\n", "resident-rows"),
@@ -143,3 +150,79 @@ def test_the_engine_is_told_of_its_rows():
 def test_prompt_embeds_need_vllms_flag_once():
     assert vllm_arguments("prompt-embeds", 64, []) == ["--enable-prompt-embeds"]
     assert vllm_arguments("prompt-embeds", 64, ["--enable_prompt_embeds"]) == ["--enable_prompt_embeds"]
+
+
+def test_whole_names_are_those_of_vllms_parser():
+    """A name of vLLM that begins an option of ours is in the set, so that it counts as itself."""
+    pytest.importorskip("vllm")
+    try:
+        from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    except ImportError:
+        from vllm.entrypoints.openai.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    names = {name for action in make_arg_parser(FlexibleArgumentParser())._actions for name in action.option_strings}
+    asked = {*module._UNPROVEN_WITH, module._ADDITIONAL, "--revision", "--served-model-name"}
+    found = {name for name in names for option in asked if option.startswith(name) and name != option}
+    assert found - {"-"} == module._WHOLE_NAMES
+
+
+SECRET_FILES = [
+    'port: 1\napi-key: "sk-live-hunter2\n',
+    "api-key: [sk-live-hunter2",
+    "api-key: sk-live: hunter2",
+    "api-key: !sk-live-hunter2 x",
+    "api-key: !it's-sk-live-hunter2 x",
+    "api-key: *sk-live-hunter2",
+    "api-key: @sk-live-hunter2",
+    "api-key: %sk-live-hunter2",
+    'api-key: "\\hunter2"',
+    "hf-token: sk-live-hunter2\n? [a]\n: 1\n",
+    "api-key: sk-live-hunter2\nsince: 2026-13-01\n",
+    "api-key: sk-live-hunter2\x00\n",
+]
+
+
+@pytest.mark.parametrize("text", SECRET_FILES)
+def test_a_broken_config_file_shows_no_value(tmp_path, text):
+    file = tmp_path / "vllm.yaml"
+    file.write_text(text)
+    with pytest.raises(InputError, match="Cannot read --config") as caught:
+        vllm_arguments("resident-rows", 64, ["--config", str(file)])
+    assert "hunter2" not in str(caught.value)
+    assert "sk-live" not in str(caught.value)
+    assert caught.value.__cause__ is None
+
+
+def test_the_place_of_a_fault_in_a_config_file_is_told(tmp_path):
+    file = tmp_path / "vllm.yaml"
+    file.write_text("port: 1\napi-key: x: y\n")
+    with pytest.raises(InputError, match="mapping values are not allowed here in line 2, column 11"):
+        vllm_arguments("resident-rows", 64, ["--config", str(file)])
+
+
+def test_additional_config_that_is_no_json_is_refused(tmp_path):
+    file = tmp_path / "vllm.yaml"
+    for text in ("additional-config: {since: 2026-01-01}\n", "additional-config: &a {b: *a}\n"):
+        file.write_text(text)
+        with pytest.raises(InputError, match="JSON"):
+            vllm_arguments("resident-rows", 64, ["--config", str(file)])
+
+
+@pytest.mark.parametrize(
+    ("text", "words", "end"),
+    [
+        ("additional-conf: {a: 1}\n", [], ["--additional-config", '{"a": 1, "be_rows": 8}']),
+        ("additional-conf.a: 1\n", [], ["--additional-conf.be_rows", "8"]),
+        ("port: 1\n", ["--additional-conf.a", "1"], ["--additional-conf.be_rows", "8"]),
+        (
+            "port: 1\n",
+            ["--additional-config={}", "--add", '{"a": 1}'],
+            ["--additional-config", '{"a": 1, "be_rows": 8}'],
+        ),
+    ],
+)
+def test_an_abbreviated_additional_config_is_kept(tmp_path, text, words, end):
+    file = tmp_path / "vllm.yaml"
+    file.write_text(text)
+    assert vllm_arguments("resident-rows", 8, ["--config", str(file), *words])[-2:] == end
