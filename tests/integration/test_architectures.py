@@ -15,7 +15,7 @@ from tests.integration.conftest import KEY
 from tests.integration.servers import ADMIN_KEY, Server, be_serve_model
 from tests.integration.tiny import FAMILIES, MEDIA, TinyModel
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.more]
 
 PROMPT = "You are the harbor master. Speak of ships and of nothing else."
 
