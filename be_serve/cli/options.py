@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -184,24 +185,38 @@ def plugin_options(function: F) -> F:
     return command  # type: ignore[no-any-return]
 
 
+def refuse_empty_key(variable: str) -> None:
+    """Raise InputError if an environment variable for a key is set to nothing: the server would start without it."""
+    from be_serve.core.errors import InputError
+
+    if not os.environ.get(variable, "unset").strip():
+        raise InputError(f"{variable} is set but empty; unset it or give a key.")
+
+
 def plugin_variables(plugin: dict[str, Any]) -> dict[str, str]:
     """Return the plugin's options as environment variables.
 
-    Raises InputError for a key file that cannot be read or is empty, and for two admin keys.
+    Raises InputError for a key file that cannot be read, for an empty key, and for two different admin keys.
     """
     from be_serve.core.errors import InputError
 
+    refuse_empty_key("BE_ADMIN_KEY")
     given = dict(plugin)
-    key_file = given.pop("BE_ADMIN_KEY_FILE", None)
+    key, key_file = given["BE_ADMIN_KEY"], given.pop("BE_ADMIN_KEY_FILE", None)
+    if key is not None and not key.strip():
+        raise InputError("--be-admin-key is empty. Omit it or give a key.")
     if key_file is not None:
-        if given["BE_ADMIN_KEY"]:
-            raise InputError("Give the admin key once: --be-admin-key or --be-admin-key-file, not both.")
         try:
             given["BE_ADMIN_KEY"] = Path(key_file).read_text(encoding="utf-8").strip()
         except (OSError, UnicodeDecodeError) as exc:
             raise InputError(f"Cannot read --be-admin-key-file {key_file}: {exc}.") from exc
         if not given["BE_ADMIN_KEY"]:
             raise InputError(f"--be-admin-key-file {key_file} is empty. Write the key into the file.")
+        if key is not None and key.strip() != given["BE_ADMIN_KEY"]:
+            source = "The variable BE_ADMIN_KEY" if key == os.environ.get("BE_ADMIN_KEY") else "--be-admin-key"
+            raise InputError(
+                f"{source} and --be-admin-key-file {key_file} hold different admin keys. Give one of them, not both."
+            )
     given["BE_TOKEN"] = "\n".join(given["BE_TOKEN"]) or None
     return {
         name: str(int(value) if isinstance(value, bool) else value)

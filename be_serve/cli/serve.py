@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from be_serve.cli._serving import PassOnCommand
-from be_serve.cli.options import plugin_options, plugin_variables
+from be_serve.cli.options import plugin_options, plugin_variables, refuse_empty_key
 from be_serve.models import DEFAULT_MODEL
 
 
@@ -29,6 +29,7 @@ def command(ctx: click.Context, model: str, plugin: dict[str, Any], be_off: bool
 
     if model.startswith("-"):
         raise InputError("Give the model before the options: be-serve serve MODEL [options].")
+    refuse_empty_key("VLLM_API_KEY")
     arguments, served = spelled_out(ctx.args), model
     if model.startswith("builtin:"):
         served = str(resolve_model(model).path)
