@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
 from pathlib import Path
-
-import pytest
 
 ROOT = Path(__file__).parents[3]
 MOST_MODULES = 16
@@ -25,7 +22,6 @@ def test_no_folder_is_crowded():
     assert {folder: count for folder, count in counts.items() if count > MOST_MODULES} == {}
 
 
-@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 def test_the_general_plugin_brings_no_registry_into_an_engine():
     """vLLM calls it in its workers, too, where a database driver has no business."""
     code = (
