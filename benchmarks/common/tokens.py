@@ -20,6 +20,7 @@ from be_serve.core.errors import InputError
 from be_serve.core.fingerprint import chat_template_text, fingerprint_folder
 from be_serve.core.prompts import prompt_sha256
 from be_serve.core.slots import pinned_template_kwargs
+from benchmarks.common.client import ServerClient
 
 BENCH_ID = "bench-ttft"
 _WIDTHS = {"BF16": 2, "F16": 2, "F32": 4}
@@ -43,6 +44,14 @@ def make_token(folder: Path, model: str, revision: str | None, ids: Sequence[int
         recipe={"name": "bench", "note": "rows of the input embedding, untrained: for timing only"},
     )
     return Token(manifest, vectors)
+
+
+async def register(client: ServerClient, be_id: str, token: Token, admin_key: str) -> None:
+    """Register a token on a server under an id; replace what the server has under that id. Raises ServerError."""
+    data = Token(token.manifest.model_copy(update={"id": be_id}), token.vectors).to_bytes()
+    # The registry of an earlier run in the same folder can already have the id.
+    headers, params = {"X-BE-Key": admin_key}, {"id": be_id, "replace": "true"}
+    await client.call("POST", "/v1/be/tokens", params=params, content=data, headers=headers)
 
 
 def embedding_rows(folder: Path, ids: Sequence[int]) -> NDArray[np.float32]:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import click
 
-from be_serve.core.errors import BEError, InputError
+from be_serve.cli.main import run_command
+from be_serve.core.errors import InputError
 
 
 @click.command("benchmarks.gpu", context_settings={"help_option_names": ["-h", "--help"]})
@@ -98,14 +99,4 @@ def _words(values: tuple[str, ...]) -> tuple[str, ...]:
 _PROMPT = Path(__file__).resolve().parents[2] / "examples" / "personas" / "raylan-givens.txt"
 
 if __name__ == "__main__":
-    try:
-        main(standalone_mode=False)
-    except BEError as exc:
-        click.secho(f"benchmarks.gpu: {exc}", fg="red", err=True)
-        sys.exit(2)
-    except click.ClickException as exc:
-        exc.show()
-        sys.exit(exc.exit_code)
-    except (KeyboardInterrupt, click.Abort):
-        click.echo("benchmarks.gpu: interrupted.", err=True)
-        sys.exit(130)
+    run_command(main, "benchmarks.gpu")

@@ -6,6 +6,7 @@ import asyncio
 import json
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from be_serve.process import Server
 from benchmarks.common.answers import TIE, Answer, Count, answer_of
 from benchmarks.common.client import ServerClient
 from benchmarks.common.prompts import Chat, fit_text, handbook, question_text
-from benchmarks.common.servers import ServerOptions, plugin_server, stock_server
+from benchmarks.common.servers import ServerOptions, plugin_server, start_all, stock_server
 from benchmarks.common.tokens import make_token
 
 BE_ID = "parity"
@@ -64,14 +65,11 @@ async def measure_parity(options: ParityOptions, say: Callable[[str], None]) -> 
     say("parity: forward pass of Hugging Face ...")
     found["Hugging Face"] = _compare(text, await _reference(options, ids))
     token.save(options.out / "token.safetensors")
-    for injection in INJECTIONS:
-        say(f"parity: vectors with {injection} ...")
-        servers = ServerOptions(
-            str(options.folder), options.server_args, ("--be-injection", injection), start_timeout=options.start_timeout
-        )
-        folder = options.out / injection
-        given = (BE_ID, options.out / "token.safetensors")
-        async with plugin_server(servers, folder, _MAX_MODEL_LEN, token=given) as server:
+    servers_of = {injection: _plugin_server(options, injection) for injection in INJECTIONS}
+    say(f"parity: vectors with {' and '.join(INJECTIONS)} ...")
+    async with AsyncExitStack() as stack:
+        await start_all(stack, servers_of.values())
+        for injection, server in servers_of.items():
             starts[injection] = server.start_seconds
             async with ServerClient(server.url) as client:
                 named = [_by_token(body) for body in bodies]
@@ -94,6 +92,14 @@ async def measure_parity(options: ParityOptions, say: Callable[[str], None]) -> 
         "wrong": faults,
         "start_seconds": {name: round(seconds, 1) for name, seconds in starts.items()},
     }
+
+
+def _plugin_server(options: ParityOptions, injection: str) -> Server:
+    """Return a server with the token and one injection."""
+    arguments = ("--be-injection", injection)
+    servers = ServerOptions(str(options.folder), options.server_args, arguments, start_timeout=options.start_timeout)
+    token = (BE_ID, options.out / "token.safetensors")
+    return plugin_server(servers, options.out / injection, _MAX_MODEL_LEN, token=token)
 
 
 def _body(chat: Chat, model: str, prompt: str | None, question: str, max_tokens: int) -> dict[str, Any]:

@@ -85,7 +85,7 @@ class Step:
     serves: bool = True
     """Whether the step starts servers, in the mode that the step `start` found."""
     repeats: bool = False
-    """Whether another step has the same tiny form, because it has the same architecture."""
+    """Whether the tiny form of another step runs the same code on the same architecture."""
 
     def about_seconds(self, tiny: bool) -> float:
         """Return the expected duration in seconds; for a tiny plan, on two cores."""
@@ -288,11 +288,11 @@ def _local_count(tokenizer: Path) -> Callable[[str], Awaitable[int]]:
 async def quality(plan: Plan, out: Path, say: Say) -> dict[str, Any]:
     """Train and evaluate a token on real weights; return the figures of the training run.
 
-    The tiny form trains on random weights and a file of questions. It shows only that the step runs.
+    The tiny form trains on Qwen3's random weights and a file of questions. It shows only that the step runs.
     """
     real, more = plan.real, plan.quality_args
     if plan.tiny:
-        real = str(await ensure_model(plan, "llama-3.2-1b", say))
+        real = str(await ensure_model(plan, "qwen3-4b", say))
         few = ("--steps", "2", "--response-tokens", "8", "--held-out", "2", "--init", "mean", "--scores-only")
         more = ("--queries", str(_questions(out, 10)), *few, *more)
     say(f"training a token of {real} ...")
@@ -329,7 +329,7 @@ STEPS = (
     ),
     Step("plain", "cost of the plugin for plain chats", 720, plain, "llama-3.2-1b"),
     Step("train-llama-3.1-8b", "training step, 8B", 90, train("llama-3.1-8b"), "llama-3.1-8b", serves=False),
-    Step("train-qwen3-4b", "training step, 4B", 60, train("qwen3-4b"), "qwen3-4b", serves=False),
+    Step("train-qwen3-4b", "training step, 4B", 60, train("qwen3-4b"), "qwen3-4b", serves=False, repeats=True),
     *(
         Step(
             f"ttft-{name}",

@@ -17,7 +17,7 @@ from be_serve.process import Server
 from benchmarks.common.client import ServerClient
 from benchmarks.common.prompts import Chat, fit_questions, fit_text, handbook
 from benchmarks.common.servers import ServerOptions, plugin_server, run_alone, stock_server
-from benchmarks.common.tokens import make_token
+from benchmarks.common.tokens import make_token, register
 from benchmarks.load.figures import HISTOGRAMS, Burst, read_histogram
 from benchmarks.load.options import LoadOptions
 
@@ -80,15 +80,7 @@ class Fleet:
         names = ["plugin"] if self.options.other == "stock" else ["plugin", "other"]
         for name in names:
             for i in range(max(self.options.registered, self.options.active)):
-                manifest = self.token.manifest.model_copy(update={"id": f"bench-load-{i}"})
-                data = Token(manifest, self.token.vectors).to_bytes()
-                await self.clients[name][0].call(
-                    # The registry of an earlier run in this folder already has tokens with these ids.
-                    "POST",
-                    "/v1/be/tokens?replace=true",
-                    content=data,
-                    headers={"X-BE-Key": self.key},
-                )
+                await register(self.clients[name][0], f"bench-load-{i}", self.token, self.key)
 
     async def burst(self, arm: str) -> Burst:
         """Send one burst of an arm. The other server is suspended."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import secrets
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable
@@ -30,8 +31,8 @@ from be_serve.process import Server
 from benchmarks.common.client import ServerClient
 from benchmarks.common.machine import hardware, versions
 from benchmarks.common.prompts import Chat, fit_questions, fit_text, handbook
-from benchmarks.common.servers import ServerOptions, engine_settings, plugin_server, stock_server
-from benchmarks.common.tokens import BENCH_ID, make_token
+from benchmarks.common.servers import ServerOptions, engine_settings, plugin_server, start_all, stock_server
+from benchmarks.common.tokens import BENCH_ID, make_token, register
 from benchmarks.ttft.figures import Run
 from benchmarks.ttft.rounds import Rounds
 from benchmarks.ttft.workload import Case, ServerName, arms_for
@@ -97,9 +98,7 @@ async def measure_ttft(options: TTFTOptions, say: Callable[[str], None]) -> Run:
     run = new_run(options)
     async with AsyncExitStack() as stack:
         fleet = _Fleet(options, stack, say)
-        await fleet.open_given_plugin()
-        if not options.plugin_only:
-            await fleet.open_stock()
+        await fleet.open()
         counting = fleet.clients["plugin" if options.plugin_only else "stock"]
         chat = Chat(counting, await counting.model_id(), _template_kwargs(options))
         await chat.prepare()
@@ -112,7 +111,7 @@ async def measure_ttft(options: TTFTOptions, say: Callable[[str], None]) -> Run:
             token = await _token_of(floor, chat, options)
             run.token = {"made_here": True}
 
-        be_id = await fleet.open_plugin(token)
+        be_id = await fleet.give(token)
         run.token |= {"be_id": be_id, "k": options.k, "recipe": token.manifest.recipe if token else None}
         run.servers = await fleet.describe()
         rounds = Rounds(
@@ -164,46 +163,49 @@ class _Fleet:
     say: Callable[[str], None]
     clients: dict[ServerName, ServerClient] = field(default_factory=dict)
     own: dict[ServerName, Server] = field(default_factory=dict)
+    admin_key: str = field(default_factory=lambda: secrets.token_hex(16))
+    """Key of the admin API of the plugin server that is started here."""
 
-    async def open_given_plugin(self) -> None:
-        if self.options.url is not None:
-            await self._open("plugin", self.options.url, None)
+    async def open(self) -> None:
+        """Connect to the servers with a URL, then start the others. Raises ServerError."""
+        urls: dict[ServerName, str | None] = {"plugin": self.options.url}
+        if not self.options.plugin_only:
+            urls["stock"] = self.options.baseline_url
+        for name, url in urls.items():
+            if url is not None:
+                await self._connect(name, url)
+        self.own = {name: self._server(name) for name, url in urls.items() if url is None}
+        if not self.own:
+            return
+        self.say(f"Starting {' and '.join(self.own)} server ...")
+        await start_all(self.stack, self.own.values())
+        for name, server in self.own.items():
+            self.say(f"  {name} up after {server.start_seconds:.0f} s at {server.url}")
+            await self._connect(name, server.url)
 
-    async def open_stock(self) -> None:
+    def _server(self, name: ServerName) -> Server:
         options = self.options
-        server = None
-        if options.baseline_url is None:
-            server = stock_server(options.servers, options.out, max_model_len(options))
-        await self._open("stock", options.baseline_url, server)
+        if name == "stock":
+            return stock_server(options.servers, options.out, max_model_len(options))
+        return plugin_server(options.servers, options.out, max_model_len(options), admin_key=self.admin_key)
 
-    async def open_plugin(self, token: Token | None) -> str:
-        """Start the plugin server if no URL is given, give it the token and return the token's be_id.
-
-        Raises InputError and ServerError.
-        """
-        options = self.options
-        if options.url is None:
-            assert token is not None
-            be_id, path = token.manifest.id, options.out / "token.safetensors"
-            token.save(path)
-            server = plugin_server(options.servers, options.out, max_model_len(options), token=(be_id, path))
-            await self._open("plugin", None, server)
-            return be_id
-        if options.be_id is not None:
-            return options.be_id
-        assert token is not None
-        return await self.stack.enter_async_context(_registered(self.clients["plugin"], token, options.admin_key))
-
-    async def _open(self, name: ServerName, url: str | None, server: Server | None) -> None:
-        if server is not None:
-            self.say(f"Starting the {name} server ...")
-            await self.stack.enter_async_context(server)
-            self.say(f"  up after {server.start_seconds:.0f} s at {server.url}")
-            self.own[name], url = server, server.url
-        client = await self.stack.enter_async_context(ServerClient(str(url), api_key=self.options.api_key))
+    async def _connect(self, name: ServerName, url: str) -> None:
+        client = await self.stack.enter_async_context(ServerClient(url, api_key=self.options.api_key))
         if not await client.healthy():
             raise ServerError(f"No server answers at {client.url}/health. Start the server or correct the URL.")
         self.clients[name] = client
+
+    async def give(self, token: Token | None) -> str:
+        """Register the token on the plugin server; return its be_id. Raises InputError and ServerError."""
+        options = self.options
+        if options.url is not None and options.be_id is not None:
+            return options.be_id
+        assert token is not None
+        client = self.clients["plugin"]
+        if options.url is None:
+            await register(client, token.manifest.id, token, self.admin_key)
+            return token.manifest.id
+        return await self.stack.enter_async_context(_registered(client, token, options.admin_key))
 
     async def describe(self) -> dict[str, dict[str, Any]]:
         """Return address, versions and flags of the servers, for the result."""
@@ -229,15 +231,14 @@ async def _registered(client: ServerClient, token: Token, admin_key: str | None)
             "To measure a running server, name one of its tokens (--be-id), or give its admin key "
             "(--admin-key or BE_ADMIN_KEY) so that the benchmark can register a token."
         )
-    be_id, headers = f"{BENCH_ID}-{uuid4().hex[:8]}", {"X-BE-Key": admin_key}
+    be_id = f"{BENCH_ID}-{uuid4().hex[:8]}"
     address = urlsplit(client.url)
     warn_of_clear_text(address.scheme, address.hostname or "")
-    data = Token(token.manifest.model_copy(update={"id": be_id}), token.vectors).to_bytes()
-    await client.call("POST", "/v1/be/tokens", params={"id": be_id}, content=data, headers=headers)
+    await register(client, be_id, token, admin_key)
     try:
         yield be_id
     finally:
-        await client.call("DELETE", f"/v1/be/tokens/{be_id}", headers=headers)
+        await client.call("DELETE", f"/v1/be/tokens/{be_id}", headers={"X-BE-Key": admin_key})
 
 
 async def _token_of(floor: str, chat: Chat, options: TTFTOptions) -> Token:

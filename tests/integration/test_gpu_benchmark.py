@@ -27,9 +27,7 @@ def test_every_step_in_its_tiny_form(tmp_path):
         assert figures["parity"]["compared"][injection]["equal"] == figures["parity"]["questions"]
     assert figures["parity"]["compared"]["no prompt"]["wrong"] > 0  # a wrong prompt would be seen
     assert figures["soak"]["answers"]["wrong"] == 0
-    assert {"train-llama-3.1-8b", "train-qwen3-4b", "ttft-qwen3-4b", "ttft-llama-3.1-8b", "plain", "quality"} <= set(
-        figures
-    )
+    assert {"train-llama-3.1-8b", "ttft-qwen3-4b", "ttft-llama-3.1-8b", "plain", "quality"} <= set(figures)
     page = (tmp_path / "out" / "README.md").read_text()
     assert done.stdout.strip() == page.strip()
     assert "a trial run, not a result" in page

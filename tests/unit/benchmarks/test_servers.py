@@ -6,6 +6,7 @@ import asyncio
 import os
 import sys
 import time
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from benchmarks.common.servers import (
     engine_settings,
     plugin_server,
     server_env,
+    start_all,
     stock_server,
 )
 
@@ -164,3 +166,32 @@ def test_environment(monkeypatch):
     assert env["BE_HOME"] == "/models"
     assert env["VLLM_CPU_OMP_THREADS_BIND"] == "0-3"
     assert env["VLLM_CPU_KVCACHE_SPACE"] == "2"
+
+
+async def test_without_a_gpu_servers_start_at_the_same_time_and_stop_together(tmp_path, monkeypatch):
+    monkeypatch.setattr("benchmarks.common.servers.gpus", list)
+    servers = [make_server(tmp_path / name) for name in "ab"]
+    begin = time.monotonic()
+    async with AsyncExitStack() as stack:
+        await start_all(stack, servers)
+        assert all(server.alive for server in servers)
+        assert time.monotonic() - begin < sum(server.start_seconds for server in servers)
+    assert not any(server.alive for server in servers)
+
+
+async def test_one_that_does_not_start_is_told_and_no_other_stays(tmp_path, monkeypatch):
+    monkeypatch.setattr("benchmarks.common.servers.gpus", list)
+    servers = [make_server(tmp_path / "good"), make_server(tmp_path / "bad", "raise SystemExit(3)")]
+    with pytest.raises(ServerError, match="ended with status 3"):
+        async with AsyncExitStack() as stack:
+            await start_all(stack, servers)
+    assert not any(server.alive for server in servers)
+
+
+async def test_on_a_gpu_servers_start_one_after_another(tmp_path, monkeypatch):
+    monkeypatch.setattr("benchmarks.common.servers.gpus", lambda: ["NVIDIA H100"])
+    servers = [make_server(tmp_path / name) for name in "ab"]
+    begin = time.monotonic()
+    async with AsyncExitStack() as stack:
+        await start_all(stack, servers)
+        assert time.monotonic() - begin >= sum(server.start_seconds for server in servers)
