@@ -53,24 +53,32 @@ def cli() -> None:
 
 
 def main() -> None:
-    """Run the command line. Exit status: 2 for a user error, 130 after Ctrl-C, otherwise the command's own."""
+    """Run the command line of be-serve."""
+    run_command(cli, "be-serve")
+
+
+def run_command(command: click.Command, name: str) -> None:
+    """Run a command line. Exit status: 2 for a user error, 130 after Ctrl-C, otherwise the command's own.
+
+    `name` begins each error message.
+    """
     try:
-        status = cli(standalone_mode=False)  # the status of a click.exceptions.Exit that the command raised
+        status = command(standalone_mode=False)  # the status of a click.exceptions.Exit that the command raised
     except BEError as exc:
-        click.secho(f"be-serve: {exc}", fg="red", err=True)
+        click.secho(f"{name}: {exc}", fg="red", err=True)
         sys.exit(2)
     except click.ClickException as exc:
         exc.show()
         sys.exit(exc.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        click.echo("be-serve: interrupted.", err=True)
+        click.echo(f"{name}: interrupted.", err=True)
         sys.exit(130)
     except ModuleNotFoundError as exc:
         extra = {"torch": "train", "transformers": "train", "vllm": "serve", "matplotlib": "bench"}.get(exc.name or "")
         if extra is None:
             raise
         click.secho(
-            f"be-serve: this command needs the package {exc.name}. Install the extra [{extra}]: "
+            f"{name}: this command needs the package {exc.name}. Install the extra [{extra}]: "
             f"`make install` in a checkout, or pip install -e '.[{extra}]'.",
             fg="red",
             err=True,

@@ -17,9 +17,9 @@ from be_serve.core.ids import validate_be_id
 from be_serve.core.slots import SlotRenderer, new_marker
 from be_serve.models import resolve_model
 from be_serve.registry import Record
-from be_serve.serving.hook import check_ids, prompt_text
 from be_serve.serving.injection.prompt_embeds import mixed
 from be_serve.serving.injection.vectors import join, prepare
+from be_serve.serving.rendered import check_ids, prompt_text
 from be_serve.serving.requests import BEFields, refuse_raw_embeddings, refuse_slips
 from be_serve.serving.resolve import Resolution, Resolver
 from be_serve.serving.vllm import engine
