@@ -11,7 +11,7 @@ from be_serve.core.ids import validate_be_id
 
 @click.command("from-text")
 @click.argument("prompt_file")
-@click.option("--model", help="Hugging Face name, local folder or builtin:NAME. [default: the built-in model]")
+@click.option("--model", help="Hugging Face name, folder, .gguf file or builtin:NAME. [default: the built-in model]")
 @click.option("-o", "--output", required=True, help="Token file to write.")
 @click.option("--id", "be_id", help="be_id of the token. [default: the output file's name without .safetensors]")
 @click.option("--with-prompt", is_flag=True, help="Store the prompt's text in the token file.")

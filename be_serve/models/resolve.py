@@ -11,6 +11,7 @@ import platformdirs
 from be_serve.core.errors import InputError
 from be_serve.core.redaction import hide
 from be_serve.models.builtin import BUILTIN, prepare_builtin
+from be_serve.models.gguf import is_gguf, prepare_gguf
 
 _PATTERNS = ["*.json", "*.jinja", "*.safetensors", "tokenizer.model", "*.txt"]
 
@@ -30,7 +31,7 @@ def be_home() -> Path:
 
 
 def resolve_model(name: str, *, revision: str | None = None) -> ResolvedModel:
-    """The folder of a model. Prepares a `builtin:` model on first use.
+    """The folder of a model. Prepares a `builtin:` model, and converts a `.gguf` file, on first use.
 
     huggingface_hub downloads a Hugging Face name, with its own settings
     (cache, `HF_HUB_OFFLINE`). Raises InputError if the model cannot be found.
@@ -40,6 +41,8 @@ def resolve_model(name: str, *, revision: str | None = None) -> ResolvedModel:
             raise InputError(f"Unknown built-in model {name!r}; use one of: {', '.join(BUILTIN)}.")
         return ResolvedModel(name, prepare_builtin(name, be_home()))
     folder = Path(name).expanduser()
+    if is_gguf(name) and not folder.is_dir():
+        return ResolvedModel(name, prepare_gguf(folder, be_home()))
     if folder.is_dir():
         return ResolvedModel(name, folder.resolve())
     try:
