@@ -87,11 +87,11 @@ class Evaluation:
 
     @property
     def rho(self) -> float:
-        return self.arms["be"]["kl"] / self.arms["none"]["kl"]
+        return _ratio(self.arms["be"]["kl"], self.arms["none"]["kl"])
 
     @property
     def rho_serving(self) -> float:
-        return self.arms["be_serving"]["kl"] / self.arms["none"]["kl"]
+        return _ratio(self.arms["be_serving"]["kl"], self.arms["none"]["kl"])
 
     @property
     def rho_default(self) -> float | None:
@@ -108,7 +108,7 @@ class Evaluation:
     def gain_retained(self) -> float:
         """(BE - none) / (full - none) in the log-likelihood of the full prompt's own answers."""
         none, be, full = (self.arms[name]["nll"] for name in ("none", "be", "full"))
-        return (none - be) / (none - full)
+        return _ratio(none - be, none - full)
 
     def to_json(self) -> dict[str, Any]:
         """The object of `eval --json`. A figure that is no finite number is null."""
@@ -141,6 +141,11 @@ class Evaluation:
     def _query_json(self, number: int, kl: KL) -> dict[str, Any]:
         whole = self.answers.kl.get(number)
         return {**kl.to_json(), **({"answer": whole.to_json()} if whole else {})}
+
+
+def _ratio(part: float, whole: float) -> float:
+    """part / whole; NaN where the prompt moves nothing, so that there is nothing to divide by."""
+    return part / whole if whole else math.nan
 
 
 def finite(value: Any) -> Any:

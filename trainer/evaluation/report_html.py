@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import math
 from collections.abc import Mapping
 from html import escape
 from pathlib import Path
@@ -91,7 +92,7 @@ def _whole_answers(evaluation: Evaluation) -> str:
 
 
 def _arms(evaluation: Evaluation) -> str:
-    none = evaluation.arms["none"]["kl"]
+    none = evaluation.arms["none"]["kl"] or math.nan
     rows = [
         [
             _ARMS[name],
