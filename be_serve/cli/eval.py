@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -153,7 +154,7 @@ def command(
         click.echo(f"Responses end at {ends}{'' if stop else ' (from the token file)'}.", err=True)
     teacher = Teacher(frozen, prompt, stop=ends)
     vectors_KH = torch.cat([torch.from_numpy(one.vectors.copy()) for one in tokens])
-    given = {"clauses": clauses, "answer_tokens": answer_tokens, "answer_queries": answer_queries}
+    given: dict[str, Any] = {"clauses": clauses, "answer_tokens": answer_tokens, "answer_queries": answer_queries}
     total = evaluation_steps(prompt, len(chats), summary=bool(summary), **given)
     with tqdm(total=total, desc="evaluating") as bar:
         evaluation = evaluate(
