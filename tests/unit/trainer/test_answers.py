@@ -185,9 +185,11 @@ def test_a_stop_text_ends_an_answer_before_the_cap(model):
     assert not teacher.ended([])
 
 
-def test_the_prompts_own_embeddings_say_and_end_as_the_prompt_does(ending):
-    teacher = Teacher(ending, PROMPT)
-    vectors = ending.embed(ending.slots.prompt_ids(PROMPT))
+def test_the_prompts_own_embeddings_say_and_end_as_the_prompt_does(model, monkeypatch):
+    # Short answers: in long ones of a random model two tokens may be as likely as each other, up to rounding.
+    monkeypatch.setattr(model, "stop_ids", lambda: list(range(0, model.vocab_size, 12)))
+    teacher = Teacher(model, PROMPT)
+    vectors = model.embed(model.slots.prompt_ids(PROMPT))
     plain = evaluate(teacher, QUERIES, vectors, samples=7, answer_tokens=90)
     # Random answers: the fact of each is its own text.
     probes = [query(sample["query"], sample["full"]) for sample in plain.samples]
