@@ -132,7 +132,7 @@ def main(
                 own_steps,
                 lr,
                 run_dir / name,
-                [name, teacher.prompt, [q.to_json() for q in training], own_steps, lr, str(frozen.fingerprint)],
+                [name, teacher.prompt, [q.chat_json() for q in training], own_steps, lr, str(frozen.fingerprint)],
             )
             found[name] = record(name, teacher, held_out, vectors_KH, click.echo)
             out.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

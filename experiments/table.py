@@ -19,7 +19,7 @@ from be_serve.core.errors import InputError
 from trainer.config import TrainConfig
 
 _FIGURES = ("kl", "top1", "first_token_kl")
-_ELSEWHERE = {"id", "output", "prompt_file", "queries", "summary", "ae", "model"}
+_ELSEWHERE = {"id", "output", "prompt_file", "queries", "test_queries", "summary", "ae", "model"}
 
 
 def read_run(folder: Path) -> dict[str, Any]:

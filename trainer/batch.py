@@ -17,7 +17,7 @@ from trainer.model.frozen import FrozenModel
 from trainer.optim.loop import fit
 from trainer.run import Run, RunResult, Say
 
-_PATHS = ("prompt_file", "queries")
+_PATHS = ("prompt_file", "queries", "test_queries")
 _CACHE = "teacher"
 _COMMON = {"model", "device", "dtype", "output", "teacher", "teacher_url", "teacher_model"}
 

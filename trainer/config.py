@@ -63,6 +63,8 @@ class TrainConfig(BaseModel):
     """Use at most this many queries of the file, drawn at random."""
     held_out: int = Field(default=32, ge=1)
     """Queries kept from training for the final evaluation; at most a fifth of all."""
+    test_queries: str | None = None
+    """JSONL of queries that are only measured on, in place of the held-out ones; what resembles them trains nothing."""
     response_tokens: int = Field(default=64, ge=1, le=4096)
     """Response tokens that count, each query. The paper's code: 32."""
     stop: list[str] = Field(default_factory=list)
@@ -77,6 +79,10 @@ class TrainConfig(BaseModel):
 
     scores_only: bool = False
     """Evaluate by KL alone, without answers and clauses: for ablations."""
+    answer_tokens: int = Field(default=512, ge=0)
+    """Length to which the evaluation writes answers, to see facts, ends and loops; 0 writes none."""
+    answer_queries: int | None = Field(default=None, ge=1)
+    """Write them to at most so many queries, those with facts first; None: to all."""
 
     # Objective.
     ae: str | None = None
@@ -152,7 +158,7 @@ class TrainConfig(BaseModel):
     def files(self) -> list[str]:
         """The files, beside the prompt's, whose content decides the run."""
         ae = str(ae_file(self.ae)) if self.ae else None
-        return [name for name in (self.queries, ae, *self.init_files()) if name]
+        return [name for name in (self.queries, self.test_queries, ae, *self.init_files()) if name]
 
     def save(self, path: Path) -> None:
         """Write the run's settings as YAML."""
@@ -169,6 +175,7 @@ class TrainConfig(BaseModel):
             "prompt_file",
             "output",
             "queries",
+            "test_queries",
             "ae",
             "model",
             "id",
@@ -181,7 +188,8 @@ class TrainConfig(BaseModel):
         kept = self.model_dump(exclude=hidden)
         if not self.with_prompt or self.init_files():
             kept["init"] = self.init.partition(":")[0]  # its words may be the prompt's
-        return {**kept, "queries": "file" if self.queries else "synthetic", "ae": self.ae is not None}
+        given = {"ae": self.ae is not None, "test_queries": self.test_queries is not None}
+        return {**kept, "queries": "file" if self.queries else "synthetic", **given}
 
 
 RECIPES: dict[str, dict[str, Any]] = {

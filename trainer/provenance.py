@@ -13,15 +13,19 @@ from be_serve.core.artifact import file_digest, read_limited
 from be_serve.core.digests import digest_of, file_sha256
 from trainer.config import TrainConfig, ae_file
 from trainer.data.queries import Query
-from trainer.evaluation.evaluate import Evaluation
+from trainer.evaluation.evaluate import Evaluation, finite
 from trainer.evaluation.verdict import Verdict
 from trainer.model.frozen import FrozenModel
+
+_ANSWERS = ("rho_answer", "facts", "stop", "loops", "answer_tokens")
+"""Figures of whole answers, where these were written."""
 
 
 def run_digest(config: TrainConfig, model: FrozenModel, prompt: str, training: list[Query]) -> str:
     """Digest of all that decides a run's curve; where files lie does not."""
-    elsewhere = {"prompt_file", "output", "queries", "model", "id", "with_prompt", "ae", "summary", "scores_only"}
-    shaping = config.model_dump(exclude=elsewhere | {"teacher", "teacher_url", "teacher_model"})
+    elsewhere = {"prompt_file", "output", "queries", "model", "id", "with_prompt", "ae", "summary"}
+    measured = {"scores_only", "test_queries", "answer_tokens", "answer_queries"}
+    shaping = config.model_dump(exclude=elsewhere | measured | {"teacher", "teacher_url", "teacher_model"})
     if config.init == "search" and config.tokens > 1:
         shaping["summary"] = config.summary  # one of the texts that the search compares
     if config.init_files():
@@ -34,14 +38,15 @@ def run_digest(config: TrainConfig, model: FrozenModel, prompt: str, training: l
         "served": config.teacher_url is not None or config.teacher == "vllm",
         "prompt": prompt,
         "model": str(model.fingerprint),
-        "queries": [query.to_json() for query in training],
+        "queries": [query.chat_json() for query in training],
     }
     return digest_of(key)
 
 
 def quality(evaluation: Evaluation, verdict: Verdict) -> dict[str, Any]:
-    """The figures that travel in the manifest."""
-    return {
+    """The figures that travel in the manifest; null where a figure is no finite number."""
+    answers = evaluation.answers.to_json()
+    found = {
         "verdict": verdict.to_json(),
         "rho": round(evaluation.rho, 4),
         "rho_interval": [round(bound, 4) for bound in evaluation.rho_interval],
@@ -51,7 +56,9 @@ def quality(evaluation: Evaluation, verdict: Verdict) -> dict[str, Any]:
         "top1": round(evaluation.arms["be"]["top1"], 4),
         "n_queries": evaluation.n_queries,
         "n_tokens": evaluation.n_tokens,
+        **({name: answers[name] for name in _ANSWERS} if evaluation.answers.answers else {}),
     }
+    return {name: finite(value) for name, value in found.items()}
 
 
 def versions() -> dict[str, str]:

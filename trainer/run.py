@@ -25,8 +25,7 @@ from trainer.data.chat_server import served_answers
 from trainer.data.queries import Query, drop_near_duplicates, read_queries, split_held_out, write_queries
 from trainer.data.synthesis import synthesise
 from trainer.data.teacher import Decoder, Example, Teacher
-from trainer.evaluation.clauses import clause_answers
-from trainer.evaluation.evaluate import Evaluation, evaluate
+from trainer.evaluation.evaluate import Evaluation, evaluate, evaluation_steps
 from trainer.evaluation.report_html import write_report
 from trainer.evaluation.verdict import judge
 from trainer.model.frozen import FrozenModel
@@ -40,8 +39,6 @@ from trainer.optim.starts import Start, find_start
 from trainer.provenance import quality, run_digest, versions
 
 Say = Callable[[str], None]
-
-
 _SAMPLES = 12
 """Answers of each arm on which failure signatures are counted."""
 
@@ -106,6 +103,7 @@ class Run:
         self._teacher: Teacher
         self._begin: Start
         self._held_out: list[Query]
+        self._test: list[Query]
         self.prompt = read_prompt_file(config.prompt_file)
         self.prompt_ids = model.slots.prompt_ids(self.prompt, template_kwargs=model.template_kwargs)
         if config.tokens > len(self.prompt_ids):
@@ -151,10 +149,10 @@ class Run:
         """
         config = self.config
         self.folder.mkdir(parents=True, exist_ok=True)
-        training, self._held_out = self._queries()
+        training, self._held_out, self._test = self._queries()
         if self.config.teacher_url:
             training = self._served(training)
-        digest = self._digest(training)
+        digest = run_digest(config, self.model, self.prompt, training)
         checkpoint = self.folder / "checkpoint.safetensors"
         if checkpoint.exists():
             Checkpoint.load(checkpoint, digest)  # another run's folder is refused before anything in it changes
@@ -184,7 +182,7 @@ class Run:
             self.seconds["training"] = sum(training.seconds)
             self.seconds["step"] = statistics.median(training.seconds)
         vectors_KH = training.token.vectors.detach().cpu()
-        evaluation = self._evaluate(self._teacher, self._held_out, vectors_KH)
+        evaluation = self._evaluate(self._teacher, self._test, vectors_KH)
         self.seconds["total"] = sum(value for name, value in self.seconds.items() if name != "step")
         made = self._token(vectors_KH, evaluation, self._begin)
         made.save(self.config.output)
@@ -195,9 +193,10 @@ class Run:
         before = {"steps": len(earlier), "seconds": round(sum(earlier), 2)} if self._continued else None
         return RunResult(made, self.folder, evaluation, self._begin, self.seconds, before)
 
-    def _queries(self) -> tuple[list[Query], list[Query]]:
-        """Training and held-out queries, without near-duplicates across or within."""
+    def _queries(self) -> tuple[list[Query], list[Query], list[Query]]:
+        """Training, held-out and test queries, without near-duplicates across; a file of test queries stays whole."""
         config = self.config
+        test = read_queries(config.test_queries) if config.test_queries else []
         key = [self.prompt, config.synthesise, config.seed, str(self.model.fingerprint), str(self.model.dtype)]
         kept = self.folder / f"queries-{digest_of(key)}.jsonl"
         if config.queries:
@@ -215,13 +214,15 @@ class Run:
                     progress=progress,
                 )
             write_queries(kept, found)
-        unique = drop_near_duplicates(found)
+        unique = drop_near_duplicates(found, beside=test)
         if len(unique) < len(found):
-            self.say(f"{len(found) - len(unique)} near-duplicates of {len(found)} queries left out.")
+            those = " (of each other, or of a test query)" if test else ""
+            self.say(f"{len(found) - len(unique)} near-duplicates{those} of {len(found)} queries left out.")
         training, held_out = split_held_out(unique, config.held_out)
         training = training[: config.max_queries]
-        self.say(f"{len(training)} queries to train on, {len(held_out)} held out.")
-        return training, held_out
+        apart = f", {len(test)} to test on" if test else ""
+        self.say(f"{len(training)} queries to train on, {len(held_out)} held out{apart}.")
+        return training, held_out, test or held_out
 
     def _examples(self, teacher: Teacher, training: list[Query]) -> list[Example]:
         config = self.config
@@ -307,34 +308,30 @@ class Run:
         stage: Stage = self._distil(examples)
         stages: list[tuple[Stage, int]] = []
         if config.ae is not None:
-            reconstruct = Reconstruct(model, self.prompt, self._ae(config.ae))
+            from trainer.optim.autoencoder import load_ae
+
+            reconstruct = Reconstruct(model, self.prompt, load_ae(config.ae, model))
             if config.reconstruct_steps:
                 stages.append((reconstruct, config.reconstruct_steps))
             if config.lam < 1:
                 stage = Joint(reconstruct, stage, config.lam)
         return [*stages, (stage, config.steps)]
 
-    def _ae(self, path: str) -> Tensor:
-        from trainer.optim.autoencoder import load_ae
-
-        return load_ae(path, self.model)
-
-    def _evaluate(self, teacher: Teacher, held_out: list[Query], vectors_KH: Tensor) -> Evaluation:
-        arms = 6 if self.config.summary else 5
-        whole = not self.config.scores_only
-        total = len(held_out) * (arms + 1)
-        if whole:
-            total += clause_answers(self.prompt, len(held_out))
+    def _evaluate(self, teacher: Teacher, test: list[Query], vectors_KH: Tensor) -> Evaluation:
+        config, whole = self.config, not self.config.scores_only
+        tokens, most = (config.answer_tokens if whole else 0), config.answer_queries
+        given: dict[str, Any] = {"clauses": whole, "answer_tokens": tokens, "answer_queries": most}
+        total = evaluation_steps(self.prompt, len(test), summary=bool(config.summary), **given)
         with self._timed("evaluation"), self._bar("evaluating", total) as progress:
             return evaluate(
                 teacher,
-                held_out,
+                test,
                 vectors_KH,
-                placement=self.config.placement,
-                summary=self.config.summary,
-                serving_dtype=self.config.serving_dtype,
+                placement=config.placement,
+                summary=config.summary,
+                serving_dtype=config.serving_dtype,
                 samples=_SAMPLES if whole else 0,
-                clauses=whole,
+                **given,
                 progress=progress,
             )
 
@@ -373,9 +370,6 @@ class Run:
         # Last, for it marks the run as finished.
         text = json.dumps({**evaluation.to_json(), "inputs": self._inputs()}, indent=1, ensure_ascii=False)
         write_atomically(self.folder / "evaluation.json", f"{text}\n".encode())
-
-    def _digest(self, training: list[Query]) -> str:
-        return run_digest(self.config, self.model, self.prompt, training)
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:

@@ -1,8 +1,9 @@
-"""Words and sentences of prompts and answers. It knows nothing of models."""
+"""Words and sentences of prompts and answers, and whether an answer says a fact. It knows nothing of models."""
 
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Sequence
 
 _WORD = re.compile(r"\w+", re.UNICODE)
@@ -10,6 +11,13 @@ _SENTENCE = re.compile(r"(?<=[.!?])\s+|\n+")
 _OPENING_WORDS = 8
 _RECITED_WORDS = 20
 _QUOTED = re.compile(r'"[^"\n]*"|“[^”\n]*”')
+# Quotation marks and dashes as a keyboard writes them. NFKC leaves most of them apart.
+_SIGNS = str.maketrans({**dict.fromkeys("’‘‛`´", "'"), **dict.fromkeys("“”„‟«»", '"'), **dict.fromkeys("‐‑‒–—−", "-")})
+_EMPHASIS = re.compile(r"(?<!\w)(\*+|__+)|(\*+|__+)(?!\w)")
+_THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
+# Thai to Burmese, Khmer, kana, Han, Hangul: written without a space on each side of a word.
+_UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff"
+_LETTER = rf"[^\W_{_UNSPACED}]"
 
 
 def sentences(prompt: str) -> list[str]:
@@ -40,3 +48,29 @@ def words_of(text: str) -> list[str]:
 def runs(words: Sequence[str], length: int) -> set[tuple[str, ...]]:
     """All runs of so many words."""
     return {tuple(words[i : i + length]) for i in range(len(words) - length + 1)}
+
+
+def says(answer: str, facts: Sequence[str]) -> bool:
+    """Whether an answer says one of the facts.
+
+    Case, the form of quotation marks, dashes and white space, emphasis by asterisks and
+    commas between thousands do not count. A fact that begins or ends with a letter or
+    digit must do so at the edge of a word or number: 17 is neither in 1975 nor in 17.5.
+    """
+    text = _plain(answer)
+    return any(_found(plain, text) for plain in map(_plain, facts) if plain)
+
+
+def _plain(text: str) -> str:
+    plain = _EMPHASIS.sub("", unicodedata.normalize("NFKC", text.translate(_SIGNS))).casefold()
+    return _THOUSANDS.sub("", " ".join(plain.split()))
+
+
+def _found(fact: str, text: str) -> bool:
+    before = rf"(?<!{_LETTER})" if re.match(_LETTER, fact[0]) else ""
+    after = rf"(?!{_LETTER})" if re.match(_LETTER, fact[-1]) else ""
+    if fact[0].isdecimal():
+        before += r"(?<!\d[.,])"
+    if fact[-1].isdecimal():
+        after += r"(?![.,]\d)"
+    return re.search(before + re.escape(fact) + after, text) is not None

@@ -40,6 +40,13 @@ def trained_stop(token: Token) -> list[str]:
     return [text for text in found if isinstance(text, str) and text] if isinstance(found, list) else []
 
 
+def _print_answers(evaluation: Evaluation) -> None:
+    if evaluation.rho_default is not None:
+        click.echo(f"KL(be) / KL(template_default) = {evaluation.rho_default:.3f}")
+    for n, line in enumerate(evaluation.answers.lines()):
+        click.echo(f"  {line}" if n else line)
+
+
 def print_evaluation(evaluation: Evaluation) -> None:
     """Print the table of arms, the verdict and a few samples."""
     from trainer.evaluation.verdict import judge
@@ -57,6 +64,7 @@ def print_evaluation(evaluation: Evaluation) -> None:
     click.echo(
         f"gain retained, in log-likelihood of those answers: {evaluation.gain_retained:.2f} (1: the full prompt)"
     )
+    _print_answers(evaluation)
     if evaluation.recitals:
         click.echo(
             f"excluded: {evaluation.recitals} queries, because the full prompt's answer recites the prompt "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -42,6 +43,14 @@ import click
     show_default=True,
     help="Length of the answers for --checks, in tokens.",
 )
+@click.option(
+    "--answer-tokens",
+    type=click.IntRange(0),
+    default=512,
+    show_default=True,
+    help="Length of the answers on which facts, ends and loops are counted, in tokens. 0 writes none.",
+)
+@click.option("--answer-queries", type=click.IntRange(1), help="Maximum number of these answers. [default: all]")
 @click.option("--turns", type=click.IntRange(2, 12), help="Also measure conversations of this many turns.")
 @click.option("--off-topic", is_flag=True, help="Also measure questions unrelated to the prompt.")
 @click.option(
@@ -74,6 +83,8 @@ def command(
     clauses: bool,
     checks: str | None,
     check_tokens: int,
+    answer_tokens: int,
+    answer_queries: int | None,
     turns: int | None,
     off_topic: bool,
     judge_url: str | None,
@@ -118,8 +129,7 @@ def command(
     from trainer.data.chat_server import Endpoint
     from trainer.data.queries import read_queries
     from trainer.data.teacher import Teacher
-    from trainer.evaluation.clauses import clause_answers
-    from trainer.evaluation.evaluate import evaluate
+    from trainer.evaluation.evaluate import evaluate, evaluation_steps
     from trainer.evaluation.pairwise import JUDGE_KEY, RIVALS, judge_pairs
     from trainer.evaluation.report_html import write_report
     from trainer.evaluation.robustness import measure_off_topic, measure_turns
@@ -144,7 +154,8 @@ def command(
         click.echo(f"Responses end at {ends}{'' if stop else ' (from the token file)'}.", err=True)
     teacher = Teacher(frozen, prompt, stop=ends)
     vectors_KH = torch.cat([torch.from_numpy(one.vectors.copy()) for one in tokens])
-    total = len(chats) * (7 if summary else 6) + (clause_answers(prompt, len(chats)) if clauses else 0)
+    given: dict[str, Any] = {"clauses": clauses, "answer_tokens": answer_tokens, "answer_queries": answer_queries}
+    total = evaluation_steps(prompt, len(chats), summary=bool(summary), **given)
     with tqdm(total=total, desc="evaluating") as bar:
         evaluation = evaluate(
             teacher,
@@ -154,7 +165,7 @@ def command(
             summary=summary,
             serving_dtype=serving_dtype,
             samples=samples,
-            clauses=clauses,
+            **given,
             checks=wanted,
             check_tokens=check_tokens,
             progress=lambda count: bar.update(count) and None,

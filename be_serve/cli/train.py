@@ -65,6 +65,13 @@ if TYPE_CHECKING:
 @click.option("--max-queries", type=click.IntRange(2), help="Maximum number of queries from --queries.")
 @click.option("--synthesise", type=click.IntRange(8), help="Number of queries that the model writes without --queries.")
 @click.option("--held-out", type=click.IntRange(1), help="Queries kept for the final evaluation.")
+@click.option("--test-queries", help="JSONL file of queries that are only measured on. [default: the held-out ones]")
+@click.option(
+    "--answer-tokens",
+    type=click.IntRange(0),
+    help="Length of the answers on which facts, ends and loops are counted, in tokens. 0 writes none. [default: 512]",
+)
+@click.option("--answer-queries", type=click.IntRange(1), help="Maximum number of these answers. [default: all]")
 @click.option(
     "--scores-only", is_flag=True, default=None, help="Evaluate KL only. Generate no answers and measure no sentences."
 )
@@ -160,7 +167,7 @@ def _given(options: dict[str, Any]) -> dict[str, Any]:
         given["stop"] = stop_texts(given["stop"])
     if "be_id" in given:
         given["id"] = validate_be_id(given.pop("be_id"), param="--id")
-    for name in ("prompt_file", "queries", "output"):
+    for name in ("prompt_file", "queries", "test_queries", "output"):
         if name in given:
             given[name] = str(Path(given[name]).absolute())
     if "ae" in given:

@@ -150,10 +150,14 @@ def served_answers(
     found: list[Query] = []
     for start in range(0, len(queries), _KEPT_TOGETHER):
         asked = queries[start : start + _KEPT_TOGETHER]
-        key = [prompt, asked_as, str(model.fingerprint), [query.to_json() for query in asked]]
+        key = [prompt, asked_as, str(model.fingerprint), [query.chat_json() for query in asked]]
         kept = folder / f"answers-{digest_of(key)}.jsonl"
         if kept.exists():
-            found += read_queries(kept)
+            # The facts are this run's own: the key does not hold them.
+            found += [
+                replace(now, answer=then.answer, cut=then.cut)
+                for now, then in zip(asked, read_queries(kept), strict=True)
+            ]
             progress(len(asked))
             continue
         made = answered(asked, prompt, **asked_as, progress=progress)

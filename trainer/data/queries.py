@@ -28,6 +28,8 @@ class Query:
     answer: str | None = None
     cut: bool = False
     """The answer was cut off at its length: no end of the turn follows it."""
+    facts: tuple[str, ...] = ()
+    """A right answer says one of these; the query is a probe then. They are measured on, and train nothing."""
 
     @property
     def text(self) -> str:
@@ -36,6 +38,13 @@ class Query:
 
     def to_json(self) -> dict[str, Any]:
         """A JSONL row that `read_queries` reads back."""
+        facts: dict[str, Any] = {"fact": self.facts[0]} if self.facts else {}
+        if self.facts[1:]:
+            facts["also"] = list(self.facts[1:])
+        return {**self.chat_json(), **facts}
+
+    def chat_json(self) -> dict[str, Any]:
+        """The row without its facts: what is asked and answered, for digests of what a training or a teacher reads."""
         answer = {} if self.answer is None else {"answer": self.answer, **({"cut": True} if self.cut else {})}
         if len(self.messages) == 1:
             return {"query": self.messages[0]["content"], **answer}
@@ -50,7 +59,8 @@ def read_queries(path: str | Path) -> list[Query]:
         {"messages": [{"role": ..., "content": ...}]}   multi-turn
         {"turns": ["...", "..."]}                       FastChat's question files; the first turn is asked
 
-    Any of them may hold `answer`. Turns of the assistant at the end are cut off (the
+    Any of them may hold `answer`, and `"fact": "..."` with `"also": ["...", ...]`: texts
+    of which a right answer says one. Turns of the assistant at the end are cut off (the
     last is the answer where there is no `answer` field), a leading system turn is
     dropped: the prompt stands there. Raises InputError naming the line at fault.
     """
@@ -80,8 +90,9 @@ def parse_query(row: object) -> Query:
     cut = row.get("cut", False)
     if not isinstance(cut, bool):
         raise ValueError("`cut` must be true or false.")
+    facts = _facts(row)
     if "messages" in row:
-        return replace(_from_messages(row["messages"], answer), cut=cut)
+        return replace(_from_messages(row["messages"], answer), cut=cut, facts=facts)
     for field in ("query", "question", "instruction", "turns"):
         if field in row:
             text = row[field]
@@ -96,7 +107,20 @@ def parse_query(row: object) -> Query:
     if extra is not None and not isinstance(extra, str):
         raise ValueError("`input` must be a string.")
     text = f"{text.strip()}\n\n{extra.strip()}" if extra and extra.strip() else text.strip()
-    return Query(({"role": "user", "content": text},), answer, cut)
+    return Query(({"role": "user", "content": text},), answer, cut, facts)
+
+
+def _facts(row: dict[str, Any]) -> tuple[str, ...]:
+    fact, also = row.get("fact"), row.get("also")
+    if fact is not None and (not isinstance(fact, str) or not fact.strip()):
+        raise ValueError("`fact` must be a text that is not empty: what a right answer says.")
+    if also is None:
+        also = []
+    if not isinstance(also, list) or any(not isinstance(text, str) or not text.strip() for text in also):
+        raise ValueError("`also` must be a list of texts that are not empty: other ways to say `fact`.")
+    if also and fact is None:
+        raise ValueError("`also` needs a `fact` beside it.")
+    return tuple(dict.fromkeys(text.strip() for text in ([] if fact is None else [fact, *also])))
 
 
 def _from_messages(messages: object, answer: str | None) -> Query:
@@ -126,26 +150,39 @@ def write_queries(path: Path, queries: Sequence[Query]) -> None:
     write_atomically(path, ("\n".join(lines) + "\n").encode())
 
 
-def drop_near_duplicates(queries: Sequence[Query], similar: float = _SIMILAR) -> list[Query]:
+def drop_near_duplicates(
+    queries: Sequence[Query], similar: float = _SIMILAR, *, beside: Sequence[Query] = ()
+) -> list[Query]:
     """Keep the first of any queries whose word sets have a Jaccard similarity of at least `similar`.
+
+    A probe (a query with facts) goes before other queries, and probes of different facts are
+    both kept: their questions may differ in one word. `beside` are queries of another file;
+    what is similar to one of them is dropped, whatever its facts.
 
     Exact, by prefix filtering: two such sets share one of the (1 - similar) |words| + 1
     words of either that are rarest in all queries, so only those are looked up.
     """
-    bags = [frozenset(_WORD.findall(query.text.casefold())) or frozenset({query.text}) for query in queries]
+    rows = [*beside, *queries]
+    bags = [frozenset(_WORD.findall(query.text.casefold())) or frozenset({query.text}) for query in rows]
     counts = Counter(word for bag in bags for word in bag)
     holders: dict[str, list[int]] = defaultdict(list)
     kept = []
-    for i, bag in enumerate(bags):
+    for i in sorted(range(len(rows)), key=lambda i: (i >= len(beside), not rows[i].facts)):
+        bag = bags[i]
         rare = sorted(bag, key=lambda word: (counts[word], word))
         prefix = rare[: int((1 - similar) * len(rare) + 1e-9) + 1]
         seen = {j for word in prefix for j in holders[word]}
-        if any(len(bag & bags[j]) >= similar * len(bag | bags[j]) for j in seen):
-            continue
+        if i >= len(beside):
+            if any(
+                len(bag & bags[j]) >= similar * len(bag | bags[j])
+                for j in seen
+                if j < len(beside) or not rows[i].facts or rows[j].facts == rows[i].facts
+            ):
+                continue
+            kept.append(i)
         for word in prefix:
             holders[word].append(i)
-        kept.append(queries[i])
-    return kept
+    return [rows[i] for i in sorted(kept)]
 
 
 def split_held_out(queries: Sequence[Query], held_out: int) -> tuple[list[Query], list[Query]]:

@@ -91,6 +91,14 @@ class Teacher:
                 return response[:end]
         return response
 
+    def ended(self, response: Sequence[int]) -> bool:
+        """Whether a response came to its end: the end of the turn, or a stop text."""
+        if not response:
+            return False
+        if response[-1] in self.model.stop_ids():
+            return True
+        return bool(self.stop) and any(text in self.model.tokenizer.decode(response) for text in self.stop)
+
     def chat_ids(self, query: Query) -> list[int]:
         """Ids of the chat under the full prompt, up to where the response begins."""
         system = {"role": "system", "content": self.prompt}
@@ -192,7 +200,7 @@ class Teacher:
             "template": self.model.template_kwargs,
             "prompt": self.prompt,
             "stop": self.stop,
-            "queries": [query.to_json() for query in queries],
+            "queries": [query.chat_json() for query in queries],
             "settings": list(settings),
         }
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]

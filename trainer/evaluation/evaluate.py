@@ -3,7 +3,8 @@
 Arms: `none` (an empty system turn), `template_default` (no system message),
 `summary` (a short text in the prompt's place), `full`, `be`, and `be_serving`
 (the vectors rounded to the serving dtype). rho = KL(be) / KL(none): 0 is the
-full prompt, 1 is nothing learned.
+full prompt, 1 is nothing learned. These figures stand on the first 64 tokens of an
+answer; `trainer.evaluation.answers` goes to the answers' end.
 """
 
 from __future__ import annotations
@@ -19,9 +20,27 @@ from torch import Tensor
 from be_serve.core.artifact import Placement
 from trainer.data.queries import Query
 from trainer.data.teacher import Example, Teacher
+from trainer.evaluation.answers import (
+    KL,
+    WholeAnswers,
+    answer_steps,
+    chosen_queries,
+    kl_sums,
+    room,
+    share,
+    whole_answers,
+    write_answers,
+)
 from trainer.evaluation.arms import RESPONSE_TOKENS, Arm, chats, rho_interval, score_arms
 from trainer.evaluation.checkers import Check
-from trainer.evaluation.clauses import CLAUSE_QUERIES, MAX_CLAUSES, ClauseEffect, clause_effect, prompt_clauses
+from trainer.evaluation.clauses import (
+    CLAUSE_QUERIES,
+    MAX_CLAUSES,
+    ClauseEffect,
+    clause_answers,
+    clause_effect,
+    prompt_clauses,
+)
 from trainer.evaluation.compliance import Compliance, measure_compliance
 from trainer.evaluation.pairwise import Tally
 from trainer.evaluation.signatures import signatures
@@ -61,24 +80,39 @@ class Evaluation:
 
     judged: dict[str, Tally] = field(default_factory=dict)
     """How a judge model saw the token's answers beside the full prompt's and those without one."""
+    answers: WholeAnswers = field(default_factory=WholeAnswers)
+    """Facts, ends, loops and KL of whole answers (`trainer.evaluation.answers`)."""
+    by_query: dict[int, KL] = field(default_factory=dict)
+    """KL on the first 64 tokens, of which rho is the ratio, by the number of each query that is scored."""
 
     @property
     def rho(self) -> float:
-        return self.arms["be"]["kl"] / self.arms["none"]["kl"]
+        return _ratio(self.arms["be"]["kl"], self.arms["none"]["kl"])
 
     @property
     def rho_serving(self) -> float:
-        return self.arms["be_serving"]["kl"] / self.arms["none"]["kl"]
+        return _ratio(self.arms["be_serving"]["kl"], self.arms["none"]["kl"])
+
+    @property
+    def rho_default(self) -> float | None:
+        """KL(be) / KL(template_default); None where that arm was not measured, or is the full prompt."""
+        default = self.arms.get("template_default")
+        return share(self.arms["be"]["kl"], default["kl"]) if default else None
+
+    @property
+    def recital_share(self) -> float:
+        """The share of the queries to which the full prompt's answer recites the prompt."""
+        return self.recitals / max(self.n_queries + self.recitals, 1)
 
     @property
     def gain_retained(self) -> float:
         """(BE - none) / (full - none) in the log-likelihood of the full prompt's own answers."""
         none, be, full = (self.arms[name]["nll"] for name in ("none", "be", "full"))
-        return (none - be) / (none - full)
+        return _ratio(none - be, none - full)
 
     def to_json(self) -> dict[str, Any]:
-        """The object of `eval --json` (CONTRACT)."""
-        found = {
+        """The object of `eval --json`. A figure that is no finite number is null."""
+        found: dict[str, Any] = {
             "k": self.k,
             "rho": self.rho,
             "rho_interval": list(self.rho_interval),
@@ -98,8 +132,44 @@ class Evaluation:
             "judged": {rival: tally.to_json() for rival, tally in self.judged.items()},
             "clauses": [effect.to_json() for effect in self.clauses],
             "samples": self.samples,
+            "rho_default": self.rho_default,
+            **self.answers.to_json(),
+            "by_query": [self._query_json(i, kl) for i, kl in self.by_query.items()],
         }
-        return found
+        return {name: finite(value) for name, value in found.items()}
+
+    def _query_json(self, number: int, kl: KL) -> dict[str, Any]:
+        whole = self.answers.kl.get(number)
+        return {**kl.to_json(), **({"answer": whole.to_json()} if whole else {})}
+
+
+def _ratio(part: float, whole: float) -> float:
+    """part / whole; NaN where the prompt moves nothing, so that there is nothing to divide by."""
+    return part / whole if whole else math.nan
+
+
+def finite(value: Any) -> Any:
+    """A JSON value with None in place of NaN and infinities, for which JSON has no word."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: finite(one) for key, one in value.items()}
+    return [finite(one) for one in value] if isinstance(value, list | tuple) else value
+
+
+def evaluation_steps(
+    prompt: str,
+    queries: int,
+    *,
+    summary: bool,
+    clauses: bool,
+    answer_tokens: int = 0,
+    answer_queries: int | None = None,
+) -> int:
+    """How often `evaluate` calls its `progress` with 1, about: the total of a progress bar."""
+    arms = 7 if summary else 6
+    whole = answer_steps(queries, answer_queries) if answer_tokens else 0
+    return queries * arms + (clause_answers(prompt, queries) if clauses else 0) + whole
 
 
 def evaluate(
@@ -114,6 +184,8 @@ def evaluate(
     clauses: bool = False,
     checks: Sequence[Check] = (),
     check_tokens: int = 256,
+    answer_tokens: int = 0,
+    answer_queries: int | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Compare the vectors [k, H] float32 with the full prompt, no prompt and the other arms.
@@ -121,7 +193,10 @@ def evaluate(
     With `clauses` each sentence of the prompt is left out in turn, on `CLAUSE_QUERIES`
     queries, to see what it does and how much of that the token keeps. `checks` are held
     against answers of up to `check_tokens` tokens of no prompt, the full prompt and the
-    token. `progress` is called with the number of answers done.
+    token. With `answer_tokens`, answers of these arms are written to their end or to so many
+    tokens, on at most `answer_queries` of the queries, probes first. Facts, ends and loops
+    are counted on all of these, recitals among them: a user reads those answers, too.
+    `progress` is called with the number of answers done.
     """
     model = teacher.model
     reference = teacher.examples(queries, response_tokens=RESPONSE_TOKENS, progress=progress)
@@ -158,18 +233,46 @@ def evaluate(
     lengths_Q = torch.tensor([lengths[i] for i in kept])
     order = [name for name in ("none", "template_default", "summary", "full", "be", "be_serving") if name in scores]
     shown = [name for name in ("none", "summary", "be") if name in arms]
-    answers = _samples(teacher, reference, kept[:samples], {name: arms[name] for name in shown})
-    compliance = None
-    if checks:
+    compared = {}
+    if checks or answer_tokens:
         full = Arm.of_ids(model, [teacher.chat_ids(query) for query in queries])
         compared = {"none": arms["none"], "full": full, "be": arms["be"]}
+    made: dict[str, dict[int, list[int]]] = {}
+    whole = WholeAnswers()
+    if answer_tokens:
+        answer_tokens = room(teacher, compared, answer_tokens)
+        chosen = chosen_queries(queries, answer_queries)
+        begun = {i: reference[i].response for i in chosen}
+        for name, arm in compared.items():
+            first = begun if name == "full" else None
+            made[name] = write_answers(teacher, arm, chosen, answer_tokens, begun=first, progress=progress)
+        scored = {i: made["full"][i] for i in chosen if i in kept}
+        sums = kl_sums(teacher, compared, queries, scored, progress)
+        whole = whole_answers(teacher, queries, made, answer_tokens, sums)
+
+    def ids_of(name: str, arm: Arm, wanted: Sequence[int], limit: int) -> list[list[int]]:
+        """Greedy answers, from the whole ones where these reach as far."""
+        if name in made and limit <= answer_tokens and all(i in made[name] for i in wanted):
+            return [made[name][i][:limit] for i in wanted]
+        return arm.prefix.generate([arm.suffixes[i] for i in wanted], limit)
+
+    answers = _samples(
+        teacher,
+        reference,
+        kept[:samples],
+        {name: ids_of(name, arms[name], kept[:samples], RESPONSE_TOKENS) for name in shown} if samples else {},
+    )
+    compliance = None
+    if checks:
+        everyone = range(len(queries))
         compliance = measure_compliance(
             checks,
             {
-                name: [teacher.text(ids) for ids in arm.prefix.generate(arm.suffixes, check_tokens)]
+                name: [teacher.text(ids) for ids in ids_of(name, arm, everyone, check_tokens)]
                 for name, arm in compared.items()
             },
         )
+    none_kl, be_kl = (scores[name].kl_N.split(lengths_Q.tolist()) for name in ("none", "be"))
     return Evaluation(
         k=len(vectors_KH),
         arms={name: scores[name].means(lengths_Q) for name in order},
@@ -189,6 +292,8 @@ def evaluate(
             )
             for i, part in enumerate(parts)
         ],
+        answers=whole,
+        by_query={i: KL(float(none_kl[n].sum()), float(be_kl[n].sum()), lengths[i]) for n, i in enumerate(kept)},
     )
 
 
@@ -197,19 +302,14 @@ def _mean_length(answers: Sequence[dict[str, str]], arm: str) -> float:
 
 
 def _samples(
-    teacher: Teacher, reference: Sequence[Example], chosen: Sequence[int], arms: dict[str, Arm]
+    teacher: Teacher, reference: Sequence[Example], chosen: Sequence[int], made: dict[str, list[list[int]]]
 ) -> list[dict[str, str]]:
-    """Greedy answers to the chosen queries side by side."""
-    if not chosen:
-        return []
-    answers = {
-        name: arm.prefix.generate([arm.suffixes[i] for i in chosen], RESPONSE_TOKENS) for name, arm in arms.items()
-    }
+    """Answers (ids, by arm) to the chosen queries side by side, as texts."""
     return [
         {
             "query": reference[i].query.text,
             "full": teacher.text(reference[i].response),
-            **{name: teacher.text(made[n]) for name, made in answers.items()},
+            **{name: teacher.text(ids[n]) for name, ids in made.items()},
         }
         for n, i in enumerate(chosen)
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import math
 from collections.abc import Mapping
 from html import escape
 from pathlib import Path
@@ -44,9 +45,11 @@ def write_report(
         f"<p>rho = KL([BE]) / KL(no prompt) = <b>{evaluation.rho:.3f}</b> (95 % interval over the queries "
         f"{evaluation.rho_interval[0]:.3f} to {evaluation.rho_interval[1]:.3f}; 0 is the full prompt, 1 is nothing "
         "learned). Gain retained, in log-likelihood of the full prompt's answers: "
-        f"<b>{evaluation.gain_retained:.2f}</b>.</p>",
+        f"<b>{evaluation.gain_retained:.2f}</b>.{_rho_default(evaluation)}</p>",
         _arms(evaluation),
     ]
+    if evaluation.answers.answers:
+        parts += ["<h2>Answers to their end</h2>", _whole_answers(evaluation)]
     if evaluation.clauses:
         parts += ["<h2>What it keeps of each sentence</h2>", _clauses(evaluation)]
     if evaluation.compliance:
@@ -78,8 +81,18 @@ def _verdict(verdict: Verdict) -> str:
     return f'<div class="verdict {verdict.status}"><b>{verdict.status}</b><ul>{reasons}</ul></div>'
 
 
+def _rho_default(evaluation: Evaluation) -> str:
+    rho = evaluation.rho_default
+    return "" if rho is None else f" KL([BE]) / KL(the template's default) = <b>{rho:.3f}</b>."
+
+
+def _whole_answers(evaluation: Evaluation) -> str:
+    head, *lines = evaluation.answers.lines()
+    return f"<p>{escape(head)}</p><ul>{''.join(f'<li>{escape(line)}</li>' for line in lines)}</ul>"
+
+
 def _arms(evaluation: Evaluation) -> str:
-    none = evaluation.arms["none"]["kl"]
+    none = evaluation.arms["none"]["kl"] or math.nan
     rows = [
         [
             _ARMS[name],

@@ -20,6 +20,7 @@ SIGNATURES = ("copying", "refusal", "template_collapse", "repetition")
 _COPIED_WORDS = 12
 _LOOP_WORDS = 4
 _LOOPED = 0.5
+_TAIL_WORDS = 40
 _MACHINE = r"an? (ai\b|artificial intelligence|language model|chatbot)"
 _REFUSAL = re.compile(
     rf"\bas {_MACHINE}|\bi('| a)m (just )?{_MACHINE}"
@@ -48,3 +49,21 @@ def looped(answer: str) -> bool:
     words = words_of(answer)
     said = [tuple(words[i : i + _LOOP_WORDS]) for i in range(len(words) - _LOOP_WORDS + 1)]
     return len(said) >= 2 * _LOOP_WORDS and 1 - len(set(said)) / len(said) > _LOOPED
+
+
+def ends_in_loop(answer: str) -> bool:
+    """Whether an answer loops as a whole, or most runs of four words in its last 40 words were said before in it.
+
+    Half of a long answer may be sound before it begins to go round: `looped` does not see that.
+    """
+    words = words_of(answer)
+    if len(words) < _TAIL_WORDS:
+        return looped(answer)
+    said: set[tuple[str, ...]] = set()
+    repeated = []
+    for i in range(len(words) - _LOOP_WORDS + 1):
+        run = tuple(words[i : i + _LOOP_WORDS])
+        repeated.append(run in said)
+        said.add(run)
+    tail = repeated[-(_TAIL_WORDS - _LOOP_WORDS + 1) :]
+    return looped(answer) or sum(tail) / len(tail) > _LOOPED

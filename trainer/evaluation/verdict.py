@@ -2,7 +2,7 @@
 
     failed      the token is no better than leaving the prompt out or than a summary, or
                 it shows a failure signature that the full prompt does not
-    lossy       it keeps part of the behaviour; the clauses that it loses are named
+    lossy       it keeps part of the behaviour: facts, ends of answers or clauses are lost
     deployable  none of these
 
 The thresholds are a default for people who have none of their own; the figures
@@ -28,6 +28,15 @@ SIGNATURE_ANSWERS = 8
 DEPLOYABLE_RHO = 0.25
 DEPLOYABLE_GAIN = 0.85
 """Bounds on rho in the serving dtype and on gain retained; worse is lossy."""
+RECITAL_SHARE = 0.05
+"""Where more of the queries than this draw the prompt out, they count: rho with them decides."""
+DEPLOYABLE_FACTS = 0.85
+"""Share of the facts that only the full prompt brings; less is lossy (of `FACTS_LEAST` facts at least)."""
+DEPLOYABLE_STOPS = 0.9
+STOP_ANSWERS = 5
+"""Share of the answers that end where the full prompt's end; less is lossy (of so many of these at least)."""
+DEPLOYABLE_LOOPS = 0.05
+"""Share of answers that loop beyond the full prompt's own share; more is lossy (of `SIGNATURE_ANSWERS` at least)."""
 DRIFT_RHO = 0.2
 DRIFT_KL = 0.02
 """A token whose KL grows over a conversation by more than this, and its rho by more than that, is lossy.
@@ -64,7 +73,12 @@ class Verdict:
 
 def judge(evaluation: Evaluation) -> Verdict:
     """The verdict on an evaluated token."""
-    figures = [evaluation.rho_serving, evaluation.gain_retained, *(arm["kl"] for arm in evaluation.arms.values())]
+    figures = [
+        _rho(evaluation)[0],
+        evaluation.rho_serving,
+        evaluation.gain_retained,
+        *(arm["kl"] for arm in evaluation.arms.values()),
+    ]
     if not all(map(math.isfinite, figures)):
         return Verdict("failed", ["its figures are not finite: try --dtype bfloat16 or float32"])
     failures = _failures(evaluation)
@@ -79,13 +93,25 @@ def judge(evaluation: Evaluation) -> Verdict:
     return Verdict("lossy" if losses or lost else "deployable", losses, lost)
 
 
+def _rho(evaluation: Evaluation) -> tuple[float, str]:
+    """The rho that decides, and words about it for a reason.
+
+    Leaving out the recitals is right where they are an accident. Where they are many, a
+    prompt is one that answers are meant to quote, and without them rho flatters the token.
+    """
+    if evaluation.recital_share > RECITAL_SHARE:
+        return evaluation.rho_with_recitals, " with the answers that recite the prompt"
+    return evaluation.rho_serving, ""
+
+
 def _failures(evaluation: Evaluation) -> list[str]:
     found = []
+    rho, told = _rho(evaluation)
     kl = {name: arm["kl"] for name, arm in evaluation.arms.items()}
-    if evaluation.rho_serving > MISLEADING_RHO:
-        found.append(f"further from the full prompt than no prompt at all (rho {evaluation.rho_serving:.2f})")
-    elif evaluation.rho_serving >= IGNORED_RHO:
-        found.append(f"the model hardly reads the token (rho {evaluation.rho_serving:.2f})")
+    if rho > MISLEADING_RHO:
+        found.append(f"further from the full prompt than no prompt at all (rho {rho:.2f}{told})")
+    elif rho >= IGNORED_RHO:
+        found.append(f"the model hardly reads the token (rho {rho:.2f}{told})")
     elif "summary" in kl and kl["be_serving"] >= kl["summary"]:
         found.append(f"the summary does as well (KL {kl['summary']:.3f} against {kl['be_serving']:.3f})")
     if len(evaluation.samples) >= SIGNATURE_ANSWERS:
@@ -99,9 +125,10 @@ def _failures(evaluation: Evaluation) -> list[str]:
 
 
 def _losses(evaluation: Evaluation) -> list[str]:
-    found = []
-    if evaluation.rho_serving > DEPLOYABLE_RHO:
-        found.append(f"rho {evaluation.rho_serving:.2f}, above {DEPLOYABLE_RHO}")
+    found = _answer_losses(evaluation)
+    rho, told = _rho(evaluation)
+    if rho > DEPLOYABLE_RHO:
+        found.append(f"rho {rho:.2f}{told}, above {DEPLOYABLE_RHO}")
     if evaluation.gain_retained < DEPLOYABLE_GAIN:
         found.append(f"gain retained {evaluation.gain_retained:.2f}, below {DEPLOYABLE_GAIN}")
     if not evaluation.samples:
@@ -113,4 +140,20 @@ def _losses(evaluation: Evaluation) -> list[str]:
                 f"persona drift: KL {first['be']:.3f} (rho {first['rho']:.2f}) in turn 1, "
                 f"{worst['be']:.3f} (rho {worst['rho']:.2f}) in turn {worst['turn']}"
             )
+    return found
+
+
+def _answer_losses(evaluation: Evaluation) -> list[str]:
+    """What a user would see in whole answers, where they were written."""
+    answers = evaluation.answers
+    facts, stops, loops = answers.facts, answers.stops, answers.loops
+    found = []
+    if facts.kept is not None and facts.kept < DEPLOYABLE_FACTS:
+        found.append(f"says {facts.be} of the {facts.n} facts that the full prompt says")
+    if stops.full >= STOP_ANSWERS and stops.kept / stops.full < DEPLOYABLE_STOPS:
+        found.append(f"{stops.full - stops.kept} of {stops.full} answers never end where the full prompt's end")
+    if answers.answers >= SIGNATURE_ANSWERS and (loops["be"] - loops["full"]) / answers.answers > DEPLOYABLE_LOOPS:
+        found.append(
+            f"{loops['be']} of {answers.answers} answers go round in a loop (of the full prompt's: {loops['full']})"
+        )
     return found

@@ -235,7 +235,7 @@ def find_start(
     if config.init.startswith("text:"):
         return text_start(model, config.tokens, config.init.removeprefix("text:"))
     searched = examples[: config.search_queries]
-    cases = [[example.query.to_json(), example.response] for example in searched]
+    cases = [[example.query.chat_json(), example.response] for example in searched]
     key = [prompt, config.placement, config.tokens, config.summary, str(model.fingerprint), str(model.dtype)]
     kept = cache / f"start-{digest_of([*key, cases])}.json"
     if kept.exists():

@@ -204,7 +204,7 @@ def _digest(
     teacher: Teacher, examples: Sequence[Example], method: Method, setting: Setting, ae_1H: Tensor | None
 ) -> str:
     """Digest of all that decides the method's curve."""
-    data = [[example.query.to_json(), example.response] for example in examples]
+    data = [[example.query.chat_json(), example.response] for example in examples]
     ae = ae_1H.tolist() if ae_1H is not None and method.name in ("joint", "stages") else None
     key = [str(method), dataclasses.asdict(setting), teacher.prompt, str(teacher.model.fingerprint), data, ae]
     return hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]

@@ -14,7 +14,20 @@ from be_serve.core.errors import InputError
 from trainer.batch import read_batch
 
 TEXTS = ["Hi", "What is the tide?", "Is there fog?", "Name a boat.", "Who are you?", "Sing.", "Where is the quay?"]
-FIXED = ["--dtype", "float32", "--response-tokens", 4, "--steps", 3, "--batch-size", 2, "--queries", "q.jsonl"]
+FIXED = [
+    "--dtype",
+    "float32",
+    "--answer-tokens",
+    4,
+    "--response-tokens",
+    4,
+    "--steps",
+    3,
+    "--batch-size",
+    2,
+    "--queries",
+    "q.jsonl",
+]
 
 
 @pytest.fixture

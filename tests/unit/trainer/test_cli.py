@@ -53,6 +53,7 @@ def here(tmp_path, monkeypatch):
 def train(here, tiny_model_dir):
     def run(*args):
         fixed = ["--dtype", "float32", "--response-tokens", 4, "--steps", 3, "--batch-size", 2]
+        fixed += ["--answer-tokens", 8]
         return be_serve("train", "captain.txt", "--model", tiny_model_dir, *fixed, *args)
 
     return run
@@ -94,7 +95,7 @@ def test_train_eval_inspect(here, train, tiny_model_dir):
         be_serve(
             *["eval", "tokens/captain.safetensors", "--prompt", "captain.txt", "--queries", folder / "heldout.jsonl"],
             *["--dtype", "float32", "--summary", "Rhyme.", "--clauses", "--report", "report.html", "--json"],
-            *["--checks", "checks.json", "--check-tokens", 8],
+            *["--checks", "checks.json", "--check-tokens", 8, "--answer-tokens", 70],
         )
     )
     assert "captain" in (here / "report.html").read_text()
@@ -104,6 +105,17 @@ def test_train_eval_inspect(here, train, tiny_model_dir):
     low, high = evaluated["rho_interval"]
     assert low - 1e-6 <= evaluated["rho"] <= high + 1e-6  # one query is held out: the interval is a point
     assert evaluated["verdict"] == manifest.quality["verdict"]
+    assert (result["answer_tokens"], evaluated["answer_tokens"]) == (8, 70)
+    assert manifest.quality["facts"] == {"probes": 0, "n": 0, "full": None, "none": None, "be": None}
+    assert set(evaluated["stop"]) == {"full", "be", "kept"}
+    assert set(evaluated["loops"]) == {"full", "be", "none"}
+    assert evaluated["rho_answer"] > 0
+    assert evaluated["rho_default"] > 0
+    assert [row["tokens"] for row in evaluated["by_query"]] == [evaluated["n_tokens"]]
+    lines = output.splitlines()
+    at = next(i for i, line in enumerate(lines) if line.startswith("rho = KL(be) / KL(none) = "))
+    assert lines[at + 1].startswith("gain retained")
+    assert any("facts: not tested" in line and "--test-queries" in line for line in lines[at + 2 :])
     for arm in evaluated["arms"].values():
         assert set(arm) == {"kl", "top1", "first_token_kl", "nll"}
     assert evaluated["rho"] == pytest.approx(result["rho"], rel=1e-3)
@@ -123,7 +135,19 @@ def test_tokens_stand_together_and_are_a_start(here, train):
     for name, init in (("a", "text:harbour"), ("b", "mean")):
         train("--queries", "q.jsonl", "--tokens", 1, "-o", f"{name}.safetensors", "--init", init)
     (here / "both.txt").write_text(f"{PROMPT}\n\nAnswer in verse.")
-    common = ("--queries", "q.jsonl", "--prompt", "both.txt", "--dtype", "float32", "--samples", 0, "--json")
+    common = (
+        "--queries",
+        "q.jsonl",
+        "--prompt",
+        "both.txt",
+        "--dtype",
+        "float32",
+        "--samples",
+        0,
+        "--answer-tokens",
+        0,
+        "--json",
+    )
     together = last_json(be_serve("eval", "a.safetensors", "--with", "b.safetensors", *common))
     assert together["k"] == 2
     assert "no answers were looked at" in together["verdict"]["reasons"] or together["verdict"]["status"] == "failed"
@@ -143,6 +167,36 @@ def test_scores_only_leaves_out_answers_and_clauses(here, train):
     assert found["clauses"] == []
     assert found["rho"] > 0
     assert found["verdict"]["status"] != "deployable"
+
+
+def test_test_queries_are_only_measured_on(here, train):
+    """What resembles them trains nothing, and the held-out part is left to validation."""
+    rows = [{"query": "Name a boat.", "fact": "The Gull"}, {"query": "When is noon?"}, {"query": "What is the tide"}]
+    (here / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    common = ("--queries", "q.jsonl", "--tokens", 1, "--init", "mean", "--json")
+    found = last_json(train(*common, "--test-queries", "t.jsonl", "--answer-queries", 1))
+    folder = here / found["run_dir"]
+    assert found["n_queries"] == len(found["by_query"]) == 3
+    assert found["facts"]["probes"] == 1
+    assert ["answer" in row for row in found["by_query"]] == [True, False, False]  # the probe comes first
+    (held_out,) = read_queries(folder / "heldout.jsonl")
+    assert held_out.text in set(TEXTS) - {"Name a boat.", "What is the tide?"}
+    settings = yaml.safe_load((folder / "run.yaml").read_text())
+    assert settings["test_queries"] == str(here / "t.jsonl")
+    assert settings["test_queries"] in make_config(settings).files()
+    recipe = Token.load("captain.safetensors").manifest.recipe
+    assert recipe["test_queries"] is True
+    with pytest.raises(InputError, match="absent"):
+        train(*common, "--test-queries", "absent.jsonl")
+
+
+def test_facts_and_test_queries_do_not_begin_a_run_anew(here, train):
+    """They are measured on alone: a run with others continues from its checkpoint."""
+    common = ("--queries", "q.jsonl", "--tokens", 1, "--init", "mean", "--run-dir", "r", "--json")
+    train(*common)
+    (here / "q.jsonl").write_text("".join(json.dumps({"query": text, "fact": "sea"}) + "\n" for text in TEXTS))
+    again = last_json(train(*common, "--answer-tokens", 4))
+    assert again["before"]["steps"] == 3
 
 
 def test_the_same_seed_gives_the_same_token(here, train):
@@ -339,7 +393,7 @@ def test_from_text(here, tiny_model_dir):
     evaluated = last_json(
         be_serve(
             *["eval", "self.safetensors", "--prompt", "captain.txt", "--queries", "q.jsonl"],
-            *["--dtype", "float32", "--samples", 0, "--json"],
+            *["--dtype", "float32", "--samples", 0, "--answer-tokens", 0, "--json"],
         )
     )
     assert abs(evaluated["arms"]["be"]["kl"]) < 1e-4

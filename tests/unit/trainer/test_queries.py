@@ -76,11 +76,44 @@ def test_multi_turn_rows():
         {"messages": [{"role": "assistant", "content": "Hi"}]},
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
         {"messages": [TURNS[0], TURNS[2]]},
+        {"query": "Hi", "fact": ""},
+        {"query": "Hi", "fact": 1975},
+        {"query": "Hi", "also": ["1975"]},
+        {"query": "Hi", "fact": "1975", "also": "in 1975"},
+        {"query": "Hi", "fact": "1975", "also": [" "]},
     ],
 )
 def test_refused_rows(row):
     with pytest.raises(ValueError, match=r"\w"):
         parse_query(row)
+
+
+def test_a_probe_keeps_its_facts_and_trains_without_them(tmp_path):
+    row = {"query": "When did you open?", "answer": "Long ago.", "fact": "1975", "also": ["nineteen seventy-five"]}
+    turns = {"messages": TURNS, "fact": "low water"}
+    probes = [parse_query(row), parse_query(turns)]
+    assert probes[0].facts == ("1975", "nineteen seventy-five")
+    write_queries(tmp_path / "q.jsonl", probes)
+    assert read_queries(tmp_path / "q.jsonl") == probes
+    assert [json.loads(line) for line in (tmp_path / "q.jsonl").read_text().splitlines()] == [row, turns]
+    assert probes[0].chat_json() == {"query": "When did you open?", "answer": "Long ago."}
+    assert "1975" not in probes[0].text
+    training, held_out = split_held_out([*probes, *(query(str(i)) for i in range(8))], 2)
+    assert {q.facts for q in training + held_out} == {(), probes[0].facts, probes[1].facts}
+
+
+def test_probes_survive_near_duplicates():
+    texts = ["How many ships came to the old pier in 1990", "How many ships came to the old pier in 1991"]
+    one, other = (parse_query({"query": text, "fact": fact}) for text, fact in zip(texts, ("17", "30"), strict=True))
+    plain = query("how many ships came to the old pier in 1990?")
+    assert drop_near_duplicates([plain, one, other]) == [one, other]
+    assert drop_near_duplicates([one, parse_query({"query": plain.text, "fact": "17"})]) == [one]
+
+
+def test_what_resembles_a_test_query_is_dropped():
+    test = [query("What is the tide today?"), query("what is the tide today")]
+    found = [parse_query({"query": "What is the tide today", "fact": "high"}), query("Sing."), query("sing")]
+    assert drop_near_duplicates(found, beside=test) == [found[1]]
 
 
 def test_files(tmp_path):

@@ -1,0 +1,248 @@
+"""Whole answers, to their end: do they say the facts, do they end, do they go round in a loop?
+
+The first 64 tokens, on which rho is measured, tell none of this. Answers are greedy,
+those of no prompt, the full prompt and the token, at most `cap` tokens long.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from trainer.data.queries import Query
+from trainer.data.teacher import Example, Teacher
+from trainer.evaluation.arms import RESPONSE_TOKENS, Arm, score
+from trainer.evaluation.signatures import ends_in_loop
+from trainer.model.generate import Progress
+from trainer.model.soft_token import Row
+from trainer.text import says
+
+ARMS = ("none", "full", "be")
+FACTS_LEAST = 5
+"""With fewer facts that only the full prompt says, the token's share of them says nothing."""
+_SCORED = 16  # answers whose hidden states are held at once
+_STEPS = 2 * len(ARMS)  # an answer of each arm is written and scored
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Counts of the probes whose fact an answer says.
+
+    `n` are those that the full prompt's answer says and the answer without a prompt does
+    not: what the prompt brings. `be` counts those of the `n` that the token says.
+    """
+
+    probes: int = 0
+    full: int = 0
+    none: int = 0
+    n: int = 0
+    be: int = 0
+
+    @property
+    def kept(self) -> float | None:
+        """The share of the `n` that the token says; None where they are too few."""
+        return self.be / self.n if self.n >= FACTS_LEAST else None
+
+    def to_json(self) -> dict[str, Any]:
+        """`facts` of `eval --json`: `full` and `none` are shares of all probes, `be` of the `n`."""
+        full, none = (share(count, self.probes) for count in (self.full, self.none))
+        return {"probes": self.probes, "n": self.n, "full": full, "none": none, "be": self.kept}
+
+
+@dataclass(frozen=True)
+class Stops:
+    """Counts of the answers that end before the cap; `kept` counts those of the token where the full prompt's end."""
+
+    answers: int = 0
+    full: int = 0
+    be: int = 0
+    kept: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """`stop` of `eval --json`: shares; `kept` is a share of the answers where the full prompt's end."""
+        return {
+            "full": share(self.full, self.answers),
+            "be": share(self.be, self.answers),
+            "kept": share(self.kept, self.full),
+        }
+
+
+@dataclass(frozen=True)
+class KL:
+    """KL(full || none) and KL(full || be) of one answer, nats, summed over its `tokens`."""
+
+    none: float
+    be: float
+    tokens: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Part of `by_query` of `eval --json`."""
+        return {"none": self.none, "be": self.be, "tokens": self.tokens}
+
+
+@dataclass(frozen=True)
+class WholeAnswers:
+    """What the answers to `answers` queries tell, each up to `cap` tokens. By default none were written."""
+
+    cap: int = 0
+    answers: int = 0
+    facts: Facts = Facts()
+    stops: Stops = Stops()
+    loops: dict[str, int] = field(default_factory=lambda: dict.fromkeys(ARMS, 0))
+    """How many answers of an arm go round in a loop, as a whole or at their end."""
+    kl: dict[int, KL] = field(default_factory=dict)
+    """KL over the whole of the full prompt's answers, by the number of the query."""
+
+    @property
+    def rho(self) -> float | None:
+        """KL(be) / KL(none) over the whole answers; None where there is nothing to divide by."""
+        return share(sum(kl.be for kl in self.kl.values()), sum(kl.none for kl in self.kl.values()))
+
+    def to_json(self) -> dict[str, Any]:
+        """Part of `eval --json`."""
+        return {
+            "rho_answer": self.rho,
+            "facts": self.facts.to_json(),
+            "stop": self.stops.to_json(),
+            "loops": {arm: share(self.loops[arm], self.answers) for arm in ("full", "be", "none")},
+            "answer_tokens": self.cap,
+        }
+
+    def lines(self) -> list[str]:
+        """For people; none where no answers were written."""
+        if not self.answers:
+            return []
+        stops, loops = self.stops, self.loops
+        found = [f"answers to their end, of {self.answers} queries and at most {self.cap} tokens:"]
+        if self.rho is not None:
+            found.append(f"KL(be) / KL(none) over whole answers: {self.rho:.3f}")
+        return [
+            *found,
+            self._facts_line(),
+            f"ends: the token's answer ends in {stops.kept} of the {stops.full} where the full prompt's ends",
+            f"loops: token {loops['be']} (full prompt {loops['full']}, no prompt {loops['none']}) of {self.answers}",
+        ]
+
+    def _facts_line(self) -> str:
+        facts = self.facts
+        if not facts.probes:
+            return (
+                'facts: not tested. To test them, give rows with "fact", such as {"query": "When do you open?", '
+                '"fact": "9:30"}, in --queries of eval or --test-queries of train'
+            )
+        few = "" if facts.kept is not None else f" (fewer than {FACTS_LEAST}: no share is given)"
+        return (
+            f"facts: the token says {facts.be} of the {facts.n} that only the full prompt brings{few}; "
+            f"of {facts.probes} asked, full prompt {facts.full}, no prompt {facts.none}"
+        )
+
+
+def share(part: float, whole: float) -> float | None:
+    """part / whole; None where `whole` is 0."""
+    return part / whole if whole else None
+
+
+def chosen_queries(queries: Sequence[Query], most: int | None) -> list[int]:
+    """The numbers of the queries that are answered to their end: at most `most`, probes before others."""
+    order = sorted(range(len(queries)), key=lambda i: not queries[i].facts)
+    return sorted(order[:most])
+
+
+def answer_steps(queries: int, most: int | None) -> int:
+    """What a progress bar counts for `write_answers` and `kl_sums`, at most."""
+    return _STEPS * min(queries, queries if most is None else most)
+
+
+def room(teacher: Teacher, arms: Mapping[str, Arm], cap: int) -> int:
+    """`cap`, or less where the model's context leaves less behind the longest chat of an arm."""
+    longest = max(arm.prefix.length + max(map(len, arm.suffixes)) for arm in arms.values())
+    return max(1, min(cap, teacher.model.max_length - longest))
+
+
+def write_answers(
+    teacher: Teacher,
+    arm: Arm,
+    chosen: Sequence[int],
+    cap: int,
+    *,
+    begun: Mapping[int, list[int]] | None = None,
+    progress: Progress | None = None,
+) -> dict[int, list[int]]:
+    """Greedy answers (ids) of an arm to the chosen queries, to their end or `cap` tokens.
+
+    `begun` are the first tokens of these answers. The full prompt's are the reference of
+    rho: the answers go on from there, so that the teacher's cache keeps its keys, rho its
+    figure to the last digit, and nothing is decoded twice.
+    """
+    made = {i: list(begun[i][:cap]) if begun else [] for i in chosen}
+    # What a reference holds is either at its end or RESPONSE_TOKENS long, so the unfinished are of one length.
+    length = min(cap, RESPONSE_TOKENS) if begun else 0
+    unfinished = list(chosen)
+    while True:
+        left = [i for i in unfinished if len(made[i]) < cap and not teacher.ended(made[i])]
+        if progress:
+            progress(len(unfinished) - len(left))
+        unfinished = left
+        if not unfinished:
+            return made
+        # Decoding does not see stop texts: look for them before an answer is four times as long as it need be.
+        until = min(cap, max(RESPONSE_TOKENS, 2 * length)) if teacher.stop or not length else cap
+        more = arm.prefix.generate([[*arm.suffixes[i], *made[i]] for i in unfinished], until - length)
+        for i, ids in zip(unfinished, more, strict=True):
+            made[i] = teacher.cut([*made[i], *ids])
+        length = until
+
+
+def kl_sums(
+    teacher: Teacher,
+    arms: Mapping[str, Arm],
+    queries: Sequence[Query],
+    answers: Mapping[int, list[int]],
+    progress: Progress | None = None,
+) -> dict[int, KL]:
+    """KL of the arms none and be over the whole of the full prompt's answers (ids), a few answers at a time."""
+    order = sorted(answers, key=lambda i: len(answers[i]))
+    found: dict[int, KL] = {}
+    for start in range(0, len(order), _SCORED):
+        part = order[start : start + _SCORED]
+        states = {
+            name: arms[name].prefix.states([Row((), arms[name].suffixes[i], answers[i]) for i in part], progress)
+            for name in ARMS
+        }
+        reference = [Example(queries[i], answers[i], full) for i, full in zip(part, states["full"], strict=True)]
+        scores = score(teacher.model, reference, states)
+        lengths = [len(answers[i]) for i in part]
+        none, be = (scores[name].kl_N.split(lengths) for name in ("none", "be"))
+        for n, i in enumerate(part):
+            found[i] = KL(float(none[n].sum()), float(be[n].sum()), lengths[n])
+    return {i: found[i] for i in sorted(found)}
+
+
+def whole_answers(
+    teacher: Teacher,
+    queries: Sequence[Query],
+    made: Mapping[str, Mapping[int, list[int]]],
+    cap: int,
+    kl: dict[int, KL],
+) -> WholeAnswers:
+    """Count facts, ends and loops in answers (ids) by arm and number of the query."""
+    chosen = list(made["full"])
+    texts = {arm: {i: teacher.text(made[arm][i]) for i in chosen} for arm in ARMS}
+    ends = {arm: [teacher.ended(made[arm][i]) for i in chosen] for arm in ARMS}
+    probes = [i for i in chosen if queries[i].facts]
+    said = {arm: {i for i in probes if says(texts[arm][i], queries[i].facts)} for arm in ARMS}
+    brought = said["full"] - said["none"]
+    return WholeAnswers(
+        cap,
+        len(chosen),
+        Facts(len(probes), len(said["full"]), len(said["none"]), len(brought), len(brought & said["be"])),
+        Stops(
+            len(chosen),
+            sum(ends["full"]),
+            sum(ends["be"]),
+            sum(full and be for full, be in zip(ends["full"], ends["be"], strict=True)),
+        ),
+        {arm: sum(map(ends_in_loop, texts[arm].values())) for arm in ARMS},
+        kl,
+    )
