@@ -175,7 +175,7 @@ def free_bytes(device: torch.device) -> int | None:
     """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        return int(free) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
     found = [left for left in (_available(), _group_left()) if left is not None]
     return min(found) if found else None
 

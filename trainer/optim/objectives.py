@@ -196,10 +196,10 @@ class Distil:
 
     def parts(self, vectors_KH: Tensor, step: int) -> list[Part]:
         batch = self.plan(step)
-        states_NH = torch.cat([self.examples[i].states_TH for i in batch])
+        teacher_NH = torch.cat([self.examples[i].states_TH for i in batch])
 
-        def loss(student_nH: Tensor, at: slice = _ALL) -> Tensor:
-            return hidden_kl(states_NH[at].to(student_nH.device), student_nH, self.model.head, tau=self.tau)
+        def loss(states_nH: Tensor, at: slice = _ALL) -> Tensor:
+            return hidden_kl(teacher_NH[at].to(states_nH.device), states_nH, self.model.head, tau=self.tau)
 
         name = "kl" if self.tau == 1 else "softened kl"  # what stands in the log as kl is KL
         return [Part(name, [self.rows[i] for i in batch], vectors_KH, loss)]
