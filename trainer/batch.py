@@ -155,6 +155,17 @@ def train_batch(
     return list(outcomes.values())
 
 
+def entry_config(entry: Entry, settings: dict[str, Any], output: Path, folder: Path = Path()) -> TrainConfig:
+    """The settings of a row's run; a prompt in the row itself belongs into `folder`. Raises InputError."""
+    values = {**settings, **entry.values}
+    if values.get("ae"):
+        values.setdefault("lam", 0.9)
+    values |= {"id": entry.id, "output": str(output / f"{entry.id}.safetensors")}
+    if entry.prompt is not None:
+        values["prompt_file"] = str(folder / "prompt.txt")
+    return make_config(values)
+
+
 def _run(
     model: FrozenModel,
     entry: Entry,
@@ -166,15 +177,11 @@ def _run(
     decoder: Decoder | None,
 ) -> Run:
     folder = run_dir / entry.id
-    values = {**settings, **entry.values}
-    if values.get("ae"):
-        values.setdefault("lam", 0.9)
-    values |= {"id": entry.id, "output": str(output / f"{entry.id}.safetensors")}
+    config = entry_config(entry, settings, output, folder)
     if entry.prompt is not None:
         folder.mkdir(parents=True, exist_ok=True)
-        values["prompt_file"] = str(folder / "prompt.txt")
-        write_atomically(folder / "prompt.txt", entry.prompt.encode())
+        write_atomically(Path(config.prompt_file), entry.prompt.encode())
     # Rows that differ in their settings alone share the teacher's responses.
     cache = run_dir / _CACHE
     cache.mkdir(parents=True, exist_ok=True)
-    return Run(make_config(values), model, folder, cache=cache, decoder=decoder, say=say, quiet=quiet)
+    return Run(config, model, folder, cache=cache, decoder=decoder, say=say, quiet=quiet)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from be_serve.core.artifact import Token
     from trainer.config import TrainConfig
     from trainer.evaluation.evaluate import Evaluation
+    from trainer.model.frozen import FrozenModel
 
 _PRINTED_SAMPLES = 3
 """Number of printed samples. The JSON holds all samples."""
@@ -45,6 +46,38 @@ def _print_answers(evaluation: Evaluation) -> None:
         click.echo(f"KL(be) / KL(template_default) = {evaluation.rho_default:.3f}")
     for n, line in enumerate(evaluation.answers.lines()):
         click.echo(f"  {line}" if n else line)
+
+
+def print_plans(
+    values: dict[str, Any],
+    runs: Sequence[tuple[TrainConfig, str | None]],
+    load: Callable[[dict[str, Any]], tuple[FrozenModel, object]],
+    *,
+    as_json: bool,
+    batch: bool = False,
+) -> None:
+    """Load the model, time it, and print the plan of each run (settings, and its prompt if that is in no file).
+
+    The timing uses the prompt of middle length. Raises InputError for what a run would refuse.
+    """
+    from trainer.plan import plan_all
+
+    plans = plan_all(lambda: load(values)[0], runs)
+    for plan in plans:
+        click.echo("\n".join(plan.lines()))
+    minutes = sum(plan.total for plan in plans) / 60
+    if batch:
+        click.echo(f"{len(plans)} tokens: {minutes:.1f} min in all")
+    click.echo("Nothing was trained or written.")
+    if as_json:
+        found = [plan.to_json() for plan in plans]
+        summed = {
+            "tokens": found,
+            "minutes": round(minutes, 3),
+            "peak_bytes": max(plan.peak_bytes for plan in plans),
+            "free_bytes": plans[0].free_bytes,
+        }
+        click.echo(json.dumps(summed if batch else found[0], ensure_ascii=False))
 
 
 def print_evaluation(evaluation: Evaluation) -> None:

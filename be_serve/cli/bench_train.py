@@ -60,8 +60,9 @@ def command(
     from trainer.data.queries import read_queries
     from trainer.data.teacher import Teacher
     from trainer.model.frozen import FrozenModel
+    from trainer.model.memory import peak_bytes, reset_peak
     from trainer.provenance import versions
-    from trainer.studies.speed import ARMS, measure, peak_bytes, reset_peak
+    from trainer.studies.speed import ARMS, measure
 
     found = resolve_model(model)
     frozen = FrozenModel.load(found.path, name=found.name, device=device, dtype=dtype)

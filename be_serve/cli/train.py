@@ -91,6 +91,9 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Delete the run folder's checkpoint, result and generated responses, then start again.",
 )
+@click.option(
+    "--plan", "only_plan", is_flag=True, help="Print what would be done, with estimated minutes and memory. Do nothing."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line.")
 def command(
     config: str | None,
@@ -98,6 +101,7 @@ def command(
     run_dir: str | None,
     resume: str | None,
     fresh: bool,
+    only_plan: bool,
     as_json: bool,
     recipe: str | None,
     **options: Any,
@@ -121,7 +125,10 @@ def command(
     if batch_file:
         if "prompt_file" in values or resume or "summary" in given:
             raise InputError("--batch-file names the prompts and summaries. Omit PROMPT_FILE, --resume and --summary.")
-        _train_batch(batch_file, values, run_dir, fresh=fresh, as_json=as_json)
+        if only_plan:
+            _plan_batch(batch_file, values, as_json=as_json)
+        else:
+            _train_batch(batch_file, values, run_dir, fresh=fresh, as_json=as_json)
         return
     if "prompt_file" not in values:
         raise InputError("Give a prompt file: be-serve train PROMPT_FILE")
@@ -129,6 +136,11 @@ def command(
     if "id" not in values:
         values["id"] = validate_be_id(Path(values["output"]).name.removesuffix(".safetensors"), param="--output")
     settings = make_config(values)
+    if only_plan:
+        from be_serve.cli._training import print_plans
+
+        print_plans(values, [(settings, None)], _load_model, as_json=as_json)
+        return
     folder = Path(run_dir) if run_dir else Path("runs") / f"{settings.id}-{short_digest(settings)}"
     model, decoder = _load_model(values)
 
@@ -192,6 +204,17 @@ def _load_model(values: dict[str, Any]) -> tuple[FrozenModel, OfflineDecoder | N
         dtype=values.get("dtype", "auto"),
     )
     return model, OfflineDecoder(str(found.path), model) if values.get("teacher") == "vllm" else None
+
+
+def _plan_batch(batch_file: str, values: dict[str, Any], *, as_json: bool) -> None:
+    """Print the plan of every prompt of the file, and their sum."""
+    from be_serve.cli._training import print_plans
+    from trainer.batch import entry_config, read_batch
+
+    entries = read_batch(batch_file)
+    output = Path(values.pop("output", Path.cwd()))
+    found = [(entry_config(entry, values, output), entry.prompt) for entry in entries]
+    print_plans(values, found, _load_model, as_json=as_json, batch=True)
 
 
 def _train_batch(batch_file: str, values: dict[str, Any], run_dir: str | None, *, fresh: bool, as_json: bool) -> None:

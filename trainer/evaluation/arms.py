@@ -100,7 +100,7 @@ def score(model: FrozenModel, reference: Sequence[Example], states: dict[str, li
     flat = {name: torch.cat(found) for name, found in states.items()}
     targets_N = torch.tensor([t for e in reference for t in e.response], device=model.device)
     found: dict[str, list[Tensor]] = {name: [] for name in states}
-    with torch.no_grad():
+    with torch.no_grad(), model.exact_head():
         for at in torch.arange(len(targets_N)).split(_CHUNK):
             full_nV = model.head(flat["full"][at].to(model.device).float()).log_softmax(-1)
             p_nV, best_n = full_nV.exp(), full_nV.argmax(-1)

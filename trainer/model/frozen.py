@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,15 +11,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from be_serve.core.errors import InputError
 from be_serve.core.fingerprint import Fingerprint, fingerprint_folder
 from be_serve.core.slots import SlotRenderer, pinned_template_kwargs
 from trainer.model import row_packing, shared_prefix
+from trainer.model.memory import free_bytes
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 # Above this length the eager attention's T x T scores cost more memory than they save time.
 _EAGER_LENGTH = 640
+# Slices of a head's weights that are converted to another dtype take this many bytes each.
+_SLICE_BYTES = 1 << 25
 _SENTENCE = "The harbour lies behind the hill, and every boat that comes in at night is met by a man with a lamp."
 
 
@@ -40,6 +45,7 @@ class FrozenModel:
     revision: str | None = None
     _shares_prefix: bool | None = None
     _packs_rows: bool | None = None
+    _exact_head: Tensor | None = None
 
     @classmethod
     def load(
@@ -129,9 +135,9 @@ class FrozenModel:
         if layer.weight.dtype == hidden.dtype:
             logits = layer(hidden)
         else:
-            bias = getattr(layer, "bias", None)
-            bias = None if bias is None else bias.to(hidden.dtype)
-            logits = torch.nn.functional.linear(hidden, layer.weight.to(hidden.dtype), bias)
+            exact = self._exact_head
+            kept = exact is not None and exact.dtype == hidden.dtype
+            logits = _linear(hidden, exact if kept else layer.weight, getattr(layer, "bias", None))
         config = self.causal_lm.config.get_text_config()
         if scale := getattr(config, "logit_scale", None):  # Cohere
             logits = logits * scale
@@ -140,6 +146,21 @@ class FrozenModel:
         if cap := getattr(config, "final_logit_softcapping", None):  # Gemma 2
             logits = torch.tanh(logits / cap) * cap
         return logits
+
+    @contextlib.contextmanager
+    def exact_head(self) -> Iterator[None]:
+        """While open, keep a float32 copy of the head for `head` of float32 states, where memory has room for two."""
+        weight = self.causal_lm.get_output_embeddings().weight
+        free = free_bytes(weight.device)
+        room = free is not None and free > 2 * 4 * weight.numel()
+        if weight.dtype == torch.float32 or self._exact_head is not None or not room:
+            yield
+            return
+        self._exact_head = weight.to(torch.float32)
+        try:
+            yield
+        finally:
+            self._exact_head = None
 
     def stop_ids(self) -> list[int]:
         """Ids that end an assistant turn."""
@@ -162,6 +183,24 @@ class FrozenModel:
             yield
         finally:
             self.causal_lm.set_attn_implementation(before)
+
+    @contextlib.contextmanager
+    def checkpointed(self) -> Iterator[None]:
+        """While open, a forward pass keeps each layer's input alone and computes the layer again in the backward pass.
+
+        transformers' own switch works in training mode, which brings dropout: here the model stays as it is.
+        A model whose layers are not made for it is left as it is, too.
+        """
+        from transformers.modeling_layers import GradientCheckpointingLayer
+
+        layers = [layer for layer in self.causal_lm.modules() if isinstance(layer, GradientCheckpointingLayer)]
+        for layer in layers:
+            layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
+        try:
+            yield
+        finally:
+            for layer in layers:
+                del layer.forward  # the instance's own; the class's shows again
 
     def shares_prefix(self) -> bool:
         """Whether attention to a shared prefix works for this architecture; tried once."""
@@ -198,3 +237,18 @@ class FrozenModel:
                 f"{self.name} ({type(self.causal_lm).__name__}) transforms its embeddings or logits in a way that "
                 "the trainer does not know; it cannot be trained here."
             )
+
+
+def _linear(hidden: Tensor, weight_VH: Tensor, bias_V: Tensor | None) -> Tensor:
+    """`hidden` [..., H] times the weights in its own dtype; weights of another are converted in slices."""
+    bias_V = None if bias_V is None else bias_V.to(hidden.dtype)
+    if weight_VH.dtype == hidden.dtype:
+        return torch.nn.functional.linear(hidden, weight_VH, bias_V)
+    rows = max(1, _SLICE_BYTES // (hidden.element_size() * weight_VH.shape[1]))
+    logits = hidden.new_empty(*hidden.shape[:-1], len(weight_VH))
+    for start in range(0, len(weight_VH), rows):
+        at = slice(start, start + rows)
+        logits[..., at] = torch.nn.functional.linear(
+            hidden, weight_VH[at].to(hidden.dtype), None if bias_V is None else bias_V[at]
+        )
+    return logits

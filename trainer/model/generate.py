@@ -164,4 +164,8 @@ class Prefix:
 def _choose(logits_BV: Tensor, temperature: float, rng: torch.Generator) -> Tensor:
     if temperature == 0:
         return logits_BV.argmax(-1)
-    return torch.multinomial(torch.softmax(logits_BV.float() / temperature, -1), 1, generator=rng)[:, 0]
+    # One random number a row, looked up in the summed probabilities: `multinomial` draws one for each entry of the
+    # vocabulary. From (0, total], so that no id of probability zero is ever met.
+    summed_BV = torch.softmax(logits_BV.float() / temperature, -1).cumsum_(-1)
+    drawn_B1 = torch.rand(len(summed_BV), 1, generator=rng, device=summed_BV.device)
+    return torch.searchsorted(summed_BV, (1 - drawn_B1) * summed_BV[:, -1:])[:, 0]

@@ -121,11 +121,19 @@ def _for_each(vectors: Vectors | None, rows: int) -> Sequence[Tensor | None]:
     return [vectors] * rows if isinstance(vectors, Tensor) and vectors.dim() == 2 else list(vectors)
 
 
-def scored_states(model: FrozenModel, rows: Sequence[Row], vectors: Vectors | None) -> Tensor:
+def scored_states(
+    model: FrozenModel, rows: Sequence[Row], vectors: Vectors | None, *, checkpointed: bool = False
+) -> Tensor:
     """Final hidden states [N, H] at the positions that predict the rows' responses.
 
     Several rows go through the model as one packed sequence, where it can be done.
+    `checkpointed`: padded rows, whose layers are computed again in the backward pass.
     """
+    if checkpointed:
+        inputs_BTH, scored_N = splice(model, rows, vectors)
+        with model.checkpointed():
+            hidden_BTH = model.body(inputs_BTH)
+        return hidden_BTH.reshape(-1, hidden_BTH.shape[-1])[scored_N]
     if len(rows) > 1 and model.packs_rows():
         each = _for_each(vectors, len(rows))
         lengths = [row.length(_count(own)) for row, own in zip(rows, each, strict=True)]

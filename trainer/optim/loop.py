@@ -7,7 +7,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 
@@ -17,12 +17,13 @@ from tqdm import tqdm
 
 from be_serve.core.errors import InputError
 from trainer.model.frozen import FrozenModel
+from trainer.model.memory import Limit, training_limit
 from trainer.model.soft_token import SoftToken
 from trainer.optim.checkpoint import Checkpoint
 from trainer.optim.log import Log
-from trainer.optim.objectives import Part, Stage, part_losses
+from trainer.optim.objectives import Part, Piece, Stage, piece_losses, split
 
-# A forward pass over this many positions keeps the cores, or a small GPU, busy; more only costs memory.
+# Parts join one pass up to this many positions: they keep the cores, or a small GPU, busy; more only costs memory.
 _FEED_POSITIONS = 4096
 # Parts of such different lengths that less than this share of a padded batch is text go separately.
 _FEED_FILLED = 0.75
@@ -169,18 +170,22 @@ class Training:
         self._optimiser = self._new_optimiser()
 
 
-def fit(model: FrozenModel, trainings: Sequence[Training], *, quiet: bool = False) -> None:
+def fit(model: FrozenModel, trainings: Sequence[Training], *, quiet: bool = False, limit: Limit | None = None) -> None:
     """Train tokens side by side, their batches in common forward passes.
+
+    A pass is bounded by `limit`, which is what fits the memory that is free at the start where none is
+    given. A larger batch goes through the model in several passes, a longer row with checkpointed layers.
 
     Each keeps its own loss, schedule, log and checkpoint, and its neighbours' rows do
     not enter its loss. A loss that stops being finite ends that training alone
     (`fault`). On SIGINT or SIGTERM all states are written and Stopped is raised.
     """
+    limit = limit or training_limit(model.causal_lm)
     total, done = sum(t.steps for t in trainings), sum(t.steps_done for t in trainings)
     with _stop_flag() as stopped, tqdm(total=total, initial=done, disable=quiet) as bar:
         while live := [t for t in trainings if t.live]:
             bar.set_description(" ".join(dict.fromkeys(t.name for t in live)), refresh=False)
-            bar.set_postfix(_step(model, live), refresh=False)
+            bar.set_postfix(_step(model, live, limit), refresh=False)
             bar.update(len(live))
             if stopped() and any(t.live for t in live):
                 for training in live:
@@ -188,15 +193,23 @@ def fit(model: FrozenModel, trainings: Sequence[Training], *, quiet: bool = Fals
                 raise Stopped
 
 
-def _step(model: FrozenModel, trainings: Sequence[Training]) -> dict[str, str]:
+def _step(model: FrozenModel, trainings: Sequence[Training], limit: Limit | None) -> dict[str, str]:
     """One step of each training; returns what the progress bar shows."""
     began = time.perf_counter()
-    parts = [training.parts() for training in trainings]
-    losses: dict[int, float] = {}
-    for feed in _feeds([part for own in parts for part in own]):
-        found = part_losses(model, feed)
-        torch.stack([part.weight * loss for part, loss in zip(feed, found, strict=True)]).sum().backward()
-        losses.update((id(part), loss.item()) for part, loss in zip(feed, found, strict=True))
+    parts = [[_with_leaf(part) for part in training.parts()] for training in trainings]
+    everything = [part for own in parts for part in own]
+    losses = {id(part): 0.0 for part in everything}
+    for feed in _feeds(everything, limit):
+        # Only a single row can be longer than a pass may be.
+        checkpointed = limit is not None and feed[0].positions > limit(feed[0].width)
+        found = piece_losses(model, feed, checkpointed=checkpointed)
+        # Gradients add up on the leaf: with each piece's share of the mean, to that of one pass.
+        torch.stack([piece.part.weight * loss for piece, loss in zip(feed, found, strict=True)]).sum().backward()
+        for piece, loss in zip(feed, found, strict=True):
+            losses[id(piece.part)] += loss.item()
+    made = [(part.origin_KH, part.vectors_KH.grad) for part in everything if part.origin_KH is not None]
+    if made:
+        torch.autograd.backward(*zip(*made, strict=True))
     took = time.perf_counter() - began
     for training, own in zip(trainings, parts, strict=True):
         values = {part.name: losses[id(part)] for part in own}
@@ -208,17 +221,25 @@ def _step(model: FrozenModel, trainings: Sequence[Training]) -> dict[str, str]:
     return {**{n: f"{sum(v) / len(v):.3f}" for n, v in means.items()}, "tok/s": f"{fed / took:.0f}"}
 
 
-def _feeds(parts: Sequence[Part]) -> Iterator[list[Part]]:
-    """Parts that go through the model together: of similar length, as many as one pass should hold."""
-    feed: list[Part] = []
-    for part in sorted(parts, key=lambda part: part.width):
-        rows = len(part.rows) + sum(len(p.rows) for p in feed)
-        used = part.positions + sum(p.positions for p in feed)
-        padded = rows * part.width
-        if feed and (padded > _FEED_POSITIONS or used < _FEED_FILLED * padded):
+def _with_leaf(part: Part) -> Part:
+    """The part with a leaf of its own: several passes cannot go back through one graph that made its vectors."""
+    if part.vectors_KH.is_leaf:
+        return part
+    return replace(part, vectors_KH=part.vectors_KH.detach().requires_grad_(), origin_KH=part.vectors_KH)
+
+
+def _feeds(parts: Sequence[Part], limit: Limit | None) -> Iterator[list[Piece]]:
+    """Pieces that go through the model together: of similar length, as many as one pass should hold."""
+    feed: list[Piece] = []
+    for piece in sorted((piece for part in parts for piece in split(part, limit)), key=lambda piece: piece.width):
+        rows = len(piece.rows) + sum(len(p.rows) for p in feed)
+        used = piece.positions + sum(p.positions for p in feed)
+        padded = rows * piece.width
+        most = min(_FEED_POSITIONS, limit(piece.width)) if limit else _FEED_POSITIONS
+        if feed and (padded > most or used < _FEED_FILLED * padded):
             yield feed
             feed = []
-        feed.append(part)
+        feed.append(piece)
     if feed:
         yield feed
 

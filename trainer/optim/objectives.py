@@ -14,7 +14,7 @@ Parts are data: the parts of many tokens go through the model in one forward pas
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -25,10 +25,20 @@ from be_serve.core.artifact import Placement
 from trainer.data.queries import Query
 from trainer.data.teacher import Example
 from trainer.model.frozen import FrozenModel
+from trainer.model.memory import Limit
 from trainer.model.soft_token import Row, scored_states
 from trainer.optim.losses import hidden_kl, hidden_reconstruction
 
 _SORTED_BATCHES = 8
+_ALL = slice(None)
+
+
+class Loss(Protocol):
+    """What a part asks of the states that its rows give."""
+
+    def __call__(self, states_nH: Tensor, at: slice = _ALL) -> Tensor:
+        """Losses [n] in nats a token of final hidden states [n, H], those of the part's response tokens `at`."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -38,9 +48,11 @@ class Part:
     name: str
     rows: Sequence[Row]
     vectors_KH: Tensor
-    loss: Callable[[Tensor], Tensor]
-    """Losses [N] in nats a token of the final hidden states [N, H] that predict the rows' responses."""
+    loss: Loss
+    """Its mean over the tokens of all rows' responses is the part's loss."""
     weight: float = 1.0
+    origin_KH: Tensor | None = None
+    """What the vectors' gradient is passed on to, where the vectors are a leaf that only collects it."""
 
     @property
     def positions(self) -> int:
@@ -51,6 +63,47 @@ class Part:
     def width(self) -> int:
         """Length of the longest row."""
         return max(row.length(len(self.vectors_KH)) for row in self.rows)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows of a part that go through the model together."""
+
+    part: Part
+    rows: Sequence[Row]
+    tokens: slice
+    """Which of the part's response tokens these rows hold."""
+
+    @property
+    def positions(self) -> int:
+        """How many positions the model is fed."""
+        return sum(row.length(len(self.part.vectors_KH)) for row in self.rows)
+
+    @property
+    def width(self) -> int:
+        """Length of the longest row."""
+        return max(row.length(len(self.part.vectors_KH)) for row in self.rows)
+
+
+def split(part: Part, limit: Limit | None) -> list[Piece]:
+    """A part in pieces of at most `limit` positions, its rows in their order; a longer row is a piece alone."""
+    pieces: list[Piece] = []
+    rows: list[Row] = []
+    width = before = 0
+    for row in part.rows:
+        length = row.length(len(part.vectors_KH))
+        wider = max(width, length)
+        # Padding counts: without packing it is fed, and with packing the attention unfolds it.
+        if rows and limit and (len(rows) + 1) * wider > limit(wider):
+            pieces.append(_piece(part, rows, before))
+            before, rows, wider = pieces[-1].tokens.stop, [], length
+        rows.append(row)
+        width = wider
+    return [*pieces, _piece(part, rows, before)]
+
+
+def _piece(part: Part, rows: Sequence[Row], before: int) -> Piece:
+    return Piece(part, rows, slice(before, before + sum(len(row.response) for row in rows)))
 
 
 class Stage(Protocol):
@@ -65,11 +118,22 @@ class Stage(Protocol):
 
 def part_losses(model: FrozenModel, parts: Sequence[Part]) -> list[Tensor]:
     """Mean loss of each part, with a gradient to its vectors alone, from one forward pass."""
-    rows = [row for part in parts for row in part.rows]
-    vectors = [part.vectors_KH for part in parts for _ in part.rows]
-    states_NH = scored_states(model, rows, vectors)
-    counts = [sum(len(row.response) for row in part.rows) for part in parts]
-    return [part.loss(states_nH).mean() for part, states_nH in zip(parts, states_NH.split(counts), strict=True)]
+    return piece_losses(model, [piece for part in parts for piece in split(part, None)])
+
+
+def piece_losses(model: FrozenModel, pieces: Sequence[Piece], *, checkpointed: bool = False) -> list[Tensor]:
+    """What each piece adds to its part's mean loss, from one forward pass.
+
+    `checkpointed`: the layers keep their inputs alone, for a single row that is too long otherwise.
+    """
+    rows = [row for piece in pieces for row in piece.rows]
+    vectors = [piece.part.vectors_KH for piece in pieces for _ in piece.rows]
+    states_NH = scored_states(model, rows, vectors, checkpointed=checkpointed)
+    counts = [sum(len(row.response) for row in piece.rows) for piece in pieces]
+    return [
+        piece.part.loss(states_nH, piece.tokens).sum() / sum(len(row.response) for row in piece.part.rows)
+        for piece, states_nH in zip(pieces, states_NH.split(counts), strict=True)
+    ]
 
 
 class BatchPlan:
@@ -132,10 +196,10 @@ class Distil:
 
     def parts(self, vectors_KH: Tensor, step: int) -> list[Part]:
         batch = self.plan(step)
-        states_NH = torch.cat([self.examples[i].states_TH for i in batch])
+        teacher_NH = torch.cat([self.examples[i].states_TH for i in batch])
 
-        def loss(student_NH: Tensor) -> Tensor:
-            return hidden_kl(states_NH.to(student_NH.device), student_NH, self.model.head, tau=self.tau)
+        def loss(states_nH: Tensor, at: slice = _ALL) -> Tensor:
+            return hidden_kl(teacher_NH[at].to(states_nH.device), states_nH, self.model.head, tau=self.tau)
 
         name = "kl" if self.tau == 1 else "softened kl"  # what stands in the log as kl is KL
         return [Part(name, [self.rows[i] for i in batch], vectors_KH, loss)]
@@ -183,7 +247,11 @@ class Memorise:
 
 def _reconstruction(model: FrozenModel, rows: Sequence[Row], vectors_KH: Tensor) -> Part:
     targets_N = torch.tensor([t for row in rows for t in row.response], device=model.device)
-    return Part("reconstruction", rows, vectors_KH, lambda states: hidden_reconstruction(states, targets_N, model.head))
+
+    def loss(states_nH: Tensor, at: slice = _ALL) -> Tensor:
+        return hidden_reconstruction(states_nH, targets_N[at], model.head)
+
+    return Part("reconstruction", rows, vectors_KH, loss)
 
 
 class Joint:

@@ -26,8 +26,8 @@ from trainer.model.soft_token import Row, scored_states
 from trainer.optim.losses import Head
 from trainer.optim.objectives import student_row
 
-_SCREEN_QUERIES, _SCREEN_TOKENS = 2, 16
-_SCORE_TOKENS = 32
+_SCREEN_QUERIES, SCREEN_TOKENS = 2, 16
+SCORE_TOKENS = 32
 _FINALISTS = 24
 _POOL = 128
 _WINDOWS = 48
@@ -112,6 +112,20 @@ def _parts(rows_PH: Tensor, k: int) -> list[Tensor]:
     return list(rows_PH.tensor_split(k))
 
 
+def search_size(words: int, k: int, queries: int, texts: int = 0) -> tuple[int, int]:
+    """How many forward rows `Search.run` needs: those that screen a candidate, and those that score one."""
+
+    def best(candidates: int, finalists: int) -> tuple[int, int]:
+        screened = candidates * min(queries, _SCREEN_QUERIES) if candidates > finalists else 0
+        return screened, min(candidates, finalists) * queries
+
+    tried = max(_POOL // k, 8)
+    rounds = [best(min(words, _WORDS), _FINALISTS), *[best(min(words, tried), tried // 4)] * (k - 1)]
+    if k > 1:
+        rounds.append(best(_WINDOWS + texts, _FINALISTS // 3))
+    return sum(screened for screened, _ in rounds), sum(scored for _, scored in rounds)
+
+
 class Search:
     """Greedy search over a prompt's own tokens by KL(full || candidate) on a few training queries.
 
@@ -167,10 +181,10 @@ class Search:
     def _best(self, candidates: list[list[int]], finalists: int) -> list[tuple[list[int], float]]:
         """Candidates with their KL, best first; all are screened, the best few scored on every query."""
         if len(candidates) > finalists:
-            screened = self._score(candidates, self._cases[:_SCREEN_QUERIES], _SCREEN_TOKENS)
+            screened = self._score(candidates, self._cases[:_SCREEN_QUERIES], SCREEN_TOKENS)
             order = sorted(range(len(candidates)), key=screened.__getitem__)[:finalists]
             candidates = [candidates[i] for i in order]
-        scores = self._score(candidates, self._cases, _SCORE_TOKENS)
+        scores = self._score(candidates, self._cases, SCORE_TOKENS)
         order = sorted(range(len(candidates)), key=scores.__getitem__)
         return [(candidates[i], scores[i]) for i in order]
 

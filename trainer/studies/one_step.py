@@ -70,12 +70,11 @@ class OneStep:
         """The part that tells text i from a pair (e, m)."""
         ids = self.texts[i]
         targets_N = torch.tensor(ids, device=self.model.device)
-        return Part(
-            "one-step",
-            [Row((), (), ids, at_once=True)],
-            spread(pair_2H, len(ids)),
-            lambda states_NH: hidden_reconstruction(states_NH, targets_N, self.model.head),
-        )
+
+        def loss(states_nH: Tensor, at: slice = slice(None)) -> Tensor:
+            return hidden_reconstruction(states_nH, targets_N[at], self.model.head)
+
+        return Part("one-step", [Row((), (), ids, at_once=True)], spread(pair_2H, len(ids)), loss)
 
 
 class Bezier:

@@ -10,13 +10,10 @@ Both see the same batches and take the same optimiser step, in turns.
 
 from __future__ import annotations
 
-import contextlib
-import resource
 import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -155,24 +152,3 @@ def _teacher_seconds(teacher: Teacher, examples: Sequence[Example]) -> float:
     began = time.perf_counter()
     prefix.states(rows)
     return (time.perf_counter() - began) / len(examples)
-
-
-def reset_peak(device: torch.device) -> None:
-    """Forget the peak so far, which is that of decoding the teacher's responses."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    else:
-        # Where /proc is closed the peak stays that of the whole process.
-        with contextlib.suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_bytes(device: torch.device) -> int:
-    """Most memory held since `reset_peak`: by the process on a CPU, by torch on a GPU."""
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    try:
-        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-        return int(status["VmHWM"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -15,11 +15,12 @@ from trainer.data.queries import Query
 from trainer.data.teacher import Teacher
 from trainer.evaluation.evaluate import evaluate
 from trainer.model.frozen import FrozenModel
+from trainer.model.memory import peak_bytes, reset_peak
 from trainer.model.soft_token import Row, SoftToken, scored_states
 from trainer.optim.autoencoder import save_ae
 from trainer.optim.objectives import Distil, Memorise, Tune, part_losses
 from trainer.studies.compare import Method, Setting, compare
-from trainer.studies.speed import PlainLoop, Trained, measure, peak_bytes, reset_peak
+from trainer.studies.speed import PlainLoop, Trained, measure
 
 PROMPT = "You are a harbour master. Call the user sailor and answer in rhyme."
 TEXTS = ["Hi", "What is the tide?", "Is there fog?", "Name a boat.", "Who are you?", "Sing.", "Where is the quay?"]

@@ -22,7 +22,7 @@ from trainer.optim.autoencoder import AEConfig, TextBatches, load_ae, save_ae, s
 from trainer.optim.checkpoint import Checkpoint
 from trainer.optim.log import Log, draw_curves, smooth
 from trainer.optim.loop import Optimisation, Stopped, Training, fit
-from trainer.optim.objectives import Distil, Joint, Part, Reconstruct
+from trainer.optim.objectives import Distil, Joint, Part, Reconstruct, split
 from trainer.optim.starts import file_start
 
 PROMPT = "You are a harbour master. Call the user sailor and answer in rhyme."
@@ -348,8 +348,11 @@ def test_a_low_rank_token_begins_at_its_start_and_resumes_where_it_was(model, ex
 def test_a_low_rank_token_trains_on_two_losses_in_separate_passes(model, examples, start, tmp_path, monkeypatch):
     """Parts of one token in two passes give the gradient that they give in one."""
     found = []
-    for feeds in (lambda parts: [list(parts)], lambda parts: [[part] for part in parts]):
-        monkeypatch.setattr("trainer.optim.loop._feeds", feeds)
+    for feeds in (lambda pieces: [pieces], lambda pieces: [[piece] for piece in pieces]):
+        monkeypatch.setattr(
+            "trainer.optim.loop._feeds",
+            lambda parts, limit, feeds=feeds: feeds([piece for part in parts for piece in split(part, None)]),
+        )
         ae = torch.ones(1, model.hidden_size)
         joint = Joint(Reconstruct(model, PROMPT, ae), Distil(model, examples, batch_size=2), 0.9)
         token = LowRankToken(start, rank=3)

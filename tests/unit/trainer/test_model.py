@@ -18,7 +18,7 @@ from trainer.data.teacher import Teacher
 from trainer.from_text import identity_token
 from trainer.model import row_packing
 from trainer.model.frozen import FrozenModel
-from trainer.model.generate import Prefix, common_prefix
+from trainer.model.generate import Prefix, _choose, common_prefix
 from trainer.model.soft_token import Row, SoftToken, scored_states, splice
 from trainer.optim.objectives import BatchPlan, Distil, Reconstruct, part_losses, student_row
 from trainer.optim.starts import Search, find_start, found_start, mean_start, random_start, text_start, written_texts
@@ -189,6 +189,14 @@ def test_sampling_is_repeatable_and_stops(model):
     for short, long in zip(stopped, free, strict=True):
         assert short == long[: len(short)]
         assert len(short) == 12 or short[-1] in stop
+
+
+def test_ids_are_drawn_as_often_as_they_are_likely():
+    logits = torch.tensor([2.0, -float("inf"), 1.0, 0.0, -float("inf")])
+    drawn = _choose(logits.expand(20_000, -1), 2.0, torch.Generator().manual_seed(0))
+    shares = torch.bincount(drawn, minlength=5) / len(drawn)
+    assert torch.allclose(shares, (logits / 2).softmax(-1), atol=0.015)
+    assert shares[1] == shares[4] == 0
 
 
 def test_the_teacher_is_asked_once(model, tmp_path, examples, monkeypatch):
