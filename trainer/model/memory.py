@@ -29,8 +29,6 @@ _FILL = 0.7
 _LEAST_POSITIONS = 64
 # What libraries take beside tensors once they work: thread buffers, packed weights.
 _BESIDE = 24 << 20
-# Measured: a pass holds about this many times the tensors that its widest layer needs at once.
-_PASS_FACTOR = 1.8
 _CHECKPOINT_FACTOR = 3
 _CGROUPS = (
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory.stat", "inactive_file"),
@@ -157,7 +155,7 @@ class MemoryModel:
     def _forward(self, reach: int) -> int:
         """Bytes a position of a pass without gradient that attends to `reach` positions."""
         widest = max(3 * self.inner, 3 * self.heads * reach)
-        return int(_PASS_FACTOR * (4 * self.hidden + widest) * self.item)
+        return (4 * self.hidden + widest) * self.item
 
     def _cache(self, positions: int) -> int:
         """Bytes of the keys and values of `positions`, and of the layer that is being made longer."""

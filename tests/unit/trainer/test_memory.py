@@ -277,11 +277,13 @@ def test_the_estimates_hold_against_a_process(tmp_path):
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     root = Path(__file__).parents[3]
-    done = subprocess.run(
-        [sys.executable, "-c", _CHILD, str(tmp_path)], capture_output=True, text=True, cwd=root, check=False
-    )
+    # Freed memory goes back at once; what an earlier phase left in the heap would hide a part of the next one's need.
+    heap = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    command = [sys.executable, "-c", _CHILD, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root, check=False, env={**os.environ, **heap})
     assert done.returncode == 0, done.stderr
     found = {name: (int(got), int(expected)) for name, got, expected in map(str.split, done.stdout.splitlines())}
     assert set(found) == {"load", "decoding", "scoring", "step"}
     ratios = {name: expected / got for name, (got, expected) in found.items()}
+    print(ratios)
     assert all(2 / 3 < ratio < 1.5 for ratio in ratios.values()), ratios
