@@ -107,10 +107,8 @@ class Prefix:
         for start in range(0, len(order), size):
             batch = order[start : start + size]
             with self._before(len(batch)) as cache:
-                ids = self._decode([suffixes[i] for i in batch], cache, max_new, temperature, rng, stop_ids)
+                ids = self._decode([suffixes[i] for i in batch], cache, max_new, temperature, rng, stop_ids, progress)
             made.update(zip(batch, ids, strict=True))
-            if progress:
-                progress(len(batch))
         return [made[i] for i in range(len(suffixes))]
 
     def _decode(
@@ -121,6 +119,7 @@ class Prefix:
         temperature: float,
         rng: torch.Generator,
         stop_ids: Tensor,
+        progress: Progress | None,
     ) -> list[list[int]]:
         with torch.no_grad():
             device = self.model.device
@@ -134,7 +133,7 @@ class Prefix:
             position_BT = (mask_BT.cumsum(1) - 1).clamp(min=0)[:, self.length :]
             if self._shared:  # the cache holds no prefix then, and the mask covers what the cache holds
                 mask_BT = mask_BT[:, self.length :]
-            rows = list(range(len(suffixes)))
+            rows = live = list(range(len(suffixes)))
             made: list[list[int]] = [[] for _ in suffixes]
             inputs_BTH = self.model.embed(ids_BT)
             for _ in range(max_new):
@@ -147,7 +146,9 @@ class Prefix:
                         made[row].append(token)
                 ended = torch.isin(next_B, stop_ids).tolist()
                 rows = [-1 if end else row for row, end in zip(rows, ended, strict=True)]
-                live = [i for i, row in enumerate(rows) if row >= 0]
+                before, live = len(live), [i for i, row in enumerate(rows) if row >= 0]
+                if progress and len(live) < before:
+                    progress(before - len(live))  # a long batch would stand still otherwise
                 if not live:
                     break
                 mask_BT = torch.cat([mask_BT, mask_BT.new_ones(len(rows), 1)], dim=1)
@@ -157,7 +158,10 @@ class Prefix:
                     cache.batch_select_indices(keep)
                     mask_BT, position_BT, next_B = mask_BT[keep], position_BT[keep], next_B[keep]
                     rows = [rows[i] for i in live]
+                    live = list(range(len(rows)))
                 inputs_BTH = self.model.embed(next_B[:, None])
+            if progress and live:
+                progress(len(live))
             return made
 
 
