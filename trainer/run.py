@@ -23,7 +23,7 @@ from be_serve.core.prompts import prompt_sha256, read_prompt_file
 from trainer.config import TrainConfig
 from trainer.data.chat_server import served_answers
 from trainer.data.queries import Query, drop_near_duplicates, read_queries, split_held_out, write_queries
-from trainer.data.synthesis import synthesise
+from trainer.data.synthesis import messages, synthesise
 from trainer.data.teacher import Decoder, Example, Teacher
 from trainer.evaluation.evaluate import Evaluation, evaluate, evaluation_steps
 from trainer.evaluation.report_html import write_report
@@ -204,15 +204,8 @@ class Run:
         elif kept.exists():
             found = read_queries(kept)
         else:
-            with self._timed("queries"), self._bar("writing queries", int(1.25 * config.synthesise)) as progress:
-                found = synthesise(
-                    self.model,
-                    self.prompt,
-                    config.synthesise,
-                    room=config.response_tokens,
-                    seed=config.seed,
-                    progress=progress,
-                )
+            with self._timed("queries"), self._bar("writing queries", messages(config.synthesise)) as progress:
+                found = synthesise(self.model, self.prompt, config.synthesise, seed=config.seed, progress=progress)
             write_queries(kept, found)
         unique = drop_near_duplicates(found, beside=test)
         if len(unique) < len(found):

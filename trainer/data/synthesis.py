@@ -1,111 +1,105 @@
-"""Queries written by the model itself, for prompts that come without any.
+"""Queries for prompts that come without any.
 
-Four kinds, as in Magpie and self-study, each sampled at temperature 1:
-    persona    only the template up to the user's words, with the prompt in the system slot
-    clause     the user turn continues "question about <a sentence of the prompt>"
-    generic    as `persona` without the prompt, so that the token learns off-topic behaviour too
-    follow-up  as `persona` behind a question and the prompt's answer to it: a second turn
+    pool     messages written for this project, which fit any prompt (`trainer.data.pool`)
+    aimed    written by the model at one sentence of the prompt: a message at which the sentence
+             matters, or a question that the sentence answers
+
+A small model's own messages are poor, so those in another script, without an end, too short or
+long, that repeat the sentence, and the least likely ones are dropped.
 """
 
 from __future__ import annotations
 
-import random
+import itertools
+import math
+import unicodedata
 from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
 
 from be_serve.core.errors import InputError
-from be_serve.core.slots import Message, new_marker
+from be_serve.core.slots import new_marker
+from trainer.data.pool import draw
 from trainer.data.queries import Query, drop_near_duplicates
 from trainer.model.frozen import FrozenModel
 from trainer.model.generate import Prefix, Progress, common_prefix
-from trainer.text import sentences
+from trainer.model.soft_token import Row
+from trainer.text import sentences, words_of
 
-_SHARES = {"persona": 0.35, "clause": 0.35, "generic": 0.2}
-_FOLLOW_UPS = 0.1
-_ANSWER_TOKENS = 64
+AIMED = 0.4
+"""Share of aimed queries."""
 _QUERY_TOKENS = 48
-_ROUNDS = 4
-_OPENERS = ("What", "How", "Why", "Can you", "Tell me", "Do you", "I", "Please", "Is it", "Where")
-_ASK = (
-    "Below is a rule that an assistant follows.\n\nRule: {clause}\n\n"
+_SPARE = 1.6
+"""How many messages are written for each that is wanted."""
+_LIKELY = 0.8
+"""Share of usable messages that stay: the most likely ones."""
+_REPEATED = 0.8
+"""A message that holds this share of the words of any sentence repeats it."""
+_TEMPERATURE = 0.8
+_ASKS = (
+    "Below is a rule that an assistant follows.\n\nRule: {sentence}\n\n"
     "Write one short message that a user could send to this assistant, so that the rule matters. "
-    "Write the message only."
+    "Write the message only.",
+    "Below is something that an assistant knows.\n\nText: {sentence}\n\n"
+    "Write one short question of a user that this text answers. Do not repeat the text. Write the question only.",
 )
 
 
+@dataclass(frozen=True)
+class Aimed:
+    """A message and the number of the sentence at which it is aimed."""
+
+    query: Query
+    sentence: int
+
+
+def messages(count: int) -> int:
+    """How many messages the model writes for `count` queries: what a progress bar counts."""
+    return math.ceil(_SPARE * round(AIMED * count))
+
+
 def synthesise(
-    model: FrozenModel, prompt: str, count: int, *, room: int = 128, seed: int, progress: Progress | None = None
+    model: FrozenModel, prompt: str, count: int, *, seed: int, progress: Progress | None = None
 ) -> list[Query]:
-    """`count` different queries, or as many as four rounds give. Raises InputError for fewer than 8.
+    """`count` different queries: `AIMED` of them aimed at the prompt's sentences in turn, the others from the pool.
 
-    `room` is left behind a second turn for the response to it, in tokens.
-
-    `progress` is called with the number of texts sampled.
+    `progress` is called with the number of messages sampled. Raises InputError where fewer than 8 are usable.
     """
-    rng = random.Random(seed)  # noqa: S311
-    found: list[Query] = []
-    for turn in range(_ROUNDS):
-        missing = count - len(found)
-        if missing <= 0:
-            break
-        made: list[Query] = []
-        for n, (kind, share) in enumerate(_SHARES.items()):
-            wanted = max(1, round(1.25 * missing * share))
-            heads = [_head(model, prompt, kind, rng) for _ in range(wanted)]
-            made += [_single(text) for text in _sample(model, heads, seed + 1000 * turn + n, progress) if text]
-        rng.shuffle(made)
-        found = drop_near_duplicates([*found, *made])
+    wanted = round(AIMED * count)
+    aimed = [found.query for found in aimed_queries(model, prompt, wanted, seed=seed, progress=progress)]
+    # The pool makes up for what the model could not write.
+    found = drop_near_duplicates([*aimed, *draw(count - len(aimed), seed)])
     if len(found) < 8:
         raise InputError("The model wrote too few usable queries; give your own with --queries.")
-    wanted = round(_FOLLOW_UPS * count)
-    later = _follow_ups(model, prompt, found[: 2 * wanted], room, seed, rng, progress)[:wanted]
-    return [*found[: count - len(later)], *later]
+    return found
 
 
-def _single(text: str) -> Query:
-    return Query(({"role": "user", "content": text},))
-
-
-def _follow_ups(
-    model: FrozenModel,
-    prompt: str,
-    queries: Sequence[Query],
-    room: int,
-    seed: int,
-    rng: random.Random,
-    progress: Progress | None,
-) -> list[Query]:
-    """Second turns: each query, the prompt's greedy answer, and what the model has the user say then.
-
-    None where the model has no room for a second turn behind the prompt.
-    """
-    chats = [
-        model.slots.encode_chat(
-            [{"role": "system", "content": prompt}, *query.messages], template_kwargs=model.template_kwargs
-        )
-        for query in queries
-    ]
-    longest = max(map(len, chats), default=model.max_length)
-    if longest + _ANSWER_TOKENS + 2 * _QUERY_TOKENS + room > model.max_length:
+def aimed_queries(
+    model: FrozenModel, prompt: str, count: int, *, seed: int, progress: Progress | None = None
+) -> list[Aimed]:
+    """At most `count` messages that the model wrote, the sentences of the prompt in turn."""
+    if not count:
         return []
-    shared = common_prefix(chats)
-    answers = Prefix(model, model.embed(chats[0][:shared])).generate(
-        [chat[shared:] for chat in chats], _ANSWER_TOKENS, progress=progress
-    )
-    histories = [
-        (*query.messages, {"role": "assistant", "content": model.tokenizer.decode(ids, skip_special_tokens=True)})
-        for query, ids in zip(queries, answers, strict=True)
+    parts = sentences(prompt)
+    jobs = [(n % len(parts), _ASKS[n // len(parts) % len(_ASKS)]) for n in range(math.ceil(_SPARE * count))]
+    texts = _sample(model, [ask.format(sentence=parts[at]) for at, ask in jobs], seed, progress)
+    usable = [
+        Aimed(Query(({"role": "user", "content": text},)), at)
+        for (at, _), made in zip(jobs, texts, strict=True)
+        if made
+        and (text := clean(made))
+        and same_script(text, prompt)
+        and not any(_repeats(text, part) for part in parts)
     ]
-    heads = [_user_turn(model, prompt, history, rng) for history in histories]
-    texts = _sample(model, heads, seed + 500, progress)
-    return [
-        Query((*history, {"role": "user", "content": text}))
-        for history, text in zip(histories, texts, strict=True)
-        if text
-    ]
+    unique = {query.text: aimed for aimed in usable if (query := aimed.query)}
+    kept = [unique[query.text] for query in drop_near_duplicates([aimed.query for aimed in unique.values()])]
+    return _in_turn(_likely(model, kept), count)
 
 
 def clean(text: str) -> str | None:
-    """The first paragraph of a sampled user turn; None where it is no usable query."""
+    """The first paragraph of a sampled message; None where it is no usable query."""
     text = text.strip().split("\n\n")[0].strip().strip('"').strip()
     words = text.split()
     if not 2 <= len(words) <= 60 or sum(c.isalpha() for c in text) < 0.6 * len(text):
@@ -113,41 +107,61 @@ def clean(text: str) -> str | None:
     return text
 
 
-def _sample(
-    model: FrozenModel, heads: Sequence[tuple[list[int], str]], seed: int, progress: Progress | None
-) -> list[str | None]:
-    """User turns sampled behind each head (ids, and the words that they already hold); None where unusable."""
-    rows = [ids for ids, _ in heads]
+def same_script(text: str, prompt: str) -> bool:
+    """Whether all letters of a text are of scripts (Latin, Cyrillic, ...) that the prompt uses."""
+    return _scripts(text) <= _scripts(prompt)
+
+
+def _scripts(text: str) -> set[str]:
+    return {unicodedata.name(c, "").partition(" ")[0] for c in set(text) if c.isalpha()}
+
+
+def _repeats(text: str, sentence: str) -> bool:
+    words = set(words_of(sentence))
+    return len(words & set(words_of(text))) >= _REPEATED * len(words)
+
+
+def _in_turn(found: Sequence[Aimed], count: int) -> list[Aimed]:
+    """`count` of the messages, the sentences in turn."""
+    by_sentence: dict[int, list[Aimed]] = {}
+    for aimed in found:
+        by_sentence.setdefault(aimed.sentence, []).append(aimed)
+    rounds = itertools.zip_longest(*(by_sentence[at] for at in sorted(by_sentence)))
+    return [aimed for turn in rounds for aimed in turn if aimed][:count]
+
+
+def _likely(model: FrozenModel, found: Sequence[Aimed]) -> list[Aimed]:
+    """The messages without the least likely ones, by the model's mean log-likelihood of the user's turn."""
+    if len(found) < 8:
+        return list(found)
+    marker = new_marker()
+    chat = [{"role": "user", "content": marker}]
+    text = str(
+        model.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True, **model.template_kwargs)
+    )
+    head = model.tokenizer.encode(text.split(marker)[0], add_special_tokens=False)
+    ids = [model.tokenizer.encode(aimed.query.text, add_special_tokens=False) for aimed in found]
+    prefix = Prefix(model, model.embed(head[:-1]))
+    states = prefix.states([Row((), head[-1:], own) for own in ids])
+    with torch.no_grad():
+        losses = [
+            float(F.cross_entropy(model.head(state).float(), torch.tensor(own, device=state.device)))
+            for state, own in zip(states, ids, strict=True)
+        ]
+    limit = sorted(losses)[math.ceil(_LIKELY * len(losses)) - 1]
+    return [aimed for aimed, loss in zip(found, losses, strict=True) if loss <= limit]
+
+
+def _sample(model: FrozenModel, asks: Sequence[str], seed: int, progress: Progress | None) -> list[str | None]:
+    """The model's answers to the asks; None where an answer has no end."""
+    rows = [
+        model.slots.encode_chat([{"role": "user", "content": ask}], template_kwargs=model.template_kwargs)
+        for ask in asks
+    ]
     shared = common_prefix(rows)
     prefix = Prefix(model, model.embed(rows[0][:shared]))
-    made = prefix.generate([ids[shared:] for ids in rows], _QUERY_TOKENS, temperature=1.0, seed=seed, progress=progress)
+    made = prefix.generate(
+        [ids[shared:] for ids in rows], _QUERY_TOKENS, temperature=_TEMPERATURE, seed=seed, progress=progress
+    )
     stop = set(model.stop_ids())
-    # A text that never ended is cut in the middle: of no use.
-    return [
-        clean(opener + model.tokenizer.decode(ids, skip_special_tokens=True)) if ids[-1] in stop else None
-        for ids, (_, opener) in zip(made, heads, strict=True)
-    ]
-
-
-def _head(model: FrozenModel, prompt: str, kind: str, rng: random.Random) -> tuple[list[int], str]:
-    """Ids to continue, and the words of the query that they already hold."""
-    if kind == "clause":
-        ask = _ASK.format(clause=rng.choice(sentences(prompt)))
-        chat = [{"role": "user", "content": ask}]
-        return model.slots.encode_chat(chat, template_kwargs=model.template_kwargs), ""
-    return _user_turn(model, prompt if kind == "persona" else "", (), rng)
-
-
-def _user_turn(
-    model: FrozenModel, system: str, history: Sequence[Message], rng: random.Random
-) -> tuple[list[int], str]:
-    """The template up to the first words of the user's next turn."""
-    marker = new_marker()
-    chat: Sequence[Message] = model.slots.with_system_role(
-        [{"role": "system", "content": system}, *history, {"role": "user", "content": marker}]
-    )
-    text = model.tokenizer.apply_chat_template(
-        chat, tokenize=False, add_generation_prompt=True, **model.template_kwargs
-    )
-    opener = rng.choice(_OPENERS)
-    return model.tokenizer.encode(text.split(marker)[0] + opener, add_special_tokens=False), opener
+    return [model.tokenizer.decode(ids, skip_special_tokens=True) if ids[-1] in stop else None for ids in made]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import random
-
 import numpy as np
 import pytest
 import torch
@@ -13,7 +11,6 @@ from be_serve.core.slots import SlotRenderer
 from tests.conftest import make_tokenizer
 from trainer.config import make_config
 from trainer.data.queries import Query
-from trainer.data.synthesis import _head, _user_turn
 from trainer.data.teacher import Teacher
 from trainer.from_text import identity_token
 from trainer.model import row_packing
@@ -22,7 +19,6 @@ from trainer.model.generate import Prefix, _choose, common_prefix
 from trainer.model.soft_token import Row, SoftToken, scored_states, splice
 from trainer.optim.objectives import BatchPlan, Distil, Reconstruct, part_losses, student_row
 from trainer.optim.starts import Search, find_start, found_start, mean_start, random_start, text_start, written_texts
-from trainer.text import sentences
 
 PROMPT = "You are a harbour master. Call the user sailor and answer in rhyme."
 QUERIES = [
@@ -213,24 +209,6 @@ def test_the_teacher_is_asked_once(model, tmp_path, examples, monkeypatch):
     (file,) = tmp_path.iterdir()
     file.write_bytes(file.read_bytes()[:-5])  # damaged: made again
     assert teacher.examples(QUERIES, response_tokens=6)[0].response == first[0].response
-
-
-def test_heads_of_synthetic_queries(model):
-    rng = random.Random(0)
-    for kind in ("persona", "generic", "clause"):
-        ids, opener = _head(model, PROMPT, kind, rng)
-        text = model.tokenizer.decode(ids)
-        assert (PROMPT in text) == (kind == "persona") or kind == "clause"
-        if kind == "clause":
-            assert any(clause in text for clause in sentences(PROMPT))
-            assert text.endswith("<|im_start|>assistant\n")
-        else:
-            assert text.endswith(f"<|im_start|>user\n{opener}")
-    history = [{"role": "user", "content": "Is there fog?"}, {"role": "assistant", "content": "Thick as soup."}]
-    ids, opener = _user_turn(model, PROMPT, history, rng)
-    text = model.tokenizer.decode(ids)
-    assert text.index(PROMPT) < text.index("fog?") < text.index("soup.")
-    assert text.endswith(f"<|im_start|>user\n{opener}")
 
 
 def test_gold_answers(model):
