@@ -13,6 +13,7 @@ from be_serve.core.errors import InputError
 from be_serve.core.redaction import holds_credentials
 
 MAX_TOKENS = 16
+MAX_PLACES = 64
 BUILTIN_AE = "builtin"
 """As an [AE] file's name: the one that is shipped for the default model."""
 _BUILTIN_AE_FILE = Path(__file__).parent / "assets" / "ae-smollm2-135m-instruct.safetensors"
@@ -42,7 +43,15 @@ class TrainConfig(BaseModel):
     output: str
     """Token file to write."""
     tokens: int = Field(default=4, ge=1, le=MAX_TOKENS)
-    """k, the number of vectors. The paper: 1."""
+    """The number of learned vectors. The paper: 1."""
+    places: int | None = Field(default=None, ge=1, le=MAX_PLACES)
+    """Number of vectors with literal places: words of the prompt before `tokens` learned ones. None: learned only."""
+    literal: bool = True
+    """Whether places may hold words as they are. Whoever has the token file and the model can read these words."""
+    keep_text: str | None = None
+    """Words for the literal places, in place of those that the trainer chooses from the prompt."""
+    probe_steps: int = Field(default=60, ge=0)
+    """Steps of the learned vectors alone, before the trainer chooses the words that they do not carry."""
     placement: Placement = "system"
     """Where the vectors stand. The paper's code: in place of the whole system block (`block`)."""
 
@@ -134,6 +143,10 @@ class TrainConfig(BaseModel):
                 "lambda < 1 and reconstruct_steps need an [AE] file: make one with `be-serve train-ae --corpus TEXTS "
                 "-o ae.safetensors` and give it as --ae; reconstruction without one does harm"
             )
+        if self.places is not None and self.literal and self.places <= self.tokens:
+            raise ValueError(f"places: {self.places} leave no literal place beside {self.tokens} learned vectors")
+        if self.keep_text is not None and not (self.literal and self.places):
+            raise ValueError("keep_text: words need literal places; give --places, and no --no-literal")
         if not all(self.stop):
             raise ValueError("stop: a text that ends a response cannot be empty")
         if self.teacher_url and holds_credentials(self.teacher_url):  # it is written into run.yaml
@@ -150,6 +163,16 @@ class TrainConfig(BaseModel):
         if self.init not in ("search", "mean", "random") and not (kind in ("text", "file") and rest.strip()):
             raise ValueError(f"init {self.init!r}: use search, mean, random, text:<words> or file:<tokens>")
         return self
+
+    @property
+    def k(self) -> int:
+        """The largest number of vectors that the token may have."""
+        return self.places or self.tokens
+
+    @property
+    def learned(self) -> int:
+        """The number of learned vectors."""
+        return self.tokens if self.literal else self.k
 
     def init_files(self) -> list[str]:
         """The token files that the run starts from."""
@@ -184,6 +207,7 @@ class TrainConfig(BaseModel):
             "teacher_url",
             "teacher_model",
             "summary",
+            "keep_text",
         }
         kept = self.model_dump(exclude=hidden)
         if not self.with_prompt or self.init_files():

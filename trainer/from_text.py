@@ -19,6 +19,7 @@ def identity_token(model: FrozenModel, prompt: str, be_id: str, *, with_prompt: 
         base_model=BaseModelRef(name=model.name, revision=model.revision, fingerprint=model.fingerprint),
         hidden_size=model.hidden_size,
         k=len(ids),
+        literal=len(ids),
         template_digest=model.fingerprint.chat_template,
         template_kwargs=model.template_kwargs,
         prompt=PromptRef(sha256=prompt_sha256(prompt), tokens=len(ids), text=prompt if with_prompt else None),

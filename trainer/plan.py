@@ -20,6 +20,7 @@ from be_serve.core.errors import InputError
 from be_serve.core.prompts import read_prompt_file
 from trainer.config import TrainConfig
 from trainer.data.queries import Query, drop_near_duplicates, read_queries, split_held_out
+from trainer.data.synthesis import messages
 from trainer.data.teacher import Example, Teacher
 from trainer.evaluation.arms import RESPONSE_TOKENS, score
 from trainer.evaluation.clauses import CLAUSE_QUERIES, MAX_CLAUSES, prompt_clauses
@@ -28,15 +29,16 @@ from trainer.model.generate import Prefix, common_prefix
 from trainer.model.memory import MemoryModel, free_bytes, held_bytes
 from trainer.model.soft_token import Row
 from trainer.optim.objectives import Distil, part_losses
+from trainer.optim.places import CASES, SCORED
 from trainer.optim.starts import SCORE_TOKENS, SCREEN_TOKENS, Search, search_size
 
 # Shares of a limit that texts fill on average, as measured with instruct models of 0.1 to 0.6 billion weights.
 _ANSWER_FILL, _QUERY_FILL = 0.8, 0.5
 _LONG_ANSWER = 150
 _QUERY_TOKENS, _DESCRIPTION_TOKENS, _DESCRIPTIONS = 48, 40, 8
-# Texts sampled for each query kept: unusable ones and near-duplicates are written again.
-_WRITTEN = 1.8
-_FOLLOW_UPS = 0.2
+_ASK_TOKENS = 80
+_RIVALS = 3
+"""Texts for the literal places that are measured."""
 _SAMPLES = 12
 _BATCH = 64
 _TIMED_ROWS = 32
@@ -99,7 +101,7 @@ class Work:
 
     def row(self, answer: float) -> float:
         """Mean positions of a student's row."""
-        return self.suffix + self.config.tokens + 4 + answer
+        return self.suffix + self.config.learned + 4 + answer
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,7 @@ class Plan:
         return {
             "id": config.id,
             "model": config.model,
-            "k": config.tokens,
+            "k": config.k,
             "prompt_tokens": work.prompt_tokens,
             "queries": {
                 "source": "written" if work.written else "file",
@@ -146,7 +148,7 @@ class Plan:
     def lines(self) -> list[str]:
         """The plan for a reader."""
         work, config = self.work, self.work.config
-        source = f"written by the model ({work.written})" if work.written else "from the file"
+        source = f"of the pool and by the model ({work.written})" if work.written else "from the file"
         what = {
             "load": "the model",
             "queries": f"{source}: {len(work.training)} to train on, {work.held_out} held out",
@@ -157,7 +159,7 @@ class Plan:
         }
         free = "" if self.free_bytes is None else f", {self.free_bytes / 2**30:.1f} GiB are free beside what is held"
         return [
-            f"Plan for {config.id}: k = {config.tokens}, a prompt of {work.prompt_tokens} tokens",
+            f"Plan for {config.id}: k = {config.k}, a prompt of {work.prompt_tokens} tokens",
             *(f"  {name:<11}{value / 60:>7.1f} min  {what[name]}" for name, value in self.seconds.items()),
             f"  {'in all':<11}{self.total / 60:>7.1f} min",
             f"  peak memory {self.peak_bytes / 2**30:.1f} GiB{free}",
@@ -212,7 +214,7 @@ def measure(model: FrozenModel, work: Work) -> Timing:
     examples = [Example(q, list(answer), state.cpu()) for q, state in zip(queries, states, strict=False)]
     scored = _timed(lambda: score(model, examples[:2], {"full": states[:2], "be": states[:2]}))
     distil = Distil(model, examples, placement=config.placement, batch_size=min(config.batch_size, 4), tau=config.tau)
-    vectors_KH = torch.zeros(config.tokens, model.hidden_size, device=model.device, requires_grad=True)
+    vectors_KH = torch.zeros(config.learned, model.hidden_size, device=model.device, requires_grad=True)
     part = distil.parts(vectors_KH, 0)[0]
 
     def learn() -> None:
@@ -221,14 +223,14 @@ def measure(model: FrozenModel, work: Work) -> Timing:
     first = _timed(learn)
     step = first if first > _LONG_STEP else min(first, _timed(learn))  # the first of a process is slow
     search = Search(model, examples[:1], config.placement)
-    candidates = [[1] * config.tokens] * 16
+    candidates = [[1] * config.learned] * 16
     tokens = min(SCREEN_TOKENS, len(answer))
     looked = _timed(lambda: search._score(candidates, search._cases, tokens))
     return Timing(
         decode_step=max(0.0, few - 4 * per_row),
         decode_row=per_row,
         position=seconds / sum(row.length(0) for row in rows),
-        search_position=looked / (16 * (distil.rows[0].length(config.tokens) - len(answer) + tokens)),
+        search_position=looked / (16 * (distil.rows[0].length(config.learned) - len(answer) + tokens)),
         score_token=scored / (2 * 2 * len(answer)),
         step_position=step / part.positions,
     )
@@ -242,26 +244,19 @@ def make_plan(
     chat = work.suffix + work.answer
     seconds = {"load": load_seconds, "queries": 0.0, "teacher": 0.0}
     if work.written:
-        rows = round(_WRITTEN * work.written)
-        follow = round(_FOLLOW_UPS * work.written)
-        # Three kinds in about two rounds: their batches are seldom full.
-        partly = 3 * timing.decode_step * _QUERY_TOKENS
-        seconds["queries"] = (
-            partly
-            + timing.decode(rows, _QUERY_TOKENS, _QUERY_FILL * _QUERY_TOKENS)
-            + timing.decode(follow, 64, 64 * _ANSWER_FILL)
-            + timing.decode(follow, _QUERY_TOKENS, _QUERY_FILL * _QUERY_TOKENS)
-            + (rows + 2 * follow) * work.suffix * timing.position
-        )
+        rows = messages(work.written)
+        mean = _QUERY_FILL * _QUERY_TOKENS
+        # Each message is asked for with a sentence of the prompt, and scored.
+        seconds["queries"] = timing.decode(rows, _QUERY_TOKENS, mean) + rows * (_ASK_TOKENS + mean) * timing.position
     if not answered:
         seconds["teacher"] = (work.prompt_tokens + count * chat) * timing.position
         if _writer(config) == "decoded here":
             seconds["teacher"] += count * work.suffix * timing.position
             seconds["teacher"] += timing.decode(count, config.response_tokens, work.answer)
-    seconds["start"] = _start(work, timing)
+    seconds["start"] = _start(work, timing) + _places(work, timing)
     size = min(config.batch_size, count)
     reconstructed = config.reconstruct_steps + (config.steps if config.lam < 1 else 0)
-    positions = config.steps * size * work.row(work.answer) + reconstructed * (work.prompt_tokens + config.tokens)
+    positions = config.steps * size * work.row(work.answer) + reconstructed * (work.prompt_tokens + config.k)
     seconds["training"] = positions * timing.step_position
     seconds["evaluation"] = _evaluation(work, model, timing)
     return Plan(work, seconds, _peak(work, model), free_bytes(model.device))
@@ -298,12 +293,25 @@ def _start(work: Work, timing: Timing) -> float:
     config = work.config
     if config.init != "search":
         return 0.0
-    texts = _DESCRIPTIONS if config.tokens > 1 else 0
+    texts = _DESCRIPTIONS if config.learned > 1 else 0
     queries = min(config.search_queries, len(work.training))
-    screened, scored = search_size(work.words, config.tokens, queries, texts)
+    screened, scored = search_size(work.words, config.learned, queries, texts)
     positions = screened * work.row(min(SCREEN_TOKENS, work.answer)) + scored * work.row(min(SCORE_TOKENS, work.answer))
     written = timing.decode(texts, _DESCRIPTION_TOKENS, _DESCRIPTION_TOKENS) + work.prompt_tokens * timing.position
     return positions * timing.search_position + (written if texts else 0.0)
+
+
+def _places(work: Work, timing: Timing) -> float:
+    """Seconds to train the learned vectors alone and to choose the words of the literal places."""
+    config = work.config
+    if config.places is None or not config.literal or config.keep_text is not None:
+        return 0.0
+    room = min(config.places, work.prompt_tokens) - config.tokens
+    measured = _RIVALS * CASES
+    row = work.row(min(SCORED, work.answer)) + room
+    scored = len(work.training) * (work.row(work.answer) * timing.position + work.answer * timing.score_token)
+    probe = config.probe_steps * min(config.batch_size, len(work.training)) * work.row(work.answer)
+    return measured * row * timing.search_position + scored + probe * timing.step_position
 
 
 def _evaluation(work: Work, model: FrozenModel, timing: Timing) -> float:

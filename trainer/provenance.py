@@ -7,15 +7,18 @@ from typing import Any
 
 import torch
 import transformers
+from torch import Tensor
 
 import be_serve
-from be_serve.core.artifact import file_digest, read_limited
+from be_serve.core.artifact import BaseModelRef, Manifest, PromptRef, Token, file_digest, read_limited
 from be_serve.core.digests import digest_of, file_sha256
+from be_serve.core.prompts import prompt_sha256
 from trainer.config import TrainConfig, ae_file
 from trainer.data.queries import Query
 from trainer.evaluation.evaluate import Evaluation, finite
-from trainer.evaluation.verdict import Verdict
+from trainer.evaluation.verdict import Verdict, judge
 from trainer.model.frozen import FrozenModel
+from trainer.optim.starts import Start
 
 _ANSWERS = ("rho_answer", "facts", "stop", "loops", "answer_tokens")
 """Figures of whole answers, where these were written."""
@@ -26,7 +29,7 @@ def run_digest(config: TrainConfig, model: FrozenModel, prompt: str, training: l
     elsewhere = {"prompt_file", "output", "queries", "model", "id", "with_prompt", "ae", "summary"}
     measured = {"scores_only", "test_queries", "answer_tokens", "answer_queries"}
     shaping = config.model_dump(exclude=elsewhere | measured | {"teacher", "teacher_url", "teacher_model"})
-    if config.init == "search" and config.tokens > 1:
+    if config.init == "search" and config.learned > 1:
         shaping["summary"] = config.summary  # one of the texts that the search compares
     if config.init_files():
         shaping["init"] = [file_digest(read_limited(file)) for file in config.init_files()]
@@ -59,6 +62,39 @@ def quality(evaluation: Evaluation, verdict: Verdict) -> dict[str, Any]:
         **({name: answers[name] for name in _ANSWERS} if evaluation.answers.answers else {}),
     }
     return {name: finite(value) for name, value in found.items()}
+
+
+def make_token(
+    config: TrainConfig,
+    model: FrozenModel,
+    prompt: str,
+    prompt_tokens: int,
+    vectors_KH: Tensor,
+    start: Start,
+    evaluation: Evaluation,
+) -> Token:
+    """The token of trained vectors [k, H] float32, with all that its manifest tells."""
+    recipe = config.recipe()
+    if start.text is not None and config.with_prompt:
+        recipe["start"] = start.text  # words of the prompt
+    manifest = Manifest(
+        id=config.id,
+        base_model=BaseModelRef(name=model.name, revision=model.revision, fingerprint=model.fingerprint),
+        hidden_size=model.hidden_size,
+        k=len(vectors_KH),
+        literal=len(start.literal),
+        placement=config.placement,
+        template_digest=model.fingerprint.chat_template,
+        template_kwargs=model.template_kwargs,
+        prompt=PromptRef(
+            sha256=prompt_sha256(prompt), tokens=prompt_tokens, text=prompt if config.with_prompt else None
+        ),
+        recipe=recipe,
+        seed=config.seed,
+        quality=quality(evaluation, judge(evaluation)),
+        versions=versions(),
+    )
+    return Token(manifest, vectors_KH.numpy())
 
 
 def versions() -> dict[str, str]:

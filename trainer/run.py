@@ -6,9 +6,9 @@ import hashlib
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from be_serve.core.artifact import BaseModelRef, Manifest, PromptRef, Token, write_atomically
+from be_serve.core.artifact import Manifest, Token, write_atomically
 from be_serve.core.digests import digest_of
 from be_serve.core.errors import BEError, InputError
-from be_serve.core.prompts import prompt_sha256, read_prompt_file
+from be_serve.core.prompts import read_prompt_file
 from trainer.config import TrainConfig
 from trainer.data.chat_server import served_answers
 from trainer.data.queries import Query, drop_near_duplicates, read_queries, split_held_out, write_queries
@@ -35,8 +35,9 @@ from trainer.optim.checkpoint import Checkpoint
 from trainer.optim.log import Log, draw_curves
 from trainer.optim.loop import Optimisation, Training, fit
 from trainer.optim.objectives import Distil, Joint, Reconstruct, Stage
+from trainer.optim.places import Residue, find_literal, kept_words
 from trainer.optim.starts import Start, find_start
-from trainer.provenance import quality, run_digest, versions
+from trainer.provenance import make_token, run_digest
 
 Say = Callable[[str], None]
 _SAMPLES = 12
@@ -110,6 +111,8 @@ class Run:
             raise InputError(
                 f"The prompt has {len(self.prompt_ids)} tokens, fewer than --tokens {config.tokens}: nothing to save."
             )
+        self._mixes = config.places is not None and config.literal
+        self._places = min(config.k, len(self.prompt_ids))
 
     def execute(self) -> RunResult:
         """Train, evaluate, write the token. Raises Stopped after a signal, InputError for faulty input."""
@@ -166,7 +169,7 @@ class Run:
         token, self._begin = self._start(examples, digest)
         self._training = Training(
             token,
-            self._stages(examples),
+            self._stages(examples, self._begin.literal),
             self._optimisation(),
             folder=self.folder,
             digest=digest,
@@ -184,7 +187,8 @@ class Run:
         vectors_KH = training.token.vectors.detach().cpu()
         evaluation = self._evaluate(self._teacher, self._test, vectors_KH)
         self.seconds["total"] = sum(value for name, value in self.seconds.items() if name != "step")
-        made = self._token(vectors_KH, evaluation, self._begin)
+        size = len(self.prompt_ids)
+        made = make_token(self.config, self.model, self.prompt, size, vectors_KH, self._begin, evaluation)
         made.save(self.config.output)
         self._report(made.manifest, evaluation)
         for way in self.model.slow_ways():
@@ -254,19 +258,53 @@ class Run:
             found = Checkpoint.load(file, digest)
             self._continued = True
             self.say(f"Continuing the run in {self.folder} (stage {found.stage + 1}, step {found.step}).")
-            start = Start(found.parameters["vectors"], **(json.loads(note.read_text()) if note.exists() else {}))
+            kept = json.loads(note.read_text(encoding="utf-8")) if note.exists() else {}
+            start = Start(found.parameters["vectors"], kept.get("text"), kept.get("kl"), tuple(kept.get("literal", ())))
             return self._soft_token(start), start
         with self._timed("start"):
             start = self._find_start(examples)
-        note.write_text(json.dumps({"text": start.text, "kl": start.kl}), encoding="utf-8")
+        if self._mixes:
+            start = self._with_literal(start, examples, digest)
+        note.write_text(json.dumps({"text": start.text, "kl": start.kl, "literal": start.literal}), encoding="utf-8")
         Checkpoint(digest, 0, 0, {"vectors": start.vectors_KH}, {}, torch.get_rng_state()).save(file)
         if start.text is not None:
             kl = "" if start.kl is None else f", KL {start.kl:.3f} before training"
             self.say(f"Start: {start.text!r}{kl}.")
         return self._soft_token(start), start
 
+    def _with_literal(self, start: Start, examples: list[Example], digest: str) -> Start:
+        """The start with words in the literal places: those given, or those that the learned vectors do not carry."""
+        config, model = self.config, self.model
+        room = self._places - config.tokens
+        if config.keep_text is not None:
+            return replace(start, literal=kept_words(model, config.keep_text, room))
+        if config.probe_steps:
+            probe = Training(
+                self._soft_token(start),
+                [(self._distil(examples), config.probe_steps)],
+                self._optimisation(),
+                folder=self.folder / "probe",
+                digest=digest,
+            )
+            fit(model, [probe], quiet=self.quiet)
+            if probe.fault:
+                raise probe.fault
+            start = replace(start, vectors_KH=probe.token.vectors.detach())
+        with self._timed("places"), self._bar("places", None) as progress:
+            residue = Residue(model, self.prompt, examples, start.vectors_KH, config.placement, progress)
+            found = find_literal(residue, self.prompt, room)
+        if found.ids:
+            self.say(
+                f"{len(found.ids)} literal places (KL {found.kl_without:.3f} without them, {found.kl_with:.3f} with): "
+                f"{model.tokenizer.decode(found.ids)!r}. Whoever has the token file and the model can read these "
+                "words. For a secret prompt use --no-literal."
+            )
+        return replace(start, literal=found.ids)
+
     def _soft_token(self, start: Start) -> SoftToken:
-        return soft_token(start.vectors_KH.to(self.model.device), self.config.rank, self.config.seed)
+        model = self.model
+        literal_LH = model.embed(start.literal) if start.literal else None
+        return soft_token(start.vectors_KH.to(model.device), self.config.rank, self.config.seed, literal_LH)
 
     def _find_start(self, examples: list[Example]) -> Start:
         with self._bar("search", None) as progress:
@@ -274,7 +312,7 @@ class Run:
                 self.config, self.model, self.prompt, self.prompt_ids, examples, cache=self.cache, progress=progress
             )
 
-    def _distil(self, examples: list[Example]) -> Distil:
+    def _distil(self, examples: list[Example], literal: Sequence[int] = ()) -> Distil:
         config = self.config
         return Distil(
             self.model,
@@ -283,6 +321,7 @@ class Run:
             tau=config.tau,
             batch_size=config.batch_size,
             seed=config.seed,
+            literal_LH=self.model.embed(literal) if literal else None,
         )
 
     def _optimisation(self) -> Optimisation:
@@ -296,9 +335,9 @@ class Run:
             config.checkpoint_every,
         )
 
-    def _stages(self, examples: list[Example]) -> list[tuple[Stage, int]]:
+    def _stages(self, examples: list[Example], literal: Sequence[int]) -> list[tuple[Stage, int]]:
         config, model = self.config, self.model
-        stage: Stage = self._distil(examples)
+        stage: Stage = self._distil(examples, literal)
         stages: list[tuple[Stage, int]] = []
         if config.ae is not None:
             from trainer.optim.autoencoder import load_ae
@@ -327,31 +366,6 @@ class Run:
                 **given,
                 progress=progress,
             )
-
-    def _token(self, vectors_KH: Tensor, evaluation: Evaluation, start: Start) -> Token:
-        config, model = self.config, self.model
-        recipe = config.recipe()
-        if start.text is not None and config.with_prompt:
-            recipe["start"] = start.text  # words of the prompt
-        manifest = Manifest(
-            id=config.id,
-            base_model=BaseModelRef(name=model.name, revision=model.revision, fingerprint=model.fingerprint),
-            hidden_size=model.hidden_size,
-            k=config.tokens,
-            placement=config.placement,
-            template_digest=model.fingerprint.chat_template,
-            template_kwargs=model.template_kwargs,
-            prompt=PromptRef(
-                sha256=prompt_sha256(self.prompt),
-                tokens=len(self.prompt_ids),
-                text=self.prompt if config.with_prompt else None,
-            ),
-            recipe=recipe,
-            seed=config.seed,
-            quality=quality(evaluation, judge(evaluation)),
-            versions=versions(),
-        )
-        return Token(manifest, vectors_KH.numpy())
 
     def _report(self, manifest: Manifest, evaluation: Evaluation) -> None:
         levels: dict[str, float] = {

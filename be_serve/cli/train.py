@@ -23,7 +23,15 @@ if TYPE_CHECKING:
 @click.option("-o", "--output", help="Token file to write. [default: <prompt file>.safetensors in the current folder]")
 @click.option("--id", "be_id", help="be_id of the token. [default: the output file's name without .safetensors]")
 @click.option("--queries", help="JSONL file of unlabeled queries. [default: the model writes queries]")
-@click.option("--tokens", type=click.IntRange(1, 16), help="Number of vectors k. [default: 4]")
+@click.option("--tokens", type=click.IntRange(1, 16), help="Number of learned vectors. [default: 4]")
+@click.option(
+    "--places",
+    type=click.IntRange(1, 64),
+    help="Number of vectors in all. Beside the learned ones they are embeddings of words of the prompt, unchanged: "
+    "whoever has the token file and the model can read these words.",
+)
+@click.option("--no-literal", is_flag=True, help="Keep no words. All places are learned. For secret prompts.")
+@click.option("--keep-text", help="Words to keep, in place of those that the trainer chooses. Needs --places.")
 @click.option("--placement", type=click.Choice(["system", "block", "prefix"]), help="[default: system]")
 @click.option("--recipe", type=click.Choice(["default", "paper"]), help="Set of default values.")
 @click.option("--init", help="Initial vectors: search, text:<words>, file:<tokens>, mean or random. [default: search]")
@@ -174,6 +182,8 @@ def _given(options: dict[str, Any]) -> dict[str, Any]:
     from be_serve.cli._training import stop_texts
     from trainer.config import absolute_ae, absolute_init
 
+    if options.pop("no_literal"):
+        options["literal"] = False
     given = {name: value for name, value in options.items() if value is not None and value != ()}
     if "stop" in given:
         given["stop"] = stop_texts(given["stop"])

@@ -92,6 +92,8 @@ class Manifest(BaseModel):
     base_model: BaseModelRef
     hidden_size: int = Field(ge=1, le=1_000_000)
     k: int = Field(ge=1, le=1_000_000)
+    literal: int = Field(default=0, ge=0)
+    """Number of vectors that are embeddings of words, unchanged. Whoever has the file and the model can read them."""
     placement: Placement = "system"
     template_digest: str
     """Digest of the chat template; equals `fingerprint.chat_template`."""
@@ -115,6 +117,12 @@ class Manifest(BaseModel):
         if unknown := set(value) - TEMPLATE_VARIABLES:
             raise ValueError(f"only {sorted(TEMPLATE_VARIABLES)} can be pinned, not {sorted(unknown)}")
         return value
+
+    @model_validator(mode="after")
+    def _literal_are_vectors(self) -> Manifest:
+        if self.literal > self.k:
+            raise ValueError(f"literal {self.literal} is larger than k {self.k}")
+        return self
 
     @field_validator("id")
     @classmethod

@@ -73,8 +73,18 @@ class _Fold(torch.autograd.Function):  # type: ignore[misc]
         return found.index_copy_(0, ctx.layout.padded_N, grad_NF).view(ctx.shape), None
 
 
-def block_attention(query_1AND: Tensor, key_1GND: Tensor, value_1GND: Tensor, layout: Layout, scaling: float) -> Tensor:
-    """Causal attention of A = G x R heads of each row to itself; returns [1, N, A, D]."""
+def block_attention(
+    query_1AND: Tensor,
+    key_1GND: Tensor,
+    value_1GND: Tensor,
+    layout: Layout,
+    scaling: float,
+    prefix: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """Causal attention of A = G x R heads of each row to itself, behind a prefix if there is one; returns [1, N, A, D].
+
+    `prefix` are the keys and values [1, G, P, D] of P positions that every row sees whole.
+    """
     heads, groups = query_1AND.shape[1], key_1GND.shape[1]
     query, key, value = (
         _Unfold.apply(x[0].transpose(0, 1).flatten(1), layout).unflatten(2, (x.shape[1], -1)).transpose(1, 2)
@@ -82,14 +92,28 @@ def block_attention(query_1AND: Tensor, key_1GND: Tensor, value_1GND: Tensor, la
     )
     batch, _, width, _ = query.shape
     if query.device.type != "cpu" or width > _PLAIN_WIDTH:
-        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
+        mask = None
+        if prefix is not None:
+            key, value = (
+                torch.cat([p.expand(batch, -1, -1, -1), x], 2) for p, x in zip(prefix, (key, value), strict=True)
+            )
+            mask = torch.ones(width, key.shape[2], dtype=torch.bool, device=key.device).tril(key.shape[2] - width)
+        out = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=True
+        )
         return _Fold.apply(out.transpose(1, 2).flatten(2), layout).unflatten(1, (heads, -1))[None]
     grouped = query.reshape(batch, groups, heads // groups * width, -1)
     scores = torch.matmul(grouped * scaling, key.transpose(2, 3)).reshape(batch, groups, -1, width, width)
     later_WW = torch.ones(width, width, dtype=torch.bool, device=scores.device).triu(1)
-    weights = scores.masked_fill(later_WW, torch.finfo(scores.dtype).min).softmax(-1, dtype=torch.float32)
-    weights = weights.to(query.dtype).reshape(batch, groups, -1, width)
-    out = torch.matmul(weights, value).reshape(batch, heads, width, -1).transpose(1, 2)
+    scores = scores.masked_fill(later_WW, torch.finfo(scores.dtype).min)
+    if prefix is not None:
+        before = torch.matmul(grouped * scaling, prefix[0][0].transpose(1, 2))
+        scores = torch.cat([before.reshape(batch, groups, -1, width, before.shape[-1]), scores], -1)
+    weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype).reshape(batch, groups, -1, scores.shape[-1])
+    out = torch.matmul(weights[..., -width:], value)
+    if prefix is not None:
+        out = out + torch.matmul(weights[..., :-width], prefix[1][0])
+    out = out.reshape(batch, heads, width, -1).transpose(1, 2)
     return _Fold.apply(out.flatten(2), layout).unflatten(1, (heads, -1))[None]
 
 
@@ -116,11 +140,14 @@ def works(causal_lm: Any, rows_TH: Tensor) -> bool:
 
 
 @contextmanager
-def attending_in_blocks(causal_lm: Any, layout: Layout) -> Iterator[None]:
-    """While open, a packed sequence [1, N, H] is attended to row by row."""
+def attending_in_blocks(
+    causal_lm: Any, layout: Layout, prefix: Sequence[tuple[Tensor, Tensor]] | None = None
+) -> Iterator[None]:
+    """While open, a packed sequence [1, N, H] is attended to row by row, each behind `prefix[layer]` if it is given."""
 
     def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
-        return block_attention(query, key, value, layout, scaling)
+        before = None if prefix is None else prefix[module.layer_idx]
+        return block_attention(query, key, value, layout, scaling, before)
 
     with attention_by(causal_lm, "be_packed", attend, lambda *args, **kwargs: None):
         yield

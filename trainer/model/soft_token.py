@@ -47,9 +47,27 @@ class LowRankToken(SoftToken):
         return self.parameters["vectors"] + self.parameters["mix"] @ self.parameters["basis"]
 
 
-def soft_token(start_KH: Tensor, rank: int, seed: int = 0) -> SoftToken:
-    """A token at `start_KH`, over-parameterised where `rank` is not 0."""
-    return LowRankToken(start_KH, rank, seed) if rank else SoftToken(start_KH)
+class MixedToken(SoftToken):
+    """Literal places, which stay as they are, before learned ones.
+
+    Words are read as a text is read: what follows them can refer to them.
+    """
+
+    def __init__(self, literal_LH: Tensor, learned: SoftToken) -> None:
+        self.literal_LH = literal_LH.detach().to(torch.float32)
+        self.learned = learned
+        self.parameters = learned.parameters
+
+    @property
+    def vectors(self) -> Tensor:
+        """The vectors [L + K, H] as they enter the model."""
+        return torch.cat([self.literal_LH, self.learned.vectors])
+
+
+def soft_token(start_KH: Tensor, rank: int, seed: int = 0, literal_LH: Tensor | None = None) -> SoftToken:
+    """A token at `start_KH`, over-parameterised where `rank` is not 0, behind literal places if there are any."""
+    learned = LowRankToken(start_KH, rank, seed) if rank else SoftToken(start_KH)
+    return learned if literal_LH is None or not len(literal_LH) else MixedToken(literal_LH, learned)
 
 
 @dataclass(frozen=True)
@@ -70,6 +88,26 @@ class Row:
         if self.at_once:
             return len(self.before) + k + len(self.after)
         return len(self.before) + k + len(self.after) + max(len(self.response) - 1, 0)
+
+
+@dataclass(frozen=True)
+class Context:
+    """Rows [P, H] that stand before every row of a batch and get no gradient: their keys and values are made once."""
+
+    rows_PH: Tensor
+    layers: list[tuple[Tensor, Tensor]]
+    """Keys and values [1, G, P, D] of each layer."""
+
+    @classmethod
+    def of(cls, model: FrozenModel, rows_PH: Tensor) -> Context:
+        """The context of a model that packs rows (`FrozenModel.packs_rows`)."""
+        from transformers import DynamicCache
+
+        rows_PH = rows_PH.detach().to(model.device, model.dtype)
+        cache = DynamicCache(config=model.causal_lm.config)
+        with torch.no_grad():
+            model.body(rows_PH[None], past_key_values=cache, use_cache=True)
+        return cls(rows_PH, [(layer.keys, layer.values) for layer in cache.layers])
 
 
 Vectors: TypeAlias = Tensor | Sequence[Tensor]
@@ -122,26 +160,38 @@ def _for_each(vectors: Vectors | None, rows: int) -> Sequence[Tensor | None]:
 
 
 def scored_states(
-    model: FrozenModel, rows: Sequence[Row], vectors: Vectors | None, *, checkpointed: bool = False
+    model: FrozenModel,
+    rows: Sequence[Row],
+    vectors: Vectors | None,
+    *,
+    context: Context | None = None,
+    checkpointed: bool = False,
 ) -> Tensor:
     """Final hidden states [N, H] at the positions that predict the rows' responses.
 
-    Several rows go through the model as one packed sequence, where it can be done.
+    Several rows go through the model as one packed sequence, where it can be done, all of them behind `context`.
     `checkpointed`: padded rows, whose layers are computed again in the backward pass.
     """
     if checkpointed:
+        if context is not None:  # computed again in the backward pass, the layers would not find it
+            vectors = [
+                context.rows_PH if own is None else torch.cat([context.rows_PH.to(own.dtype), own])
+                for own in _for_each(vectors, len(rows))
+            ]
         inputs_BTH, scored_N = splice(model, rows, vectors)
         with model.checkpointed():
             hidden_BTH = model.body(inputs_BTH)
         return hidden_BTH.reshape(-1, hidden_BTH.shape[-1])[scored_N]
-    if len(rows) > 1 and model.packs_rows():
+    if context is not None or (len(rows) > 1 and model.packs_rows()):
         each = _for_each(vectors, len(rows))
         lengths = [row.length(_count(own)) for row, own in zip(rows, each, strict=True)]
         starts = [0, *itertools.accumulate(lengths)]
         inputs_NH, scored_N = _lay(model, rows, each, starts[:-1], starts[-1])
         layout = Layout.of(lengths, model.device)
-        with attending_in_blocks(model.causal_lm, layout):
-            return model.body(inputs_NH[None], position_ids=layout.position_N[None])[0][scored_N]
+        layers = None if context is None else context.layers
+        position_N = layout.position_N + (0 if context is None else len(context.rows_PH))
+        with attending_in_blocks(model.causal_lm, layout, layers):
+            return model.body(inputs_NH[None], position_ids=position_N[None])[0][scored_N]
     inputs_BTH, scored_N = splice(model, rows, vectors)
     with model.fast_backward(inputs_BTH.shape[1]):
         hidden_BTH = model.body(inputs_BTH)

@@ -231,12 +231,14 @@ def _with_leaf(part: Part) -> Part:
 def _feeds(parts: Sequence[Part], limit: Limit | None) -> Iterator[list[Piece]]:
     """Pieces that go through the model together: of similar length, as many as one pass should hold."""
     feed: list[Piece] = []
-    for piece in sorted((piece for part in parts for piece in split(part, limit)), key=lambda piece: piece.width):
+    pieces = [piece for part in parts for piece in split(part, limit)]
+    for piece in sorted(pieces, key=lambda piece: (id(piece.part.context), piece.width)):
         rows = len(piece.rows) + sum(len(p.rows) for p in feed)
         used = piece.positions + sum(p.positions for p in feed)
         padded = rows * piece.width
         most = min(_FEED_POSITIONS, limit(piece.width)) if limit else _FEED_POSITIONS
-        if feed and (padded > most or used < _FEED_FILLED * padded):
+        other = bool(feed) and feed[0].part.context is not piece.part.context
+        if feed and (other or padded > most or used < _FEED_FILLED * padded):
             yield feed
             feed = []
         feed.append(piece)

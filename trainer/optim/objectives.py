@@ -26,7 +26,7 @@ from trainer.data.queries import Query
 from trainer.data.teacher import Example
 from trainer.model.frozen import FrozenModel
 from trainer.model.memory import Limit
-from trainer.model.soft_token import Row, scored_states
+from trainer.model.soft_token import Context, Row, scored_states
 from trainer.optim.losses import hidden_kl, hidden_reconstruction
 
 _SORTED_BATCHES = 8
@@ -51,6 +51,8 @@ class Part:
     loss: Loss
     """Its mean over the tokens of all rows' responses is the part's loss."""
     weight: float = 1.0
+    context: Context | None = None
+    """What stands before every row. The rows' `before` is empty then."""
     origin_KH: Tensor | None = None
     """What the vectors' gradient is passed on to, where the vectors are a leaf that only collects it."""
 
@@ -122,13 +124,14 @@ def part_losses(model: FrozenModel, parts: Sequence[Part]) -> list[Tensor]:
 
 
 def piece_losses(model: FrozenModel, pieces: Sequence[Piece], *, checkpointed: bool = False) -> list[Tensor]:
-    """What each piece adds to its part's mean loss, from one forward pass.
+    """What each piece adds to its part's mean loss, from one forward pass. All pieces have the same context.
 
     `checkpointed`: the layers keep their inputs alone, for a single row that is too long otherwise.
     """
     rows = [row for piece in pieces for row in piece.rows]
     vectors = [piece.part.vectors_KH for piece in pieces for _ in piece.rows]
-    states_NH = scored_states(model, rows, vectors, checkpointed=checkpointed)
+    context = pieces[0].part.context
+    states_NH = scored_states(model, rows, vectors, context=context, checkpointed=checkpointed)
     counts = [sum(len(row.response) for row in piece.rows) for piece in pieces]
     return [
         piece.part.loss(states_nH, piece.tokens).sum() / sum(len(row.response) for row in piece.part.rows)
@@ -187,11 +190,22 @@ class Distil:
         tau: float = 1.0,
         batch_size: int = 8,
         seed: int = 0,
+        literal_LH: Tensor | None = None,
     ) -> None:
+        """`literal_LH` are the first of the vectors that `parts` gets, which stay as they are."""
         self.model = model
         self.tau = tau
         self.examples = examples
         self.rows = [student_row(model, e.query, e.response, placement) for e in examples]
+        self._context: Context | None = None
+        self._literal = 0
+        before = self.rows[0].before
+        if literal_LH is not None and model.packs_rows() and all(row.before == before for row in self.rows):
+            rows_PH = torch.cat(
+                [model.embed(torch.tensor(list(before), dtype=torch.long)), literal_LH.to(model.device)]
+            )
+            self._context, self._literal = Context.of(model, rows_PH), len(literal_LH)
+            self.rows = [replace(row, before=()) for row in self.rows]
         self.plan = BatchPlan([row.length(0) for row in self.rows], batch_size, seed)
 
     def parts(self, vectors_KH: Tensor, step: int) -> list[Part]:
@@ -202,7 +216,8 @@ class Distil:
             return hidden_kl(teacher_NH[at].to(states_nH.device), states_nH, self.model.head, tau=self.tau)
 
         name = "kl" if self.tau == 1 else "softened kl"  # what stands in the log as kl is KL
-        return [Part(name, [self.rows[i] for i in batch], vectors_KH, loss)]
+        rows = [self.rows[i] for i in batch]
+        return [Part(name, rows, vectors_KH[self._literal :], loss, context=self._context)]
 
 
 class Tune:

@@ -42,11 +42,13 @@ _DESCRIBE = (
 
 @dataclass(frozen=True)
 class Start:
-    """The first vectors [k, H] and, where they are real tokens, their text and KL on the search queries."""
+    """The first learned vectors [K, H] and, where they are real tokens, their text and KL on the search queries."""
 
     vectors_KH: Tensor
     text: str | None = None
     kl: float | None = None
+    literal: tuple[int, ...] = ()
+    """Token ids of the literal places, which stand before the learned vectors."""
 
 
 def random_start(model: FrozenModel, k: int, seed: int) -> Start:
@@ -241,22 +243,22 @@ def find_start(
     What was found is kept in `cache`, for runs that differ elsewhere. Raises InputError.
     """
     if config.init == "random":
-        return random_start(model, config.tokens, config.seed)
+        return random_start(model, config.learned, config.seed)
     if config.init == "mean":
-        return mean_start(model, config.tokens, prompt_ids)
+        return mean_start(model, config.learned, prompt_ids)
     if config.init.startswith("file:"):
-        return file_start(model, config.tokens, config.init.removeprefix("file:"))
+        return file_start(model, config.learned, config.init.removeprefix("file:"))
     if config.init.startswith("text:"):
-        return text_start(model, config.tokens, config.init.removeprefix("text:"))
+        return text_start(model, config.learned, config.init.removeprefix("text:"))
     searched = examples[: config.search_queries]
     cases = [[example.query.chat_json(), example.response] for example in searched]
-    key = [prompt, config.placement, config.tokens, config.summary, str(model.fingerprint), str(model.dtype)]
+    key = [prompt, config.placement, config.learned, config.summary, str(model.fingerprint), str(model.dtype)]
     kept = cache / f"start-{digest_of([*key, cases])}.json"
     if kept.exists():
         return found_start(model, **json.loads(kept.read_text(encoding="utf-8")))
-    texts = [] if config.tokens == 1 else written_texts(model, prompt, seed=config.seed)
+    texts = [] if config.learned == 1 else written_texts(model, prompt, seed=config.seed)
     if config.summary:
         texts.append(model.slots.prompt_ids(config.summary, template_kwargs=model.template_kwargs))
-    ids, kl = Search(model, searched, config.placement, progress).run(prompt_ids, config.tokens, texts)
+    ids, kl = Search(model, searched, config.placement, progress).run(prompt_ids, config.learned, texts)
     write_atomically(kept, json.dumps({"ids": ids, "kl": kl}).encode())
     return found_start(model, ids, kl)

@@ -79,7 +79,7 @@ def test_the_plan_of_a_batch_is_the_sum_of_its_rows(here, tiny_model_dir):
     assert [plan["steps"] for plan in found["tokens"]] == [3, 6, 3]
     assert found["minutes"] == pytest.approx(sum(plan["minutes"] for plan in found["tokens"]), abs=0.01)
     a, b, c = (plan["phases"] for plan in found["tokens"])
-    assert a["load"] > 0
+    assert a["load"] >= b["load"] == 0
     assert b["load"] == b["teacher"] == 0  # the answers of the first row serve the second
     assert c["start"] == 0
 

@@ -1,0 +1,214 @@
+"""Literal places: which words a token keeps, and that training leaves them as they are."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from pydantic import ValidationError
+
+from be_serve.cli.main import cli
+from be_serve.core.artifact import Token
+from be_serve.core.errors import InputError
+from trainer.config import make_config
+from trainer.data.queries import Query
+from trainer.data.teacher import Example, Teacher
+from trainer.model import row_packing
+from trainer.model.frozen import FrozenModel
+from trainer.model.soft_token import soft_token
+from trainer.optim.loop import Optimisation, Training, fit
+from trainer.optim.objectives import Distil, piece_losses, split
+from trainer.optim.places import Phrase, Residue, fill, find_literal, phrases, rank, votes
+from trainer.optim.starts import Search
+
+PROMPT = (
+    "You are Odd Brenner, head boat keeper. The landing is open from 8:30 to 17:45; a boat costs 14 pounds. "
+    'Say: "Mind the rope" at the end.'
+)
+KEPT = ("--places", "12", "--tokens", "2", "--keep-text", "14 pounds")
+TEXTS = ["Hi", "What is the tide?", "Is there fog?", "Name a boat.", "Who are you?", "Sing.", "Where is the quay?"]
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model_dir):
+    return FrozenModel.load(tiny_model_dir, name="tiny", device="cpu", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def examples(model):
+    queries = [Query(({"role": "user", "content": text},)) for text in TEXTS]
+    return Teacher(model, PROMPT).examples(queries, response_tokens=6)
+
+
+def test_phrases_end_at_marks_and_not_within_numbers(model):
+    texts = [phrase.text for phrase in phrases(model, PROMPT)]
+    assert texts == [
+        "You are Odd Brenner,",
+        "head boat keeper.",
+        "The landing is open from 8:30 to 17:45;",
+        "a boat costs 14 pounds.",
+        "Say:",
+        '"Mind the rope"',
+        "at the end.",
+    ]
+    assert [PROMPT.index(text) for text in texts] == [phrase.begin for phrase in phrases(model, PROMPT)]
+
+
+def test_a_long_phrase_is_cut_and_a_repeated_one_listed_once(model):
+    found = phrases(model, " ".join(f"word{n}" for n in range(30)) + ". Again. Again.")
+    assert [len(phrase.text.split()) for phrase in found] == [12, 12, 6, 1]
+
+
+def test_divergence_counts_for_the_words_that_the_prompt_holds(model):
+    response = model.tokenizer.encode("It costs 14 pounds, Sir.", add_special_tokens=False)
+    example = Example(Query(({"role": "user", "content": "?"},)), response, torch.zeros(len(response), 4))
+    kl_T = torch.arange(1.0, len(response) + 1)
+    found = votes(model, PROMPT, [example], [kl_T])
+    assert set(found) == {"costs", "1", "4", "pounds"} or set(found) == {"costs", "14", "pounds"}
+    ends = [len(model.tokenizer.decode(response[: n + 1])) for n in range(len(response))]
+    inside = [n for n, end in enumerate(ends) if end > 3 and ([0, *ends][n]) < 8]  # "costs" is at 3 to 8
+    assert found["costs"] == pytest.approx(sum(float(kl_T[n]) for n in inside))
+
+
+def test_a_word_counts_for_one_phrase():
+    boat, fare, other = Phrase("a boat", (1, 2), 0), Phrase("boat fare", (3, 4), 10), Phrase("nothing", (5,), 20)
+    assert rank([boat, fare, other], {"boat": 4.0, "fare": 1.0}) == [fare, boat] or rank(
+        [boat, fare, other], {"boat": 4.0, "fare": 1.0}
+    ) == [fare]
+    assert rank([other], {"boat": 4.0}) == []
+
+
+def test_the_best_phrases_that_fit_stand_in_the_prompts_order():
+    a, b, c = Phrase("a", (1,), 30), Phrase("b", (2, 2), 10), Phrase("c", (3, 3, 3), 0)
+    assert fill([a, b, c], 6) == (3, 3, 3, 2, 2, 1)
+    assert fill([a, c, b], 3) == (2, 2, 1)  # c does not fit behind a, b does
+    assert fill([c], 2) == ()
+
+
+def test_words_that_are_said_without_the_prompt_do_not_count(model):
+    response = model.tokenizer.encode("pounds and pounds", add_special_tokens=False)
+    example = Example(Query(({"role": "user", "content": "?"},)), response, torch.zeros(len(response), 4))
+    assert votes(model, PROMPT, [example], [torch.full((len(response),), 0.01)]) == {}
+
+
+def test_only_learned_places_move(model):
+    literal_LH = model.embed([5, 6, 7]).float()
+    token = soft_token(model.embed([8]).float(), 4, 0, literal_LH)
+    assert token.vectors.shape == (4, model.hidden_size)
+    token.vectors.square().sum().backward()
+    assert set(token.parameters) == {"vectors", "basis", "mix"}
+    assert torch.equal(token.vectors[:3].detach(), literal_LH)
+
+
+def test_words_are_found_and_measured(model, examples):
+    residue = Residue(model, PROMPT, examples, model.embed([9, 10]).float(), "system")
+    assert [len(kl_T) for kl_T in residue.kl] == [len(example.response) for example in examples]
+    expected = Search(model, examples, "system")._score([[9, 10]], None or Search(model, examples, "system")._cases, 32)
+    assert residue.divergence([()], range(len(examples)))[0] == pytest.approx(expected[0], rel=1e-4)
+    found = find_literal(residue, PROMPT, 12)
+    assert len(found.ids) <= 12
+    assert found.kl_with <= found.kl_without
+
+
+@pytest.fixture
+def train(tmp_path, monkeypatch, tiny_model_dir):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "keeper.txt").write_text(PROMPT)
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps({"query": text}) + "\n" for text in TEXTS))
+
+    def run(*args):
+        fixed = ["--dtype", "float32", "--response-tokens", "6", "--steps", "3", "--scores-only"]
+        command = ["train", "keeper.txt", "--model", str(tiny_model_dir), "--queries", "q.jsonl", *fixed, *args]
+        return CliRunner().invoke(cli, command, catch_exceptions=False, standalone_mode=False)
+
+    return run
+
+
+def test_a_trained_token_tells_its_literal_places(train, model, tmp_path):
+    result = train(*KEPT, "-o", "a.safetensors", "--run-dir", "r")
+    assert not result.exception
+    token = Token.load("a.safetensors")
+    ids = model.tokenizer.encode("14 pounds", add_special_tokens=False)
+    assert (token.manifest.k, token.manifest.literal) == (len(ids) + 2, len(ids))
+    assert np.array_equal(token.vectors[: len(ids)], model.embed(ids).float().numpy())
+    assert "14 pounds" not in token.manifest.model_dump_json()
+    again = train(*KEPT, "-o", "b.safetensors", "--run-dir", "r")
+    assert not again.exception
+    assert np.array_equal(Token.load("b.safetensors").vectors, token.vectors)  # continued, at its end
+
+
+def test_the_trainer_chooses_words_or_keeps_none(train):
+    assert not train("--places", "20", "--tokens", "2", "-o", "a.safetensors").exception
+    mixed = Token.load("a.safetensors").manifest
+    assert mixed.k == mixed.literal + 2 <= 20
+    assert not train("--places", "20", "--no-literal", "-o", "b.safetensors").exception
+    learned = Token.load("b.safetensors").manifest
+    assert (learned.k, learned.literal) == (20, 0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"places": 4, "tokens": 4}, "leave no literal place"),
+        ({"keep_text": "a"}, "words need literal places"),
+        ({"places": 8, "literal": False, "keep_text": "a"}, "words need literal places"),
+        ({"places": 65}, "places"),
+    ],
+)
+def test_settings_that_exclude_each_other(settings, message):
+    with pytest.raises(InputError, match=message):
+        make_config({"prompt_file": "p", "model": "m", "id": "a", "output": "o", **settings})
+
+
+def test_too_long_a_text_to_keep_is_refused(train):
+    with pytest.raises(InputError, match="literal places are free"):
+        train("--places", "5", "--tokens", "4", "--keep-text", "much too long a text for one place")
+
+
+def test_a_manifest_with_more_literal_places_than_vectors_is_refused(train):
+    train("--tokens", "1", "-o", "a.safetensors")
+    manifest = Token.load("a.safetensors").manifest.model_dump()
+    with pytest.raises(ValidationError, match="larger than k"):
+        type(Token.load("a.safetensors").manifest).model_validate({**manifest, "literal": 2})
+
+
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_literal_places_are_computed_once_with_the_same_gradient(model, examples, monkeypatch, wide, checkpointed):
+    if wide:
+        monkeypatch.setattr(row_packing, "_PLAIN_WIDTH", 4)
+    literal_LH = model.embed([5, 6, 7]).float()
+    learned_KH = model.embed([8, 9]).float()
+    found = []
+    for given in (None, literal_LH):
+        vectors_KH = torch.cat([literal_LH, learned_KH]).requires_grad_()
+        stage = Distil(model, examples, batch_size=3, literal_LH=given)
+        part = stage.parts(vectors_KH, 0)[0]
+        assert (part.context is None) == (given is None)
+        (loss,) = piece_losses(model, split(part, None), checkpointed=checkpointed)
+        loss.backward()
+        found.append((loss.item(), vectors_KH.grad[3:]))
+        if given is not None:
+            assert not vectors_KH.grad[:3].any()
+            assert all(len(row.before) == 0 for row in part.rows)
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
+    assert torch.allclose(found[0][1], found[1][1], rtol=1e-3, atol=1e-6)
+
+
+def test_trainings_with_different_literal_places_go_side_by_side_as_alone(model, examples, tmp_path):
+    def training(name, ids):
+        literal_LH = model.embed(ids).float() if ids else None
+        token = soft_token(model.embed([8, 9]).float(), 4, 0, literal_LH)
+        (tmp_path / name).mkdir()
+        stage = Distil(model, examples, batch_size=2, literal_LH=literal_LH)
+        return Training(token, [(stage, 3)], Optimisation(lr=1e-2), folder=tmp_path / name, digest=name)
+
+    together = [training("a", [5, 6, 7]), training("b", [11]), training("c", [])]
+    fit(model, together, quiet=True)
+    for name, ids, found in zip("abc", ([5, 6, 7], [11], []), together, strict=True):
+        alone = training(f"{name}-alone", ids)
+        fit(model, [alone], quiet=True)
+        assert torch.allclose(alone.token.vectors, found.token.vectors, atol=1e-4)
