@@ -57,7 +57,7 @@ class TrainConfig(BaseModel):
 
     # Data.
     queries: str | None = None
-    """JSONL of unlabeled queries; None: the model writes its own."""
+    """JSONL of unlabeled queries; None: messages of the pool, and the model's own."""
     teacher: Literal["here", "vllm"] = "here"
     """What writes the responses: the frozen model itself, or a vLLM engine that ends before training begins."""
     teacher_url: str | None = None
@@ -67,7 +67,7 @@ class TrainConfig(BaseModel):
     gold: bool = False
     """Train on the file's `answer` fields instead of the teacher's own responses."""
     synthesise: int = Field(default=120, ge=8)
-    """How many queries to write where no file is given."""
+    """How many queries to take where no file is given: of the pool, and two in five written by the model."""
     max_queries: int | None = Field(default=None, ge=2)
     """Use at most this many queries of the file, drawn at random."""
     held_out: int = Field(default=32, ge=1)

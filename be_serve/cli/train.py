@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 @click.option("--model", help="Hugging Face name, folder, .gguf file or builtin:NAME. [default: the built-in model]")
 @click.option("-o", "--output", help="Token file to write. [default: <prompt file>.safetensors in the current folder]")
 @click.option("--id", "be_id", help="be_id of the token. [default: the output file's name without .safetensors]")
-@click.option("--queries", help="JSONL file of unlabeled queries. [default: the model writes queries]")
+@click.option("--queries", help="JSONL file of unlabeled queries. [default: be-serve's messages, and the model's own]")
 @click.option("--tokens", type=click.IntRange(1, 16), help="Number of learned vectors. [default: 4]")
 @click.option(
     "--places",
@@ -71,7 +71,9 @@ if TYPE_CHECKING:
     help="Train on the `answer` fields of --queries, not on the teacher's responses.",
 )
 @click.option("--max-queries", type=click.IntRange(2), help="Maximum number of queries from --queries.")
-@click.option("--synthesise", type=click.IntRange(8), help="Number of queries that the model writes without --queries.")
+@click.option(
+    "--synthesise", type=click.IntRange(8), help="Number of queries without --queries. The model writes two in five."
+)
 @click.option("--held-out", type=click.IntRange(1), help="Queries kept for the final evaluation.")
 @click.option("--test-queries", help="JSONL file of queries that are only measured on. [default: the held-out ones]")
 @click.option(
