@@ -37,7 +37,7 @@ _ANSWER_FILL, _QUERY_FILL = 0.8, 0.5
 _LONG_ANSWER = 150
 _QUERY_TOKENS, _DESCRIPTION_TOKENS, _DESCRIPTIONS = 48, 40, 8
 _ASK_TOKENS = 80
-_RIVALS = 3
+_RIVALS = 2
 """Texts for the literal places that are measured."""
 _SAMPLES = 12
 _BATCH = 64

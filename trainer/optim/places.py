@@ -204,15 +204,13 @@ class Residue:
 def find_literal(residue: Residue, prompt: str, places: int) -> Literal:
     """The words of the prompt for `places` literal places, beside the learned vectors of `residue`.
 
-    The best phrases compete with the prompt's beginning, and with none, on examples of the prompt's words.
+    They are the best phrases that fit. The divergence of a few answers decides only whether they stay: with it, the
+    prompt's beginning won against phrases that said twice as many facts.
     """
-    model = residue.model
-    found = phrases(model, prompt)
-    ranked = rank(found, residue.votes)
-    rivals = [(), fill(ranked, places), fill(found, places)]
-    kl = residue.divergence(rivals, residue.cases(ranked, CASES))
-    best = min(range(len(rivals)), key=kl.__getitem__)
-    return Literal(rivals[best], kl[0], kl[best])
+    ranked = rank(phrases(residue.model, prompt), residue.votes)
+    chosen = fill(ranked, places)
+    without, found = residue.divergence([(), chosen], residue.cases(ranked, CASES))
+    return Literal(chosen, without, found) if found < without else Literal((), without, without)
 
 
 def _words(phrase: Phrase) -> set[str]:
