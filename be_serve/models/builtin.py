@@ -9,20 +9,16 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from filelock import FileLock
-
 from be_serve.core.errors import InputError
 from be_serve.core.redaction import hide
-from be_serve.models.gguf import ISOLATED, convert_apart
+from be_serve.models.gguf import ISOLATED, convert_apart, made_once
 
 
 @dataclass(frozen=True)
@@ -58,20 +54,13 @@ def prepare_builtin(name: str, home: Path) -> Path:
     """
     model = BUILTIN[name]
     target = home / "models" / f"{name.removeprefix('builtin:')}-{model.sha256[:12]}-r{model.recipe}"
-    if (target / "config.json").exists():
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(str(target) + ".lock"):
-        if (target / "config.json").exists():
-            return target
-        print(f"Preparing {name} in {target} (once; about 270 MB).", file=sys.stderr, flush=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".preparing-") as work:
-            gguf = _find_gguf(model, Path(work))
-            _verify(gguf, model.sha256)
-            converted = Path(work) / "model"
-            convert_apart(gguf, converted, name)
-            os.replace(converted, target)
-    return target
+
+    def make(work: Path) -> None:
+        gguf = _find_gguf(model, work)
+        _verify(gguf, model.sha256)
+        convert_apart(gguf, work / "model", name)
+
+    return made_once(target, f"Preparing {name} in {target} (once; about 270 MB).", make)
 
 
 def _find_gguf(model: BuiltinModel, work: Path) -> Path:

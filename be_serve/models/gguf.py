@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from filelock import FileLock
@@ -41,18 +42,25 @@ def prepare_gguf(file: Path, home: Path) -> Path:
     digest = _digest(file)
     stem = re.sub(r"[^a-z0-9.]+", "-", file.stem.lower()).strip("-.")[:64] or "model"
     target = home / "models" / f"{stem}-{digest[:12]}-r{_RECIPE}"
+    about = f"Converting {file.name} ({file.stat().st_size / 1e9:.1f} GB) to bfloat16 in {target} (once)."
+    return made_once(target, about, lambda work: convert_apart(file, work / "model", file.name))
+
+
+def made_once(target: Path, about: str, make: Callable[[Path], None]) -> Path:
+    """The model folder `target`; if it is missing, `make` writes `model` in a work folder, which then becomes it.
+
+    Several processes may call it at once: one makes the folder, the others wait. `about` is printed before.
+    """
     if (target / "config.json").exists():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(str(target) + ".lock"):
         if (target / "config.json").exists():
             return target
-        size = file.stat().st_size / 1e9
-        print(f"Converting {file.name} ({size:.1f} GB) to bfloat16 in {target} (once).", file=sys.stderr, flush=True)
+        print(about, file=sys.stderr, flush=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".preparing-") as work:
-            converted = Path(work) / "model"
-            convert_apart(file, converted, file.name)
-            os.replace(converted, target)
+            make(Path(work))
+            os.replace(Path(work) / "model", target)
     return target
 
 
