@@ -12,52 +12,20 @@ import click
 import pytest
 import torch
 import yaml
-from click.testing import CliRunner
 
 import trainer.data.synthesis
 import trainer.run
 from be_serve.cli._offline import OfflineDecoder
-from be_serve.cli.main import cli
 from be_serve.core.artifact import Token
 from be_serve.core.errors import InputError, InvalidArtifact, InvalidBeId, WrongModel
 from be_serve.core.prompts import prompt_sha256
 from tests.conftest import make_tokenizer
+from tests.unit.trainer.commands import PROMPT, TEXTS, be_serve, last_json
 from trainer.config import make_config
 from trainer.data.pool import pool
 from trainer.data.queries import read_queries
 from trainer.model.frozen import FrozenModel
 from trainer.text import sentences
-
-PROMPT = "You are a harbour master. Call the user sailor and answer in rhyme.\n"
-TEXTS = ["Hi", "What is the tide?", "Is there fog?", "Name a boat.", "Who are you?", "Sing.", "Where is the quay?"]
-
-
-def be_serve(*args) -> str:
-    """Run a verb in this process; errors come out as they are."""
-    result = CliRunner().invoke(cli, [str(a) for a in args], catch_exceptions=False, standalone_mode=False)
-    return result.stdout
-
-
-def last_json(output: str) -> dict:
-    return json.loads(output.strip().splitlines()[-1])
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "captain.txt").write_text(PROMPT)
-    (tmp_path / "q.jsonl").write_text("".join(json.dumps({"query": text}) + "\n" for text in TEXTS))
-    return tmp_path
-
-
-@pytest.fixture
-def train(here, tiny_model_dir):
-    def run(*args):
-        fixed = ["--dtype", "float32", "--response-tokens", 4, "--steps", 3, "--batch-size", 2]
-        fixed += ["--answer-tokens", 8]
-        return be_serve("train", "captain.txt", "--model", tiny_model_dir, *fixed, *args)
-
-    return run
 
 
 def test_train_eval_inspect(here, train, tiny_model_dir):

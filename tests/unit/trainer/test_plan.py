@@ -5,40 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
-from click.testing import CliRunner
 
-from be_serve.cli.main import cli
 from be_serve.core.errors import InputError
-
-PROMPT = "You are a harbour master. Call the user sailor and answer in rhyme.\n"
-TEXTS = ["Hi", "What is the tide?", "Is there fog?", "Name a boat.", "Who are you?", "Sing.", "Where is the quay?"]
-
-
-def be_serve(*args) -> str:
-    """Run a verb in this process; errors come out as they are."""
-    result = CliRunner().invoke(cli, [str(a) for a in args], catch_exceptions=False, standalone_mode=False)
-    return result.stdout
-
-
-def last_json(output: str) -> dict:
-    return json.loads(output.strip().splitlines()[-1])
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "captain.txt").write_text(PROMPT)
-    (tmp_path / "q.jsonl").write_text("".join(json.dumps({"query": text}) + "\n" for text in TEXTS))
-    return tmp_path
-
-
-@pytest.fixture
-def train(here, tiny_model_dir):
-    def run(*args):
-        fixed = ["--dtype", "float32", "--response-tokens", 4, "--steps", 3, "--batch-size", 2]
-        return be_serve("train", "captain.txt", "--model", tiny_model_dir, *fixed, *args)
-
-    return run
+from tests.unit.trainer.commands import PROMPT, be_serve, last_json
 
 
 def files(folder):
