@@ -20,8 +20,11 @@ PASSWORD = "hun@ter:2/?#%"
 ENCODED = "hun%40ter:2%2F?#%25"
 NOBODY = 65534
 
+# Debian keeps these two programs out of PATH.
+PATH = os.pathsep.join([os.environ["PATH"], *map(str, Path("/usr/lib/postgresql").glob("*/bin"))])
 pytestmark = pytest.mark.skipif(
-    shutil.which("initdb") is None or shutil.which("pg_ctl") is None, reason="PostgreSQL's programs are not installed"
+    shutil.which("initdb", path=PATH) is None or shutil.which("pg_ctl", path=PATH) is None,
+    reason="PostgreSQL's programs are not installed (Debian: apt install postgresql)",
 )
 
 
@@ -39,9 +42,9 @@ def server():
             os.chown(folder, NOBODY, NOBODY)
 
         def run(*words: str) -> None:
-            subprocess.run(
-                words, check=True, stdout=subprocess.DEVNULL, cwd=folder, env={"PATH": os.environ["PATH"]}, **user
-            )
+            program = str(shutil.which(words[0], path=PATH))
+            command = [program, *words[1:]]
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=folder, env={"PATH": PATH}, **user)
 
         def control(*words: str) -> None:
             run("pg_ctl", "-D", f"{folder}/data", "-w", "-l", f"{folder}/log", *words)
