@@ -14,6 +14,8 @@ _QUOTED = re.compile(r'"[^"\n]*"|“[^”\n]*”')
 # Quotation marks and dashes as a keyboard writes them. NFKC leaves most of them apart.
 _SIGNS = str.maketrans({**dict.fromkeys("’‘‛`´", "'"), **dict.fromkeys("“”„‟«»", '"'), **dict.fromkeys("‐‑‒–—−", "-")})
 _EMPHASIS = re.compile(r"(?<!\w)(\*+|__+)|(\*+|__+)(?!\w)")
+# At a word's edges. Signs that say something (14 %, $5, -3, #2, @me) stay.
+_EDGES = re.compile(r"^[^\w%°$€£¥#@+\-]+|[^\w%°$€£¥]+$|^-+(?!\d)")
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 # Thai to Burmese, Khmer, kana, Han, Hangul: written without a space on each side of a word.
 _UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff"
@@ -24,6 +26,11 @@ def sentences(prompt: str) -> list[str]:
     """The prompt's sentences, those of at least three words."""
     parts = [part.strip(" -*#\t") for part in _SENTENCE.split(prompt)]
     return [part for part in parts if len(part.split()) >= 3] or [prompt]
+
+
+def without_marks(text: str) -> str:
+    """The text without punctuation and line breaks: marks within words and numbers stay, and signs of units."""
+    return " ".join(word for word in (_EDGES.sub("", part) for part in text.split()) if word)
 
 
 def recites(answer: str, prompt: str) -> bool:

@@ -31,6 +31,10 @@ class Facts:
 
     `n` are those that the full prompt's answer says and the answer without a prompt does
     not: what the prompt brings. `be` counts those of the `n` that the token says.
+
+    A greedy answer of a small model says many a fact by a narrow margin. `steady` are those of
+    the `n` that are said, too, when the prompt has lost its punctuation, which means nothing:
+    a ceiling for `be`. `be_steady` counts those of the `steady` that the token says.
     """
 
     probes: int = 0
@@ -38,16 +42,32 @@ class Facts:
     none: int = 0
     n: int = 0
     be: int = 0
+    steady: int = 0
+    be_steady: int = 0
 
     @property
     def kept(self) -> float | None:
         """The share of the `n` that the token says; None where they are too few."""
         return self.be / self.n if self.n >= FACTS_LEAST else None
 
+    @property
+    def kept_steady(self) -> float | None:
+        """The share of the `steady` that the token says; None where they are too few."""
+        return self.be_steady / self.steady if self.steady >= FACTS_LEAST else None
+
     def to_json(self) -> dict[str, Any]:
-        """`facts` of `eval --json`: `full` and `none` are shares of all probes, `be` of the `n`."""
+        """`facts` of `eval --json`: `full` and `none` are shares of all probes, `be` and `ceiling` of the `n`."""
         full, none = (share(count, self.probes) for count in (self.full, self.none))
-        return {"probes": self.probes, "n": self.n, "full": full, "none": none, "be": self.kept}
+        ceiling = share(self.steady, self.n) if self.n >= FACTS_LEAST else None
+        return {
+            "probes": self.probes,
+            "n": self.n,
+            "full": full,
+            "none": none,
+            "be": self.kept,
+            "ceiling": ceiling,
+            "steady": {"n": self.steady, "be": self.kept_steady},
+        }
 
 
 @dataclass(frozen=True)
@@ -133,7 +153,8 @@ class WholeAnswers:
             )
         few = "" if facts.kept is not None else f" (fewer than {FACTS_LEAST}: no share is given)"
         return (
-            f"facts: the token says {facts.be} of the {facts.n} that only the full prompt brings{few}; "
+            f"facts: the token says {facts.be} of the {facts.n} that only the full prompt brings{few}, and "
+            f"{facts.be_steady} of the {facts.steady} that it brings without its punctuation, too; "
             f"of {facts.probes} asked, full prompt {facts.full}, no prompt {facts.none}"
         )
 
@@ -219,6 +240,11 @@ def kl_sums(
     return {i: found[i] for i in sorted(found)}
 
 
+def facts_said(teacher: Teacher, queries: Sequence[Query], answers: Mapping[int, list[int]]) -> set[int]:
+    """The numbers of the probes whose answer (ids) says their fact."""
+    return {i for i, ids in answers.items() if queries[i].facts and says(teacher.text(ids), queries[i].facts)}
+
+
 def whole_answers(
     teacher: Teacher,
     queries: Sequence[Query],
@@ -226,17 +252,29 @@ def whole_answers(
     cap: int,
     kl: dict[int, KL],
 ) -> WholeAnswers:
-    """Count facts, ends and loops in answers (ids) by arm and number of the query."""
+    """Count facts, ends and loops in answers (ids) by arm and number of the query.
+
+    The arm `unmarked` is the full prompt without its punctuation. It answers only the probes that count.
+    """
     chosen = list(made["full"])
     texts = {arm: {i: teacher.text(made[arm][i]) for i in chosen} for arm in ARMS}
     ends = {arm: [teacher.ended(made[arm][i]) for i in chosen] for arm in ARMS}
     probes = [i for i in chosen if queries[i].facts]
-    said = {arm: {i for i in probes if says(texts[arm][i], queries[i].facts)} for arm in ARMS}
+    said = {arm: facts_said(teacher, queries, answers) for arm, answers in made.items()}
     brought = said["full"] - said["none"]
+    steady = brought & said.get("unmarked", set())
     return WholeAnswers(
         cap,
         len(chosen),
-        Facts(len(probes), len(said["full"]), len(said["none"]), len(brought), len(brought & said["be"])),
+        Facts(
+            len(probes),
+            len(said["full"]),
+            len(said["none"]),
+            len(brought),
+            len(brought & said["be"]),
+            len(steady),
+            len(steady & said["be"]),
+        ),
         Stops(
             len(chosen),
             sum(ends["full"]),

@@ -25,6 +25,7 @@ from trainer.evaluation.answers import (
     WholeAnswers,
     answer_steps,
     chosen_queries,
+    facts_said,
     kl_sums,
     room,
     share,
@@ -46,7 +47,7 @@ from trainer.evaluation.pairwise import Tally
 from trainer.evaluation.signatures import signatures
 from trainer.model.frozen import DTYPES
 from trainer.model.generate import Progress
-from trainer.text import recites
+from trainer.text import recites, without_marks
 
 
 @dataclass
@@ -246,6 +247,10 @@ def evaluate(
         for name, arm in compared.items():
             first = begun if name == "full" else None
             made[name] = write_answers(teacher, arm, chosen, answer_tokens, begun=first, progress=progress)
+        full_said, none_said = (facts_said(teacher, queries, made[name]) for name in ("full", "none"))
+        if brought := sorted(full_said - none_said):
+            unmarked = Arm.of_ids(model, chats(model, queries, without_marks(teacher.prompt)))
+            made["unmarked"] = write_answers(teacher, unmarked, brought, answer_tokens)
         scored = {i: made["full"][i] for i in chosen if i in kept}
         sums = kl_sums(teacher, compared, queries, scored, progress)
         whole = whole_answers(teacher, queries, made, answer_tokens, sums)

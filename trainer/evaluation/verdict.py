@@ -31,7 +31,10 @@ DEPLOYABLE_GAIN = 0.85
 RECITAL_SHARE = 0.05
 """Where more of the queries than this draw the prompt out, they count: rho with them decides."""
 DEPLOYABLE_FACTS = 0.85
-"""Share of the facts that only the full prompt brings; less is lossy (of `FACTS_LEAST` facts at least)."""
+"""Share of the steady facts that only the full prompt brings; less is lossy (of `FACTS_LEAST` at least).
+
+Facts that are lost with the prompt's punctuation show the model's margin, not the token's.
+"""
 DEPLOYABLE_STOPS = 0.9
 STOP_ANSWERS = 5
 """Share of the answers that end where the full prompt's end; less is lossy (of so many of these at least)."""
@@ -148,7 +151,10 @@ def _answer_losses(evaluation: Evaluation) -> list[str]:
     answers = evaluation.answers
     facts, stops, loops = answers.facts, answers.stops, answers.loops
     found = []
-    if facts.kept is not None and facts.kept < DEPLOYABLE_FACTS:
+    if facts.kept_steady is not None:
+        if facts.kept_steady < DEPLOYABLE_FACTS:
+            found.append(f"says {facts.be_steady} of the {facts.steady} facts that the full prompt says steadily")
+    elif facts.kept is not None and facts.kept < DEPLOYABLE_FACTS:
         found.append(f"says {facts.be} of the {facts.n} facts that the full prompt says")
     if stops.full >= STOP_ANSWERS and stops.kept / stops.full < DEPLOYABLE_STOPS:
         found.append(f"{stops.full - stops.kept} of {stops.full} answers never end where the full prompt's end")

@@ -29,7 +29,7 @@ from trainer.evaluation.signatures import ends_in_loop, looped
 from trainer.evaluation.verdict import judge
 from trainer.model.frozen import FrozenModel
 from trainer.provenance import quality
-from trainer.text import says
+from trainer.text import says, without_marks
 
 PROMPT = "You are a harbour master. Call the user sailor and answer in rhyme."
 TEXTS = ["Hi", "What is the tide?", "Is there fog?", "Name a boat.", "Who are you?", "Sing.", "Where is the quay?"]
@@ -83,6 +83,11 @@ def test_a_fact_is_said_at_the_edges_of_words(answer, fact, said):
     assert says(answer, ["nowhere to be found", fact]) is said
 
 
+def test_marks_go_and_what_numbers_and_words_hold_stays():
+    text = 'You are "Odd Brenner", boat - keeper... It\'s (open) 8:30–17:45; **$14.50**, 5 %! -3 °C\n# Say\n- a #2'
+    assert without_marks(text) == "You are Odd Brenner boat keeper It's open 8:30–17:45 $14.50 5 % -3 °C Say a #2"
+
+
 def test_an_answer_that_loops_only_at_its_end():
     sound = " ".join(f"word{i}" for i in range(120))
     answer = f"{sound} " + "and the gulls cry over the sea " * 7
@@ -96,7 +101,10 @@ def test_an_answer_that_loops_only_at_its_end():
 
 
 def test_facts_ends_and_loops_are_counted(model):
-    """Of seven probes the full prompt says six facts, no prompt one of these; the token says three of the five."""
+    """Of seven probes the full prompt says six facts, no prompt one of these; the token says three of the five.
+
+    Without its punctuation the prompt says four of them, of which the token says two.
+    """
     end = model.stop_ids()[-1]
 
     def answers(*texts, ends=()):
@@ -110,21 +118,31 @@ def test_facts_ends_and_loops_are_counted(model):
         "none": answers("It is fact0.", *["No."] * 7, ends=range(8)),
         "be": answers("fact0", "FACT1", "fact2!", "fact3", "no", "fact55", loop, loop, ends=range(3)),
     }
+    unmarked = answers("fact0", "fact1", "No.", "fact3", "fact4", "fact5")
+    made["unmarked"] = {i: unmarked[i] for i in range(1, 6)}
     found = whole_answers(Teacher(model, PROMPT), probes, made, 100, {3: KL(2.0, 1.0, 4), 5: KL(2.0, 0.0, 9)})
-    assert found.facts == Facts(probes=7, full=6, none=1, n=5, be=3)
+    assert found.facts == Facts(probes=7, full=6, none=1, n=5, be=3, steady=4, be_steady=2)
     assert found.facts.kept == pytest.approx(0.6)
     assert found.stops == Stops(answers=8, full=4, be=3, kept=3)
     assert found.loops == {"none": 0, "full": 0, "be": 2}
     assert found.rho == pytest.approx(0.25)
     assert found.to_json() == {
         "rho_answer": 0.25,
-        "facts": {"probes": 7, "n": 5, "full": 6 / 7, "none": 1 / 7, "be": 0.6},
+        "facts": {
+            "probes": 7,
+            "n": 5,
+            "full": 6 / 7,
+            "none": 1 / 7,
+            "be": 0.6,
+            "ceiling": 0.8,
+            "steady": {"n": 4, "be": None},
+        },
         "stop": {"full": 0.5, "be": 3 / 8, "kept": 0.75},
         "loops": {"full": 0.0, "be": 0.25, "none": 0.0},
         "answer_tokens": 100,
     }
     text = "\n".join(found.lines())
-    assert "the token says 3 of the 5 that only the full prompt brings; of 7 asked" in text
+    assert "says 3 of the 5 that only the full prompt brings, and 2 of the 4 that it brings without its" in text
     assert "ends in 3 of the 4" in text
 
 
@@ -136,7 +154,8 @@ def test_few_facts_give_no_share():
 def test_what_was_not_measured_is_null():
     found = WholeAnswers()
     assert found.lines() == []
-    assert found.to_json()["facts"] == {"probes": 0, "n": 0, "full": None, "none": None, "be": None}
+    unknown = dict.fromkeys(("full", "none", "be", "ceiling"))
+    assert found.to_json()["facts"] == {"probes": 0, "n": 0, **unknown, "steady": {"n": 0, "be": None}}
     assert set(found.to_json()["stop"].values()) == {None}
     assert found.to_json()["rho_answer"] is None
 
@@ -273,6 +292,9 @@ def evaluation():
     [
         ({}, None),
         ({"facts": Facts(12, 11, 1, 10, 3)}, "says 3 of the 10 facts that the full prompt says"),
+        ({"facts": Facts(12, 11, 1, 10, 3, 3, 3)}, "says 3 of the 10 facts that the full prompt says"),
+        ({"facts": Facts(12, 11, 1, 10, 7, 8, 7)}, None),
+        ({"facts": Facts(12, 11, 1, 10, 9, 8, 6)}, "says 6 of the 8 facts that the full prompt says steadily"),
         ({"facts": Facts(4, 4, 0, 4, 0)}, None),
         ({"facts": Facts()}, None),
         ({"stops": Stops(20, 20, 17, 17)}, "3 of 20 answers never end where the full prompt's end"),
