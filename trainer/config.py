@@ -47,7 +47,9 @@ class TrainConfig(BaseModel):
     places: int | None = Field(default=None, ge=1, le=MAX_PLACES)
     """Number of vectors with literal places: words of the prompt before `tokens` learned ones. None: learned only."""
     literal: bool = True
-    """Whether places may hold words as they are. Whoever has the token file and the model can read these words."""
+    """Whether places may begin as words of the prompt. Whoever has the token file and the model can read them."""
+    freeze_literal: bool = False
+    """Whether literal places stay the words that they begin as. Otherwise they are trained with the others."""
     keep_text: str | None = None
     """Words for the literal places, in place of those that the trainer chooses from the prompt."""
     probe_steps: int = Field(default=60, ge=0)
@@ -145,8 +147,11 @@ class TrainConfig(BaseModel):
             )
         if self.places is not None and self.literal and self.places <= self.tokens:
             raise ValueError(f"places: {self.places} leave no literal place beside {self.tokens} learned vectors")
-        if self.keep_text is not None and not (self.literal and self.places):
-            raise ValueError("keep_text: words need literal places; give --places, and no --no-literal")
+        if not (self.literal and self.places):
+            if self.keep_text is not None:
+                raise ValueError("keep_text: words need literal places; give --places, and no --no-literal")
+            if self.freeze_literal:
+                raise ValueError("freeze_literal: no literal places; give --places, and no --no-literal")
         if not all(self.stop):
             raise ValueError("stop: a text that ends a response cannot be empty")
         if self.teacher_url and holds_credentials(self.teacher_url):  # it is written into run.yaml
@@ -173,6 +178,11 @@ class TrainConfig(BaseModel):
     def learned(self) -> int:
         """The number of learned vectors."""
         return self.tokens if self.literal else self.k
+
+    @property
+    def trained(self) -> int:
+        """The largest number of vectors that training moves."""
+        return self.tokens if self.freeze_literal else self.k
 
     def init_files(self) -> list[str]:
         """The token files that the run starts from."""

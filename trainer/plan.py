@@ -35,6 +35,8 @@ from trainer.optim.starts import SCORE_TOKENS, SCREEN_TOKENS, Search, search_siz
 # Shares of a limit that texts fill on average, as measured with instruct models of 0.1 to 0.6 billion weights.
 _ANSWER_FILL, _QUERY_FILL = 0.8, 0.5
 _LONG_ANSWER = 150
+_WHOLE_ANSWER = 120
+"""Mean tokens of an answer that is written to its end."""
 _QUERY_TOKENS, _DESCRIPTION_TOKENS, _DESCRIPTIONS = 48, 40, 8
 _ASK_TOKENS = 80
 _RIVALS = 2
@@ -99,9 +101,14 @@ class Work:
         config = self.config
         return (self.prompt, config.queries, config.max_queries, config.response_tokens, config.temperature)
 
-    def row(self, answer: float) -> float:
-        """Mean positions of a student's row."""
-        return self.suffix + self.config.learned + 4 + answer
+    def row(self, answer: float, k: int) -> float:
+        """Mean positions of a student's row with k vectors."""
+        return self.suffix + k + 4 + answer
+
+    @property
+    def trained(self) -> int:
+        """Vectors that a training step feeds: places that stay are computed once."""
+        return min(self.config.trained, self.prompt_tokens)
 
 
 @dataclass(frozen=True)
@@ -172,8 +179,10 @@ def survey(config: TrainConfig, model: FrozenModel, prompt: str | None = None) -
     ids = model.slots.prompt_ids(prompt, template_kwargs=model.template_kwargs)
     if config.tokens > len(ids):
         raise InputError(f"The prompt has {len(ids)} tokens, fewer than --tokens {config.tokens}: nothing to save.")
+    test = read_queries(config.test_queries) if config.test_queries else []
     if config.queries:
-        training, held_out = split_held_out(drop_near_duplicates(read_queries(config.queries)), config.held_out)
+        found = drop_near_duplicates(read_queries(config.queries), beside=test)
+        training, held_out = split_held_out(found, config.held_out)
         training, held = training[: config.max_queries], len(held_out)
         written = 0
     else:
@@ -188,7 +197,7 @@ def survey(config: TrainConfig, model: FrozenModel, prompt: str | None = None) -
         prompt=prompt,
         prompt_tokens=len(ids),
         training=training,
-        held_out=held,
+        held_out=len(test) or held,
         written=written,
         suffix=round(statistics.mean(max(1, len(chat) - shared) for chat in chats)),
         answer=min(_ANSWER_FILL * config.response_tokens, _LONG_ANSWER),
@@ -214,7 +223,7 @@ def measure(model: FrozenModel, work: Work) -> Timing:
     examples = [Example(q, list(answer), state.cpu()) for q, state in zip(queries, states, strict=False)]
     scored = _timed(lambda: score(model, examples[:2], {"full": states[:2], "be": states[:2]}))
     distil = Distil(model, examples, placement=config.placement, batch_size=min(config.batch_size, 4), tau=config.tau)
-    vectors_KH = torch.zeros(config.learned, model.hidden_size, device=model.device, requires_grad=True)
+    vectors_KH = torch.zeros(work.trained, model.hidden_size, device=model.device, requires_grad=True)
     part = distil.parts(vectors_KH, 0)[0]
 
     def learn() -> None:
@@ -256,7 +265,8 @@ def make_plan(
     seconds["start"] = _start(work, timing) + _places(work, timing)
     size = min(config.batch_size, count)
     reconstructed = config.reconstruct_steps + (config.steps if config.lam < 1 else 0)
-    positions = config.steps * size * work.row(work.answer) + reconstructed * (work.prompt_tokens + config.k)
+    positions = config.steps * size * work.row(work.answer, work.trained)
+    positions += reconstructed * (work.prompt_tokens + config.k)
     seconds["training"] = positions * timing.step_position
     seconds["evaluation"] = _evaluation(work, model, timing)
     return Plan(work, seconds, _peak(work, model), free_bytes(model.device))
@@ -296,7 +306,8 @@ def _start(work: Work, timing: Timing) -> float:
     texts = _DESCRIPTIONS if config.learned > 1 else 0
     queries = min(config.search_queries, len(work.training))
     screened, scored = search_size(work.words, config.learned, queries, texts)
-    positions = screened * work.row(min(SCREEN_TOKENS, work.answer)) + scored * work.row(min(SCORE_TOKENS, work.answer))
+    rows = [work.row(min(tokens, work.answer), config.learned) for tokens in (SCREEN_TOKENS, SCORE_TOKENS)]
+    positions = screened * rows[0] + scored * rows[1]
     written = timing.decode(texts, _DESCRIPTION_TOKENS, _DESCRIPTION_TOKENS) + work.prompt_tokens * timing.position
     return positions * timing.search_position + (written if texts else 0.0)
 
@@ -308,9 +319,10 @@ def _places(work: Work, timing: Timing) -> float:
         return 0.0
     room = min(config.places, work.prompt_tokens) - config.tokens
     measured = _RIVALS * CASES
-    row = work.row(min(SCORED, work.answer)) + room
-    scored = len(work.training) * (work.row(work.answer) * timing.position + work.answer * timing.score_token)
-    probe = config.probe_steps * min(config.batch_size, len(work.training)) * work.row(work.answer)
+    row = work.row(min(SCORED, work.answer), room + config.learned)
+    probed = work.row(work.answer, config.learned)
+    scored = len(work.training) * (probed * timing.position + work.answer * timing.score_token)
+    probe = config.probe_steps * min(config.batch_size, len(work.training)) * probed
     return measured * row * timing.search_position + scored + probe * timing.step_position
 
 
@@ -325,6 +337,13 @@ def _evaluation(work: Work, model: FrozenModel, timing: Timing) -> float:
     scored = (arms + 1) * queries * mean + (work.clauses + bool(work.clauses)) * asked * mean
     sampled = 0 if config.scores_only else min(_SAMPLES, queries)
     decoded = timing.decode(queries, RESPONSE_TOKENS, mean)
+    if whole := 0 if config.scores_only else config.answer_tokens and min(config.answer_queries or queries, queries):
+        longer = min(config.answer_tokens, _WHOLE_ANSWER)
+        # Of the full prompt's answers the beginnings are there.
+        decoded += 3 * timing.decode(whole, config.answer_tokens, longer) - timing.decode(whole, RESPONSE_TOKENS, mean)
+        positions += 3 * whole * (work.suffix + longer)
+        scored += 3 * whole * longer
+        sampled = 0
     if sampled:
         decoded += (2 + bool(config.summary)) * timing.decode(sampled, RESPONSE_TOKENS, mean)
     return positions * timing.position + scored * timing.score_token + decoded
@@ -333,7 +352,7 @@ def _evaluation(work: Work, model: FrozenModel, timing: Timing) -> float:
 def _peak(work: Work, model: FrozenModel) -> int:
     """What the process holds now, the model loaded, and the most that a phase adds."""
     config, memory = work.config, MemoryModel.of(model.causal_lm)
-    width = round(work.row(work.answer))
+    width = round(work.row(work.answer, work.trained))
     batch = min(_BATCH, len(work.training))
     phases = [
         memory.step(min(config.batch_size, len(work.training)) * width, width),

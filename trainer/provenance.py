@@ -72,6 +72,7 @@ def make_token(
     vectors_KH: Tensor,
     start: Start,
     evaluation: Evaluation,
+    readable: int,
 ) -> Token:
     """The token of trained vectors [k, H] float32, with all that its manifest tells."""
     recipe = config.recipe()
@@ -91,7 +92,7 @@ def make_token(
         ),
         recipe=recipe,
         seed=config.seed,
-        quality=quality(evaluation, judge(evaluation)),
+        quality={**quality(evaluation, judge(evaluation)), "readable": readable},
         versions=versions(),
     )
     return Token(manifest, vectors_KH.numpy())

@@ -26,6 +26,7 @@ from trainer.data.queries import Query, drop_near_duplicates, read_queries, spli
 from trainer.data.synthesis import messages, synthesise
 from trainer.data.teacher import Decoder, Example, Teacher
 from trainer.evaluation.evaluate import Evaluation, evaluate, evaluation_steps
+from trainer.evaluation.readable import readable
 from trainer.evaluation.report_html import write_report
 from trainer.evaluation.verdict import judge
 from trainer.model.frozen import FrozenModel
@@ -63,6 +64,7 @@ class RunResult:
             "id": self.token.manifest.id,
             "run_dir": str(self.folder),
             "verdict": self.token.manifest.quality["verdict"],
+            "readable": self.token.manifest.quality["readable"],
             **self.evaluation.to_json(),
             "start": {"text": self.start.text, "kl": self.start.kl},
             "seconds": {name: round(value, 2) for name, value in self.seconds.items()},
@@ -169,7 +171,7 @@ class Run:
         token, self._begin = self._start(examples, digest)
         self._training = Training(
             token,
-            self._stages(examples, self._begin.literal),
+            self._stages(examples, self._frozen(self._begin)),
             self._optimisation(),
             folder=self.folder,
             digest=digest,
@@ -188,8 +190,14 @@ class Run:
         evaluation = self._evaluate(self._teacher, self._test, vectors_KH)
         self.seconds["total"] = sum(value for name, value in self.seconds.items() if name != "step")
         size = len(self.prompt_ids)
-        made = make_token(self.config, self.model, self.prompt, size, vectors_KH, self._begin, evaluation)
+        read = readable(self.model, vectors_KH, self.prompt_ids)
+        made = make_token(self.config, self.model, self.prompt, size, vectors_KH, self._begin, evaluation, read)
         made.save(self.config.output)
+        if read:
+            self.say(
+                f"Of {len(vectors_KH)} vectors, {read} can be read as words of the prompt by whoever has the token "
+                "file and the model (`readable`)."
+            )
         self._report(made.manifest, evaluation)
         for way in self.model.slow_ways():
             self.say(f"Slower than on most models: {way} ({self.model.name}).")
@@ -277,7 +285,7 @@ class Run:
         config, model = self.config, self.model
         room = self._places - config.tokens
         if config.keep_text is not None:
-            return replace(start, literal=kept_words(model, config.keep_text, room))
+            return self._beside(kept_words(model, config.keep_text, room), start)
         if config.probe_steps:
             probe = Training(
                 self._soft_token(start),
@@ -297,13 +305,24 @@ class Run:
             self.say(
                 f"{len(found.ids)} literal places (KL {found.kl_without:.3f} without them, {found.kl_with:.3f} with): "
                 f"{model.tokenizer.decode(found.ids)!r}. Whoever has the token file and the model can read these "
-                "words. For a secret prompt use --no-literal."
+                "words. For a secret prompt use --no-literal --init random."
             )
-        return replace(start, literal=found.ids)
+        return self._beside(found.ids, start)
+
+    def _beside(self, literal: tuple[int, ...], start: Start) -> Start:
+        """The start with words before its vectors, as vectors that are trained too or as places that stay."""
+        if self.config.freeze_literal or not literal:
+            return replace(start, literal=literal)
+        words_LH = self.model.embed(literal).float()
+        return replace(start, literal=literal, vectors_KH=torch.cat([words_LH, start.vectors_KH.to(words_LH)]))
+
+    def _frozen(self, start: Start) -> tuple[int, ...]:
+        """The words of the places that training leaves as they are."""
+        return start.literal if self.config.freeze_literal else ()
 
     def _soft_token(self, start: Start) -> SoftToken:
-        model = self.model
-        literal_LH = model.embed(start.literal) if start.literal else None
+        model, frozen = self.model, self._frozen(start)
+        literal_LH = model.embed(frozen) if frozen else None
         return soft_token(start.vectors_KH.to(model.device), self.config.rank, self.config.seed, literal_LH)
 
     def _find_start(self, examples: list[Example]) -> Start:

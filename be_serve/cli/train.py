@@ -27,10 +27,13 @@ if TYPE_CHECKING:
 @click.option(
     "--places",
     type=click.IntRange(1, 64),
-    help="Number of vectors in all. Beside the learned ones they are embeddings of words of the prompt, unchanged: "
-    "whoever has the token file and the model can read these words.",
+    help="Number of vectors in all. All but --tokens of them begin as words of the prompt: whoever has the token file "
+    "and the model can read these words.",
 )
-@click.option("--no-literal", is_flag=True, help="Keep no words. All places are learned. For secret prompts.")
+@click.option(
+    "--freeze-literal", is_flag=True, default=None, help="Leave these words as they are. Training moves the others."
+)
+@click.option("--no-literal", is_flag=True, help="Choose no words. All places are learned. For secret prompts.")
 @click.option("--keep-text", help="Words to keep, in place of those that the trainer chooses. Needs --places.")
 @click.option("--placement", type=click.Choice(["system", "block", "prefix"]), help="[default: system]")
 @click.option("--recipe", type=click.Choice(["default", "paper"]), help="Set of default values.")

@@ -93,7 +93,11 @@ class Manifest(BaseModel):
     hidden_size: int = Field(ge=1, le=1_000_000)
     k: int = Field(ge=1, le=1_000_000)
     literal: int = Field(default=0, ge=0)
-    """Number of vectors that are embeddings of words, unchanged. Whoever has the file and the model can read them."""
+    """Number of vectors that are embeddings of words, or were trained on from them. They come first.
+
+    Whoever has the file and the model can read the words: training moves a vector, and its nearest embedding stays
+    the word that it began as.
+    """
     placement: Placement = "system"
     template_digest: str
     """Digest of the chat template; equals `fingerprint.chat_template`."""

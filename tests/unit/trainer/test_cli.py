@@ -75,7 +75,9 @@ def test_train_eval_inspect(here, train, tiny_model_dir):
     assert low - 1e-6 <= evaluated["rho"] <= high + 1e-6  # one query is held out: the interval is a point
     assert evaluated["verdict"] == manifest.quality["verdict"]
     assert (result["answer_tokens"], evaluated["answer_tokens"]) == (8, 70)
-    assert manifest.quality["facts"] == {"probes": 0, "n": 0, "full": None, "none": None, "be": None}
+    unknown = dict.fromkeys(("full", "none", "be", "ceiling"))
+    assert manifest.quality["facts"] == {"probes": 0, "n": 0, **unknown, "steady": {"n": 0, "be": None}}
+    assert 0 <= manifest.quality["readable"] == result["readable"] <= manifest.k
     assert set(evaluated["stop"]) == {"full", "be", "kept"}
     assert set(evaluated["loops"]) == {"full", "be", "none"}
     assert evaluated["rho_answer"] > 0

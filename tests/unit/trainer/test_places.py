@@ -16,6 +16,7 @@ from be_serve.core.errors import InputError
 from trainer.config import make_config
 from trainer.data.queries import Query
 from trainer.data.teacher import Example, Teacher
+from trainer.evaluation.readable import nearest_words, readable
 from trainer.model import row_packing
 from trainer.model.frozen import FrozenModel
 from trainer.model.soft_token import soft_token
@@ -113,6 +114,16 @@ def test_words_are_found_and_measured(model, examples):
     assert found.kl_with <= found.kl_without
 
 
+def test_vectors_near_words_of_the_prompt_can_be_read(model):
+    ids = model.slots.prompt_ids(PROMPT)
+    near = model.embed(ids[:5]).float() * 3 + 1e-3
+    other = model.embed(model.tokenizer.encode("?!", add_special_tokens=False)).float()  # no words
+    assert nearest_words(model, near) == list(ids[:5])
+    words = sum(any(c.isalnum() for c in model.tokenizer.decode([token])) for token in ids[:5])
+    assert readable(model, near, ids) == words > 0
+    assert readable(model, torch.cat([near, other]), ids) == words
+
+
 @pytest.fixture
 def train(tmp_path, monkeypatch, tiny_model_dir):
     monkeypatch.chdir(tmp_path)
@@ -127,15 +138,20 @@ def train(tmp_path, monkeypatch, tiny_model_dir):
     return run
 
 
-def test_a_trained_token_tells_its_literal_places(train, model, tmp_path):
-    result = train(*KEPT, "-o", "a.safetensors", "--run-dir", "r")
+@pytest.mark.parametrize("freeze", [True, False])
+def test_a_trained_token_tells_its_literal_places(train, model, freeze):
+    kept = (*KEPT, "--freeze-literal") if freeze else KEPT
+    result = train(*kept, "-o", "a.safetensors", "--run-dir", "r")
     assert not result.exception
     token = Token.load("a.safetensors")
     ids = model.tokenizer.encode("14 pounds", add_special_tokens=False)
     assert (token.manifest.k, token.manifest.literal) == (len(ids) + 2, len(ids))
-    assert np.array_equal(token.vectors[: len(ids)], model.embed(ids).float().numpy())
+    assert np.array_equal(token.vectors[: len(ids)], model.embed(ids).float().numpy()) is freeze
     assert "14 pounds" not in token.manifest.model_dump_json()
-    again = train(*KEPT, "-o", "b.safetensors", "--run-dir", "r")
+    # Trained on or not, the words can be read; of the two learned vectors, those that began at words.
+    assert nearest_words(model, torch.from_numpy(token.vectors.copy()))[: len(ids)] == ids
+    assert len(ids) <= token.manifest.quality["readable"] <= token.manifest.k
+    again = train(*kept, "-o", "b.safetensors", "--run-dir", "r")
     assert not again.exception
     assert np.array_equal(Token.load("b.safetensors").vectors, token.vectors)  # continued, at its end
 
