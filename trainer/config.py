@@ -74,6 +74,8 @@ class TrainConfig(BaseModel):
     """Use at most this many queries of the file, drawn at random."""
     held_out: int = Field(default=32, ge=1)
     """Queries kept from training for the final evaluation; at most a fifth of all."""
+    validation: int = Field(default=16, ge=0)
+    """Training queries kept to choose the best step, at most a tenth of them; 0: the last step's vectors are taken."""
     test_queries: str | None = None
     """JSONL of queries that are only measured on, in place of the held-out ones; what resembles them trains nothing."""
     response_tokens: int = Field(default=64, ge=1, le=4096)

@@ -31,6 +31,7 @@ from trainer.model.soft_token import Row
 from trainer.optim.objectives import Distil, part_losses
 from trainer.optim.places import CASES, SCORED
 from trainer.optim.starts import SCORE_TOKENS, SCREEN_TOKENS, Search, search_size
+from trainer.optim.validation import CHECKS
 
 # Shares of a limit that texts fill on average, as measured with instruct models of 0.1 to 0.6 billion weights.
 _ANSWER_FILL, _QUERY_FILL = 0.8, 0.5
@@ -268,6 +269,8 @@ def make_plan(
     positions = config.steps * size * work.row(work.answer, work.trained)
     positions += reconstructed * (work.prompt_tokens + config.k)
     seconds["training"] = positions * timing.step_position
+    validated = CHECKS * min(config.validation, count // 10) if config.steps else 0
+    seconds["training"] += validated * work.row(work.answer, work.trained) * timing.position
     seconds["evaluation"] = _evaluation(work, model, timing)
     return Plan(work, seconds, _peak(work, model), free_bytes(model.device))
 

@@ -38,6 +38,7 @@ from trainer.optim.loop import Optimisation, Training, fit
 from trainer.optim.objectives import Distil, Joint, Reconstruct, Stage
 from trainer.optim.places import Residue, find_literal, kept_words
 from trainer.optim.starts import Start, find_start
+from trainer.optim.validation import Validation
 from trainer.provenance import make_token, run_digest
 
 Say = Callable[[str], None]
@@ -168,6 +169,8 @@ class Run:
         # Only training data comes from elsewhere: every token is measured on the frozen model's own answers.
         writer = Teacher(self.model, self.prompt, self.cache, stop=config.stop, decoder=self.decoder)
         examples = self._without_recitals(writer, self._examples(writer, training))
+        count = min(config.validation, len(examples) // 10)
+        examples, validation = examples[count:], examples[:count]
         token, self._begin = self._start(examples, digest)
         self._training = Training(
             token,
@@ -175,6 +178,7 @@ class Run:
             self._optimisation(),
             folder=self.folder,
             digest=digest,
+            validation=Validation(self._distil(validation, self._frozen(self._begin))) if validation else None,
         )
         return self._training
 
@@ -186,7 +190,9 @@ class Run:
         if training.seconds:
             self.seconds["training"] = sum(training.seconds)
             self.seconds["step"] = statistics.median(training.seconds)
-        vectors_KH = training.token.vectors.detach().cpu()
+        vectors_KH = training.vectors.cpu()
+        if training.best and training.best.step < training.stages[-1][1]:
+            self.say(f"Step {training.best.step} is the best on the validation queries (KL {training.best.kl:.3f}).")
         evaluation = self._evaluate(self._teacher, self._test, vectors_KH)
         self.seconds["total"] = sum(value for name, value in self.seconds.items() if name != "step")
         size = len(self.prompt_ids)

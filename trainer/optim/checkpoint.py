@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -30,15 +31,20 @@ class Checkpoint:
     """AdamW's two moments of each parameter; empty before the first step."""
     rng: Tensor
     """State of torch's random numbers, uint8."""
+    best: tuple[float, int, Tensor] | None = None
+    """KL, step and vectors [k, H] of the best step so far on the validation queries, where there are any."""
 
     def save(self, path: Path) -> None:
         """Write the checkpoint; readers see the old or the new one."""
         tensors = {f"parameter.{name}": tensor for name, tensor in self.parameters.items()} | {"rng": self.rng}
         for name, (first, second) in self.moments.items():
             tensors |= {f"exp_avg.{name}": first, f"exp_avg_sq.{name}": second}
-        state = json.dumps({"digest": self.digest, "stage": self.stage, "step": self.step})
+        state: dict[str, Any] = {"digest": self.digest, "stage": self.stage, "step": self.step}
+        if self.best:
+            kl, step, tensors["best"] = self.best
+            state["best"] = [kl, step]
         on_cpu = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
-        write_atomically(path, save(on_cpu, metadata={"state": state}))
+        write_atomically(path, save(on_cpu, metadata={"state": json.dumps(state)}))
 
     @classmethod
     def load(cls, path: Path, digest: str) -> Checkpoint:
@@ -54,6 +60,7 @@ class Checkpoint:
                 _part(tensors, "parameter."),
                 {name: (first, tensors[f"exp_avg_sq.{name}"]) for name, first in _part(tensors, "exp_avg.").items()},
                 tensors["rng"].to(torch.uint8),
+                (float(state["best"][0]), int(state["best"][1]), tensors["best"]) if "best" in state else None,
             )
             _ = found.parameters["vectors"]
         except (OSError, SafetensorError, KeyError, ValueError, TypeError) as exc:

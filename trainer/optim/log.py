@@ -62,6 +62,9 @@ def draw_curves(rows: Sequence[dict[str, Any]], path: Path, levels: dict[str, fl
         steps, values = [p[0] for p in points], [p[1] for p in points]
         axes.plot(steps, values, alpha=0.3, linewidth=0.8, label="batch")
         axes.plot(steps, smooth(values), label="smoothed")
+        checked = [(n, row["validation"]) for n, row in enumerate(rows, start=1) if "validation" in row]
+        if name == "kl" and checked:
+            axes.plot(*zip(*checked, strict=True), marker="o", markersize=3, label="validation")
         for label, level in (levels or {}).items() if name == "kl" else ():
             axes.axhline(level, linestyle="--", linewidth=0.8, color="grey")
             axes.text(1, level, label, fontsize=8, va="bottom")

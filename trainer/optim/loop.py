@@ -22,6 +22,7 @@ from trainer.model.soft_token import SoftToken
 from trainer.optim.checkpoint import Checkpoint
 from trainer.optim.log import Log
 from trainer.optim.objectives import Part, Piece, Stage, piece_losses, split
+from trainer.optim.validation import Best, Validation
 
 # Parts join one pass up to this many positions: they keep the cores, or a small GPU, busy; more only costs memory.
 _FEED_POSITIONS = 4096
@@ -68,6 +69,7 @@ class Training:
         folder: Path,
         digest: str,
         resume: bool = True,
+        validation: Validation | None = None,
     ) -> None:
         self.token = token
         self.stages = [(stage, steps) for stage, steps in stages if steps]
@@ -76,6 +78,9 @@ class Training:
         self.seconds: list[float] = []
         """Wall time of each step done here, shared with the tokens trained beside this one."""
         self.fault: InputError | None = None
+        self.best: Best | None = None
+        """The best step of the last stage on the validation queries."""
+        self._validation = validation
         self.index = self.step = 0
         self._fed: Tensor
         self._file = folder / "checkpoint.safetensors"
@@ -89,6 +94,7 @@ class Training:
         self._optimiser = self._new_optimiser()
         if found:
             _restore(found, token, self._optimiser)
+            self.best = Best(*found.best) if found.best else None
         if self.live and self.step == self.stages[self.index][1]:
             self._next_stage()
 
@@ -96,6 +102,11 @@ class Training:
     def live(self) -> bool:
         """Whether steps are left."""
         return self.fault is None and self.index < len(self.stages)
+
+    @property
+    def vectors(self) -> Tensor:
+        """The vectors [k, H] that the training made: those of its best step, or of its last."""
+        return self.best.vectors_KH if self.best else self.token.vectors.detach()
 
     @property
     def name(self) -> str:
@@ -145,6 +156,7 @@ class Training:
                 "gradient": float(norm),
                 "positions": positions,
                 "seconds": round(seconds, 4),
+                **self._validated(steps),
             }
         )
         if self.step % self.settings.checkpoint_every == 0 or self.step == steps:
@@ -152,12 +164,25 @@ class Training:
         if self.step == steps:
             self._next_stage()
 
+    def _validated(self, steps: int) -> dict[str, float]:
+        """The divergence on the validation queries where it is due, for the log; the best step is kept."""
+        check = self._validation
+        if check is None or self.index < len(self.stages) - 1 or not check.due(self.step, steps):
+            return {}
+        vectors_KH = self.token.vectors.detach().clone()
+        kl = check.divergence(vectors_KH)
+        if self.best is None or kl < self.best.kl:
+            self.best = Best(kl, self.step, vectors_KH)
+        return {"validation": kl}
+
     def save(self) -> None:
         """Write the checkpoint, once the first step is done."""
         parameters, states = self.token.parameters, self._optimiser.state
         if all(states[parameter] for parameter in parameters.values()):
             moments = {name: (states[p]["exp_avg"], states[p]["exp_avg_sq"]) for name, p in parameters.items()}
-            Checkpoint(self.digest, self.index, self.step, parameters, moments, torch.get_rng_state()).save(self._file)
+            best = (self.best.kl, self.best.step, self.best.vectors_KH) if self.best else None
+            rng = torch.get_rng_state()
+            Checkpoint(self.digest, self.index, self.step, parameters, moments, rng, best).save(self._file)
 
     def _new_optimiser(self) -> torch.optim.Optimizer:
         settings = self.settings

@@ -209,7 +209,10 @@ class Distil:
         self.plan = BatchPlan([row.length(0) for row in self.rows], batch_size, seed)
 
     def parts(self, vectors_KH: Tensor, step: int) -> list[Part]:
-        batch = self.plan(step)
+        return [self.part(vectors_KH, self.plan(step))]
+
+    def part(self, vectors_KH: Tensor, batch: Sequence[int]) -> Part:
+        """The part that feeds the examples of these numbers."""
         teacher_NH = torch.cat([self.examples[i].states_TH for i in batch])
 
         def loss(states_nH: Tensor, at: slice = _ALL) -> Tensor:
@@ -217,7 +220,7 @@ class Distil:
 
         name = "kl" if self.tau == 1 else "softened kl"  # what stands in the log as kl is KL
         rows = [self.rows[i] for i in batch]
-        return [Part(name, rows, vectors_KH[self._literal :], loss, context=self._context)]
+        return Part(name, rows, vectors_KH[self._literal :], loss, context=self._context)
 
 
 class Tune:

@@ -17,13 +17,15 @@ from trainer.data.queries import Query
 from trainer.data.teacher import Teacher
 from trainer.from_text import identity_token
 from trainer.model.frozen import FrozenModel
-from trainer.model.soft_token import LowRankToken, SoftToken
+from trainer.model.soft_token import LowRankToken, SoftToken, scored_states
 from trainer.optim.autoencoder import AEConfig, TextBatches, load_ae, save_ae, stream_texts, train_ae
 from trainer.optim.checkpoint import Checkpoint
 from trainer.optim.log import Log, draw_curves, smooth
 from trainer.optim.loop import Optimisation, Stopped, Training, fit
+from trainer.optim.losses import hidden_kl
 from trainer.optim.objectives import Distil, Joint, Part, Reconstruct, split
 from trainer.optim.starts import file_start
+from trainer.optim.validation import Validation
 
 PROMPT = "You are a harbour master. Call the user sailor and answer in rhyme."
 QUERIES = [
@@ -165,6 +167,54 @@ def test_a_killed_run_resumes_from_its_last_checkpoint(model, examples, start, t
         out.write('{"stage_index": 1, "st')  # killed in the middle of a line
     train(model, start, make_stages(model, examples), parts)
     assert curve(parts) == curve(whole)
+
+
+def test_the_best_step_on_the_validation_queries_is_taken_and_survives_a_stop(model, examples, start, tmp_path):
+    settings = replace(SETTINGS, lr=2.0)  # so large that later steps are worse
+    distil = Distil(model, examples[:4], batch_size=2)
+    validation = Validation(Distil(model, examples[4:]), checks=4)
+
+    def begin(folder, check=validation):
+        stages = [(distil, 8)]
+        return Training(SoftToken(start), stages, settings, folder=tmp_path / folder, digest="a", validation=check)
+
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "cut").mkdir()
+    whole = begin("whole")
+    fit(model, [whole], quiet=True)
+    measured = {
+        row["step"]: row["validation"] for row in Log(tmp_path / "whole" / "log.jsonl").rows() if "validation" in row
+    }
+    assert list(measured) == [2, 4, 6, 8]
+    best = min(measured, key=measured.__getitem__)
+    assert (whole.best.step, whole.best.kl) == (best, measured[best])
+    assert validation.divergence(whole.vectors) == pytest.approx(measured[best])
+    assert (best == 8) == torch.equal(whole.vectors, whole.token.vectors)
+    own = [
+        hidden_kl(e.states_TH, scored_states(model, [row], whole.vectors), model.head)
+        for e, row in zip(examples[4:], validation.distil.rows, strict=True)
+    ]
+    assert measured[best] == pytest.approx(float(torch.cat(own).mean()), rel=1e-4)
+
+    first = begin("cut")
+    step = first.update
+
+    def stop_at_five(*args):
+        step(*args)
+        if first.step == 5:
+            first.save()
+            raise Stopped
+
+    first.update = stop_at_five
+    with pytest.raises(Stopped):
+        fit(model, [first], quiet=True)
+    second = begin("cut")
+    assert second.best.step in (2, 4)
+    fit(model, [second], quiet=True)
+    assert (second.best.step, second.best.kl) == (whole.best.step, whole.best.kl)
+    assert torch.equal(second.vectors, whole.vectors)
+    done = begin("cut")  # at its end
+    assert torch.equal(done.vectors, whole.vectors)
 
 
 def test_another_runs_checkpoint_is_refused(model, examples, start, tmp_path):
