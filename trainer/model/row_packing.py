@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -34,16 +34,23 @@ class Layout:
     """Index into N of each padded place; that of the row's first token where there is none."""
     position_N: Tensor
     """Position of each token in its row."""
+    head: Layout | None = None
+    """Of a row that lies before these in the sequence. Every row sees it whole, as its own beginning."""
 
     @classmethod
-    def of(cls, lengths: Sequence[int], device: torch.device) -> Layout:
-        """The layout of rows of these lengths, one behind the other."""
+    def of(cls, lengths: Sequence[int], device: torch.device, head: int = 0) -> Layout:
+        """The layout of rows of these lengths, one behind the other, all behind a common beginning of `head` tokens."""
         length_B = torch.tensor(lengths, device=device)
         start_B = length_B.cumsum(0) - length_B
         place_W = torch.arange(max(lengths), device=device)
         filled_BW = place_W < length_B[:, None]
         packed_BW = start_B[:, None] + torch.where(filled_BW, place_W, 0)
-        return cls(filled_BW.flatten().nonzero()[:, 0], packed_BW, place_W.expand_as(filled_BW)[filled_BW])
+        position_N = place_W.expand_as(filled_BW)[filled_BW]
+        own = None
+        if head:
+            own = cls.of([head], device)
+            position_N = torch.cat([own.position_N, head + position_N])
+        return cls(filled_BW.flatten().nonzero()[:, 0], packed_BW, position_N, own)
 
 
 class _Unfold(torch.autograd.Function):  # type: ignore[misc]
@@ -85,6 +92,13 @@ def block_attention(
 
     `prefix` are the keys and values [1, G, P, D] of P positions that every row sees whole.
     """
+    if layout.head is not None:
+        first = len(layout.head.padded_N)
+        own = query_1AND[:, :, :first], key_1GND[:, :, :first], value_1GND[:, :, :first]
+        rest = query_1AND[:, :, first:], key_1GND[:, :, first:], value_1GND[:, :, first:]
+        keys, values = own[1:] if prefix is None else (torch.cat(pair, 2) for pair in zip(prefix, own[1:], strict=True))
+        begun = block_attention(*own, layout.head, scaling, prefix)
+        return torch.cat([begun, block_attention(*rest, replace(layout, head=None), scaling, (keys, values))], 1)
     heads, groups = query_1AND.shape[1], key_1GND.shape[1]
     query, key, value = (
         _Unfold.apply(x[0].transpose(0, 1).flatten(1), layout).unflatten(2, (x.shape[1], -1)).transpose(1, 2)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import torch
@@ -12,6 +12,9 @@ from torch import Tensor, nn
 
 from trainer.model.frozen import FrozenModel
 from trainer.model.row_packing import Layout, attending_in_blocks
+
+_COMMON_LEAST = 32
+"""Positions at the beginning of all rows from which on it pays to compute them once."""
 
 
 class SoftToken:
@@ -149,6 +152,16 @@ def _lay(
     return inputs_NH, torch.tensor(scored, device=model.device)
 
 
+def _common_beginning(rows: Sequence[Row], each: Sequence[Tensor | None]) -> int:
+    """Positions with which all rows begin: ids and the same vectors. 0 for few, or a single row."""
+    first, own = rows[0], each[0]
+    if len(rows) < 2 or own is None or any(row.at_once or not row.after for row in rows):
+        return 0
+    same = all(row.before == first.before for row in rows) and all(other is own for other in each)
+    length = len(first.before) + len(own)
+    return length if same and length >= _COMMON_LEAST else 0
+
+
 def _count(own: Tensor | None) -> int:
     return 0 if own is None else len(own)
 
@@ -184,10 +197,14 @@ def scored_states(
         return hidden_BTH.reshape(-1, hidden_BTH.shape[-1])[scored_N]
     if context is not None or (len(rows) > 1 and model.packs_rows()):
         each = _for_each(vectors, len(rows))
+        head = _common_beginning(rows, each)
+        if head:  # computed once, and its gradient with it
+            rows = [Row(rows[0].before, (), ()), *(replace(row, before=()) for row in rows)]
+            each = [each[0], *([None] * (len(rows) - 1))]
         lengths = [row.length(_count(own)) for row, own in zip(rows, each, strict=True)]
         starts = [0, *itertools.accumulate(lengths)]
         inputs_NH, scored_N = _lay(model, rows, each, starts[:-1], starts[-1])
-        layout = Layout.of(lengths, model.device)
+        layout = Layout.of(lengths[1:] if head else lengths, model.device, head)
         layers = None if context is None else context.layers
         position_N = layout.position_N + (0 if context is None else len(context.rows_PH))
         with attending_in_blocks(model.causal_lm, layout, layers):

@@ -61,12 +61,27 @@ def test_the_splice_has_the_ids_of_the_slot(model, placement, query):
     assert scored.tolist() == [last, last + 1, last + 2]
 
 
-@pytest.mark.parametrize("how", ["padded", "packed", "packed, fused attention"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        "padded",
+        "packed",
+        "packed, fused attention",
+        "packed, common beginning",
+        "packed, common beginning, fused attention",
+    ],
+)
 def test_a_rows_neighbours_change_nothing(model, monkeypatch, how):
     """States and gradients of rows of many lengths, together and alone."""
     assert model.packs_rows()
     monkeypatch.setattr(model, "_packs_rows", how != "padded")
     monkeypatch.setattr("trainer.model.row_packing._PLAIN_WIDTH", 1 if "fused" in how else 640)
+    monkeypatch.setattr("trainer.model.soft_token._COMMON_LEAST", 1 if "common" in how else 10**6)
+    laid = []
+    monkeypatch.setattr(
+        "trainer.model.soft_token.attending_in_blocks",
+        lambda lm, layout, *rest: laid.append(layout) or row_packing.attending_in_blocks(lm, layout, *rest),
+    )
     rows = [student_row(model, q, list(range(3, 4 + 3 * i)), "system") for i, q in enumerate(QUERIES)]
     start = torch.randn(2, model.hidden_size, generator=torch.Generator().manual_seed(0))
     weigh = torch.randn(sum(len(row.response) for row in rows), 1, generator=torch.Generator().manual_seed(1))
@@ -79,6 +94,7 @@ def test_a_rows_neighbours_change_nothing(model, monkeypatch, how):
     for together, alone in zip(*found, strict=True):
         assert torch.allclose(together, alone, atol=1e-4)
     assert found[0][1].abs().max() > 0.1
+    assert [layout.head is not None for layout in laid] == ([] if how == "padded" else ["common" in how])
 
 
 def test_a_model_with_a_sliding_window_is_not_packed(model, monkeypatch):

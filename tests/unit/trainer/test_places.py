@@ -193,7 +193,11 @@ def test_a_manifest_with_more_literal_places_than_vectors_is_refused(train):
 
 @pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("checkpointed", [False, True])
-def test_literal_places_are_computed_once_with_the_same_gradient(model, examples, monkeypatch, wide, checkpointed):
+@pytest.mark.parametrize("least", [1, 1000])
+def test_literal_places_are_computed_once_with_the_same_gradient(
+    model, examples, monkeypatch, wide, checkpointed, least
+):
+    monkeypatch.setattr("trainer.model.soft_token._COMMON_LEAST", least)
     if wide:
         monkeypatch.setattr(row_packing, "_PLAIN_WIDTH", 4)
     literal_LH = model.embed([5, 6, 7]).float()
