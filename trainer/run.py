@@ -36,7 +36,7 @@ from trainer.optim.checkpoint import Checkpoint
 from trainer.optim.log import Log, draw_curves
 from trainer.optim.loop import Optimisation, Training, fit
 from trainer.optim.objectives import Distil, Joint, Reconstruct, Stage
-from trainer.optim.places import Residue, find_literal, kept_words
+from trainer.optim.places import Residue, find_literal, kept_words, queries_by_sentence
 from trainer.optim.starts import Start, find_start
 from trainer.optim.validation import Validation
 from trainer.provenance import make_token, run_digest
@@ -116,6 +116,7 @@ class Run:
             )
         self._mixes = config.places is not None and config.literal
         self._places = min(config.k, len(self.prompt_ids))
+        self._bearing: dict[str, int] = {}
 
     def execute(self) -> RunResult:
         """Train, evaluate, write the token. Raises Stopped after a signal, InputError for faulty input."""
@@ -194,6 +195,7 @@ class Run:
         if training.best and training.best.step < training.stages[-1][1]:
             self.say(f"Step {training.best.step} is the best on the validation queries (KL {training.best.kl:.3f}).")
         evaluation = self._evaluate(self._teacher, self._test, vectors_KH)
+        evaluation.training_queries = self._bearing
         self.seconds["total"] = sum(value for name, value in self.seconds.items() if name != "step")
         size = len(self.prompt_ids)
         read = readable(self.model, vectors_KH, self.prompt_ids)
@@ -273,13 +275,15 @@ class Run:
             self._continued = True
             self.say(f"Continuing the run in {self.folder} (stage {found.stage + 1}, step {found.step}).")
             kept = json.loads(note.read_text(encoding="utf-8")) if note.exists() else {}
+            self._bearing = kept.get("training_queries", {})
             start = Start(found.parameters["vectors"], kept.get("text"), kept.get("kl"), tuple(kept.get("literal", ())))
             return self._soft_token(start), start
         with self._timed("start"):
             start = self._find_start(examples)
         if self._mixes:
             start = self._with_literal(start, examples, digest)
-        note.write_text(json.dumps({"text": start.text, "kl": start.kl, "literal": start.literal}), encoding="utf-8")
+        told = {"text": start.text, "kl": start.kl, "literal": start.literal, "training_queries": self._bearing}
+        note.write_text(json.dumps(told), encoding="utf-8")
         Checkpoint(digest, 0, 0, {"vectors": start.vectors_KH}, {}, torch.get_rng_state()).save(file)
         if start.text is not None:
             kl = "" if start.kl is None else f", KL {start.kl:.3f} before training"
@@ -307,6 +311,9 @@ class Run:
         with self._timed("places"), self._bar("places", None) as progress:
             residue = Residue(model, self.prompt, examples, start.vectors_KH, config.placement, progress)
             found = find_literal(residue, self.prompt, room)
+        self._bearing = dict(queries_by_sentence(self.prompt, residue.said))
+        for text in [text for text, count in self._bearing.items() if not count]:
+            self.say(f"No training query bears on this sentence; give --queries that do: {text!r}")
         if found.ids:
             self.say(
                 f"{len(found.ids)} literal places (KL {found.kl_without:.3f} without them, {found.kl_with:.3f} with): "

@@ -83,6 +83,8 @@ class Evaluation:
     """How a judge model saw the token's answers beside the full prompt's and those without one."""
     answers: WholeAnswers = field(default_factory=WholeAnswers)
     """Facts, ends, loops and KL of whole answers (`trainer.evaluation.answers`)."""
+    training_queries: dict[str, int] = field(default_factory=dict)
+    """For sentences of the prompt, on how many training queries they bear (`trainer.optim.places`)."""
     by_query: dict[int, KL] = field(default_factory=dict)
     """KL on the first 64 tokens, of which rho is the ratio, by the number of each query that is scored."""
 
@@ -131,6 +133,7 @@ class Evaluation:
             "turns": self.turns,
             "off_topic": self.off_topic,
             "judged": {rival: tally.to_json() for rival, tally in self.judged.items()},
+            "training_queries": [{"text": text, "queries": n} for text, n in self.training_queries.items()],
             "clauses": [effect.to_json() for effect in self.clauses],
             "samples": self.samples,
             "rho_default": self.rho_default,

@@ -113,8 +113,15 @@ def _clauses(evaluation: Evaluation) -> str:
             if kept is None
             else f'<div class="frame"><div class="bar" style="width:{100 * share:.0f}%"></div></div>{share:.0%}'
         )
-        rows.append(f'<tr><td>{escape(clause.text)}</td><td class="n">{clause.kl:.3f}</td><td>{bar}</td></tr>')
-    head = "<tr><th>sentence</th><th>KL when it is left out</th><th>of its effect the token keeps</th></tr>"
+        trained = str(evaluation.training_queries.get(clause.text, ""))
+        rows.append(
+            f'<tr><td>{escape(clause.text)}</td><td class="n">{clause.kl:.3f}</td><td>{bar}</td>'
+            f'<td class="n">{trained}</td></tr>'
+        )
+    head = (
+        "<tr><th>sentence</th><th>KL when it is left out</th><th>of its effect the token keeps</th>"
+        "<th>training queries on which it bears</th></tr>"
+    )
     return f"<table>{head}{''.join(rows)}</table>"
 
 

@@ -25,6 +25,7 @@ from trainer.model.generate import Prefix, Progress
 from trainer.model.soft_token import Row, scored_states
 from trainer.optim.losses import Head, hidden_kl, kl_divergence
 from trainer.optim.objectives import student_row
+from trainer.text import sentences
 
 _PIECE = re.compile(r"(?:(?!(?<=[.,;:!?)\]\"”])\s|\n|\s[(\[\"“]).)+", re.DOTALL)
 """Text up to a mark that white space follows, a line break, or an opening bracket or quotation mark."""
@@ -69,16 +70,17 @@ def phrases(model: FrozenModel, prompt: str) -> list[Phrase]:
     return list(found.values())
 
 
-def votes(model: FrozenModel, prompt: str, examples: Sequence[Example], kl: Sequence[Tensor]) -> dict[str, float]:
-    """The divergence (nats, summed) on the words of the answers that the prompt holds, by lower-case word.
+def votes(model: FrozenModel, prompt: str, examples: Sequence[Example], kl: Sequence[Tensor]) -> list[dict[str, float]]:
+    """For each example the divergence (nats) on the words of its answer that the prompt holds, by lower-case word.
 
     `kl` holds the divergence [T] of each example's response tokens. A word counts where its tokens together differ by
     `_BEARS` nats or more: elsewhere it is said without the prompt, too.
     """
     held = {word.lower() for word in _CONTENT.findall(prompt)}
-    found: dict[str, float] = defaultdict(float)
+    everything = []
     decode = model.tokenizer.decode
     for example, kl_T in zip(examples, kl, strict=True):
+        found: dict[str, float] = defaultdict(float)
         ends: list[int] = []
         for end in range(1, len(example.response) + 1):
             ends.append(len(decode(example.response[:end])))
@@ -92,7 +94,21 @@ def votes(model: FrozenModel, prompt: str, examples: Sequence[Example], kl: Sequ
                 word_kl = float(sum(kl_T[i] for i in inside))
                 if word_kl >= _BEARS:
                     found[name] += word_kl
-    return dict(found)
+        everything.append(dict(found))
+    return everything
+
+
+def queries_by_sentence(prompt: str, found: Sequence[dict[str, float]]) -> list[tuple[str, int]]:
+    """For each sentence of the prompt, on how many examples it bears: these say a word that it alone holds.
+
+    `found` are the votes. A sentence without a word of its own is left out.
+    """
+    parts = list(dict.fromkeys(sentences(prompt)))
+    words = [{word.lower() for word in _CONTENT.findall(part)} for part in parts]
+    own = [mine - set().union(*words[:n], *words[n + 1 :]) for n, mine in enumerate(words)]
+    return [
+        (part, sum(not mine.isdisjoint(said) for said in found)) for part, mine in zip(parts, own, strict=True) if mine
+    ]
 
 
 def rank(found: Sequence[Phrase], votes: dict[str, float]) -> list[Phrase]:
@@ -148,7 +164,13 @@ class Residue:
         self.examples = examples
         self.rows = [student_row(model, e.query, e.response, placement) for e in examples]
         self.kl = self._kl()
-        self.votes = votes(model, prompt, examples, self.kl)
+        self.said = votes(model, prompt, examples, self.kl)
+        """The votes of each example."""
+        self.votes: dict[str, float] = defaultdict(float)
+        """Their sums by word."""
+        for said in self.said:
+            for word, kl in said.items():
+                self.votes[word] += kl
 
     def _kl(self) -> list[Tensor]:
         """The divergence [T] of each example under the learned vectors alone."""

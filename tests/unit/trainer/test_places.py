@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from trainer.model.frozen import FrozenModel
 from trainer.model.soft_token import soft_token
 from trainer.optim.loop import Optimisation, Training, fit
 from trainer.optim.objectives import Distil, piece_losses, split
-from trainer.optim.places import Phrase, Residue, fill, find_literal, phrases, rank, votes
+from trainer.optim.places import Phrase, Residue, fill, find_literal, phrases, queries_by_sentence, rank, votes
 from trainer.optim.starts import Search
 
 PROMPT = (
@@ -67,7 +68,7 @@ def test_divergence_counts_for_the_words_that_the_prompt_holds(model):
     response = model.tokenizer.encode("It costs 14 pounds, Sir.", add_special_tokens=False)
     example = Example(Query(({"role": "user", "content": "?"},)), response, torch.zeros(len(response), 4))
     kl_T = torch.arange(1.0, len(response) + 1)
-    found = votes(model, PROMPT, [example], [kl_T])
+    [found] = votes(model, PROMPT, [example], [kl_T])
     assert set(found) == {"costs", "1", "4", "pounds"} or set(found) == {"costs", "14", "pounds"}
     ends = [len(model.tokenizer.decode(response[: n + 1])) for n in range(len(response))]
     inside = [n for n, end in enumerate(ends) if end > 3 and ([0, *ends][n]) < 8]  # "costs" is at 3 to 8
@@ -92,7 +93,20 @@ def test_the_best_phrases_that_fit_stand_in_the_prompts_order():
 def test_words_that_are_said_without_the_prompt_do_not_count(model):
     response = model.tokenizer.encode("pounds and pounds", add_special_tokens=False)
     example = Example(Query(({"role": "user", "content": "?"},)), response, torch.zeros(len(response), 4))
-    assert votes(model, PROMPT, [example], [torch.full((len(response),), 0.01)]) == {}
+    assert votes(model, PROMPT, [example], [torch.full((len(response),), 0.01)]) == [{}]
+
+
+def test_the_examples_on_which_a_sentence_bears_are_counted():
+    said = [{"odd": 2.0}, {"odd": 1.0, "pounds": 3.0}, {"pounds": 1.0, "8": 1.0}, {"the": 4.0}, {}]
+    assert queries_by_sentence(PROMPT, said) == [
+        ("You are Odd Brenner, head boat keeper.", 2),
+        ("The landing is open from 8:30 to 17:45; a boat costs 14 pounds.", 2),
+        ('Say: "Mind the rope" at the end.', 0),
+    ]
+    assert queries_by_sentence("Be kind and be brave. Be kind and be brave. Be kind now.", [{"now": 1.0}]) == [
+        ("Be kind and be brave.", 0),
+        ("Be kind now.", 1),
+    ]
 
 
 def test_only_learned_places_move(model):
@@ -157,7 +171,12 @@ def test_a_trained_token_tells_its_literal_places(train, model, freeze):
 
 
 def test_the_trainer_chooses_words_or_keeps_none(train):
-    assert not train("--places", "20", "--tokens", "2", "-o", "a.safetensors").exception
+    shown = train("--places", "20", "--tokens", "2", "-o", "a.safetensors", "--run-dir", "r")
+    assert not shown.exception
+    found = json.loads(Path("r/evaluation.json").read_text())["training_queries"]
+    assert [row["text"] for row in found] == [text for text, _ in queries_by_sentence(PROMPT, [])]
+    assert all(0 <= row["queries"] <= len(TEXTS) for row in found)
+    assert "No training query bears on this sentence" in shown.output or all(row["queries"] for row in found)
     mixed = Token.load("a.safetensors").manifest
     assert mixed.k == mixed.literal + 2 <= 20
     assert not train("--places", "20", "--no-literal", "-o", "b.safetensors").exception
