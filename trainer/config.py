@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -14,6 +14,11 @@ from be_serve.core.redaction import holds_credentials
 
 MAX_TOKENS = 16
 MAX_PLACES = 64
+PROBE_RANK = 64
+"""Rank of the over-parameterisation of learned vectors that are trained alone."""
+RECALL = 0.25
+LR_OF_RMS = 0.15
+"""The peak learning rate over the root mean square of a model's embeddings, which differs eightfold between models."""
 BUILTIN_AE = "builtin"
 """As an [AE] file's name: the one that is shipped for the default model."""
 _BUILTIN_AE_FILE = Path(__file__).parent / "assets" / "ae-smollm2-135m-instruct.safetensors"
@@ -22,6 +27,9 @@ _BUILTIN_AE_FILE = Path(__file__).parent / "assets" / "ae-smollm2-135m-instruct.
 def ae_file(name: str | Path) -> Path:
     """The [AE] file of a name."""
     return _BUILTIN_AE_FILE if str(name) == BUILTIN_AE else Path(name)
+
+
+Places: TypeAlias = Annotated[int, Field(ge=1, le=MAX_PLACES)] | Literal["auto"]
 
 
 class TrainConfig(BaseModel):
@@ -44,8 +52,12 @@ class TrainConfig(BaseModel):
     """Token file to write."""
     tokens: int = Field(default=4, ge=1, le=MAX_TOKENS)
     """The number of learned vectors. The paper: 1."""
-    places: int | None = Field(default=None, ge=1, le=MAX_PLACES)
-    """Number of vectors with literal places: words of the prompt before `tokens` learned ones. None: learned only."""
+    places: Places | None = None
+    """Number of vectors with literal places: words of the prompt before `tokens` learned ones. None: learned only.
+
+    `auto`: MAX_PLACES, at most half of the prompt's tokens. It is the default where neither `tokens` nor a start is
+    given, and no secrecy asked for.
+    """
     literal: bool = True
     """Whether places may begin as words of the prompt. Whoever has the token file and the model can read them."""
     freeze_literal: bool = False
@@ -68,7 +80,7 @@ class TrainConfig(BaseModel):
     """The model's name on that server; None: as `model`."""
     gold: bool = False
     """Train on the file's `answer` fields instead of the teacher's own responses."""
-    synthesise: int = Field(default=120, ge=8)
+    synthesise: int = Field(default=240, ge=8)
     """How many queries to take where no file is given: of the pool, and two in five written by the model."""
     max_queries: int | None = Field(default=None, ge=2)
     """Use at most this many queries of the file, drawn at random."""
@@ -98,14 +110,22 @@ class TrainConfig(BaseModel):
     """Write them to at most so many queries, those with facts first; None: to all."""
 
     # Objective.
+    recall: float | None = Field(default=None, ge=0, lt=1)
+    """Share of the examples that are sentences of the prompt itself (`trainer.data.recall`).
+
+    None: `RECALL` where words are trained, 0 for learned vectors alone.
+    """
     ae: str | None = None
     """[AE] file of `train-ae`, or `builtin` for the default model's; needed for reconstruction (Eq. 2, lambda < 1)."""
     lam: float = Field(default=1.0, ge=0, le=1)
     """lambda of Eq. 4, the weight of distillation. The paper: 0.9, with an [AE]."""
     tau: float = Field(default=1.0, gt=0)
     """Distillation temperature of Eq. 3, scaled by tau squared. The paper: 2."""
-    rank: int = Field(default=64, ge=0)
-    """Rank of the over-parameterisation e = W z + b; 0 trains the vectors themselves, as the paper does."""
+    rank: int | None = Field(default=None, ge=0)
+    """Rank of the over-parameterisation e = W z + b; 0 trains the vectors themselves, as the paper does.
+
+    None: `PROBE_RANK` for learned vectors alone, 0 where words are trained with them.
+    """
     reconstruct_steps: int = Field(default=0, ge=0)
     """Steps of stage 1 alone (Eq. 2) before distillation begins."""
 
@@ -118,8 +138,8 @@ class TrainConfig(BaseModel):
     """Optimiser steps of distillation (stage 2)."""
     batch_size: int = Field(default=2, ge=1)
     """Queries a step. Small batches came further with as many queries (docs/results/training.md). The paper: 1."""
-    lr: float = Field(default=1e-2, gt=0)
-    """Peak learning rate of AdamW. The paper's code: 1e-2."""
+    lr: float | None = Field(default=None, gt=0)
+    """Peak learning rate of AdamW; None: `LR_OF_RMS` of the model's embeddings. The paper's code: 1e-2."""
     warmup: int = Field(default=10, ge=0)
     """Steps of linear warm-up; a cosine to a tenth of the peak follows."""
     beta1: float = Field(default=0.9, ge=0, lt=1)
@@ -140,6 +160,14 @@ class TrainConfig(BaseModel):
     with_prompt: bool = False
     """Write the prompt's text into the token file."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _words_by_default(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or any(values.get(name) is not None for name in ("tokens", "places")):
+            return values
+        searched = values.get("init", "search") == "search" and values.get("literal", True) is True
+        return {**values, "places": "auto"} if searched else values
+
     @model_validator(mode="after")
     def _consistent(self) -> TrainConfig:
         if self.ae is None and (self.lam < 1 or self.reconstruct_steps):
@@ -147,7 +175,7 @@ class TrainConfig(BaseModel):
                 "lambda < 1 and reconstruct_steps need an [AE] file: make one with `be-serve train-ae --corpus TEXTS "
                 "-o ae.safetensors` and give it as --ae; reconstruction without one does harm"
             )
-        if self.places is not None and self.literal and self.places <= self.tokens:
+        if isinstance(self.places, int) and self.literal and self.places <= self.tokens:
             raise ValueError(f"places: {self.places} leave no literal place beside {self.tokens} learned vectors")
         if not (self.literal and self.places):
             if self.keep_text is not None:
@@ -174,7 +202,7 @@ class TrainConfig(BaseModel):
     @property
     def k(self) -> int:
         """The largest number of vectors that the token may have."""
-        return self.places or self.tokens
+        return MAX_PLACES if self.places == "auto" else self.places or self.tokens
 
     @property
     def learned(self) -> int:
@@ -185,6 +213,30 @@ class TrainConfig(BaseModel):
     def trained(self) -> int:
         """The largest number of vectors that training moves."""
         return self.tokens if self.freeze_literal else self.k
+
+    def resolved(self, prompt_tokens: int) -> TrainConfig:
+        """The settings for a prompt of so many tokens: what depends on its length has a number.
+
+        Raises InputError where the prompt is too short.
+        """
+        if self.tokens > prompt_tokens:
+            raise InputError(
+                f"The prompt has {prompt_tokens} tokens, fewer than --tokens {self.tokens}: nothing to save."
+            )
+        places = self.places
+        if places is not None and self.literal:
+            places = min(self.k, prompt_tokens // 2 if places == "auto" else prompt_tokens)
+            if places <= self.tokens and (self.keep_text or self.freeze_literal):
+                raise InputError(f"The prompt has {prompt_tokens} tokens: too few for literal places.")
+            places = places if places > self.tokens else None
+        words = places is not None and self.literal and not self.freeze_literal
+        rank = self.rank if self.rank is not None else 0 if words else PROBE_RANK
+        recall = self.recall if self.recall is not None else RECALL if words else 0.0
+        return self.model_copy(update={"places": places, "rank": rank, "recall": recall})
+
+    def peak_lr(self, embedding_rms: float) -> float:
+        """The peak learning rate, for embeddings of that root mean square."""
+        return self.lr or LR_OF_RMS * embedding_rms
 
     def init_files(self) -> list[str]:
         """The token files that the run starts from."""
@@ -242,6 +294,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "batch_size": 1,
         "rank": 0,
         "beta2": 0.999,
+        "lr": 1e-2,
         "placement": "block",
     },
 }
@@ -277,5 +330,5 @@ def make_config(values: dict[str, Any]) -> TrainConfig:
         return TrainConfig.model_validate(values)
     except ValidationError as exc:
         first = exc.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
+        where = str(first["loc"][0]) if first["loc"] else ""
         raise InputError(f"Setting {where or 'combination'}: {first['msg'].removeprefix('Value error, ')}.") from exc

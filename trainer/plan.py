@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 
-from be_serve.core.errors import InputError
 from be_serve.core.prompts import read_prompt_file
 from trainer.config import TrainConfig
 from trainer.data.queries import Query, drop_near_duplicates, read_queries, split_held_out
@@ -178,8 +177,7 @@ def survey(config: TrainConfig, model: FrozenModel, prompt: str | None = None) -
     """What a run of these settings would work on. Raises InputError as the run itself would."""
     prompt = read_prompt_file(config.prompt_file) if prompt is None else prompt
     ids = model.slots.prompt_ids(prompt, template_kwargs=model.template_kwargs)
-    if config.tokens > len(ids):
-        raise InputError(f"The prompt has {len(ids)} tokens, fewer than --tokens {config.tokens}: nothing to save.")
+    config = config.resolved(len(ids))
     test = read_queries(config.test_queries) if config.test_queries else []
     if config.queries:
         found = drop_near_duplicates(read_queries(config.queries), beside=test)
@@ -318,9 +316,9 @@ def _start(work: Work, timing: Timing) -> float:
 def _places(work: Work, timing: Timing) -> float:
     """Seconds to train the learned vectors alone and to choose the words of the literal places."""
     config = work.config
-    if config.places is None or not config.literal or config.keep_text is not None:
+    room = config.k - config.learned
+    if not room or config.keep_text is not None:
         return 0.0
-    room = min(config.places, work.prompt_tokens) - config.tokens
     measured = _RIVALS * CASES
     row = work.row(min(SCORED, work.answer), room + config.learned)
     probed = work.row(work.answer, config.learned)

@@ -76,6 +76,7 @@ def make_token(
 ) -> Token:
     """The token of trained vectors [k, H] float32, with all that its manifest tells."""
     recipe = config.recipe()
+    recipe["lr"] = config.peak_lr(model.embedding_rms)
     if start.text is not None and config.with_prompt:
         recipe["start"] = start.text  # words of the prompt
     manifest = Manifest(

@@ -20,9 +20,10 @@ from be_serve.core.artifact import Manifest, Token, write_atomically
 from be_serve.core.digests import digest_of
 from be_serve.core.errors import BEError, InputError
 from be_serve.core.prompts import read_prompt_file
-from trainer.config import TrainConfig
+from trainer.config import PROBE_RANK, TrainConfig
 from trainer.data.chat_server import served_answers
 from trainer.data.queries import Query, drop_near_duplicates, read_queries, split_held_out, write_queries
+from trainer.data.recall import with_recall
 from trainer.data.synthesis import messages, synthesise
 from trainer.data.teacher import Decoder, Example, Teacher
 from trainer.evaluation.evaluate import Evaluation, evaluate, evaluation_steps
@@ -94,7 +95,6 @@ class Run:
         say: Say = lambda text: None,
         quiet: bool = False,
     ) -> None:
-        self.config = config
         self.model = model
         self.folder = folder
         self.cache = cache or folder
@@ -110,12 +110,8 @@ class Run:
         self._test: list[Query]
         self.prompt = read_prompt_file(config.prompt_file)
         self.prompt_ids = model.slots.prompt_ids(self.prompt, template_kwargs=model.template_kwargs)
-        if config.tokens > len(self.prompt_ids):
-            raise InputError(
-                f"The prompt has {len(self.prompt_ids)} tokens, fewer than --tokens {config.tokens}: nothing to save."
-            )
+        self.config = config = config.resolved(len(self.prompt_ids))
         self._mixes = config.places is not None and config.literal
-        self._places = min(config.k, len(self.prompt_ids))
         self._bearing: dict[str, int] = {}
 
     def execute(self) -> RunResult:
@@ -139,7 +135,8 @@ class Run:
 
     def forget(self) -> None:
         """Begin anew: drop the checkpoint, the result and what the model or a server wrote for this run."""
-        for pattern in ("checkpoint.safetensors", "evaluation.json", "queries-*.jsonl", "answers-*.jsonl"):
+        made = ("checkpoint.safetensors", "probe/*", "evaluation.json", "queries-*.jsonl", "answers-*.jsonl")
+        for pattern in made:
             for file in self.folder.glob(pattern):
                 file.unlink()
 
@@ -173,6 +170,7 @@ class Run:
         count = min(config.validation, len(examples) // 10)
         examples, validation = examples[count:], examples[:count]
         token, self._begin = self._start(examples, digest)
+        examples = with_recall(writer, examples, config.recall or 0.0, response_tokens=config.response_tokens)
         self._training = Training(
             token,
             self._stages(examples, self._frozen(self._begin)),
@@ -293,12 +291,12 @@ class Run:
     def _with_literal(self, start: Start, examples: list[Example], digest: str) -> Start:
         """The start with words in the literal places: those given, or those that the learned vectors do not carry."""
         config, model = self.config, self.model
-        room = self._places - config.tokens
+        room = config.k - config.tokens
         if config.keep_text is not None:
             return self._beside(kept_words(model, config.keep_text, room), start)
         if config.probe_steps:
             probe = Training(
-                self._soft_token(start),
+                soft_token(start.vectors_KH.to(model.device), PROBE_RANK, config.seed),
                 [(self._distil(examples), config.probe_steps)],
                 self._optimisation(),
                 folder=self.folder / "probe",
@@ -310,7 +308,7 @@ class Run:
             start = replace(start, vectors_KH=probe.token.vectors.detach())
         with self._timed("places"), self._bar("places", None) as progress:
             residue = Residue(model, self.prompt, examples, start.vectors_KH, config.placement, progress)
-            found = find_literal(residue, self.prompt, room)
+            found = find_literal(residue, self.prompt, room, trained=not config.freeze_literal)
         self._bearing = dict(queries_by_sentence(self.prompt, residue.said))
         for text in [text for text, count in self._bearing.items() if not count]:
             self.say(f"No training query bears on this sentence; give --queries that do: {text!r}")
@@ -336,7 +334,7 @@ class Run:
     def _soft_token(self, start: Start) -> SoftToken:
         model, frozen = self.model, self._frozen(start)
         literal_LH = model.embed(frozen) if frozen else None
-        return soft_token(start.vectors_KH.to(model.device), self.config.rank, self.config.seed, literal_LH)
+        return soft_token(start.vectors_KH.to(model.device), self.config.rank or 0, self.config.seed, literal_LH)
 
     def _find_start(self, examples: list[Example]) -> Start:
         with self._bar("search", None) as progress:
@@ -359,7 +357,7 @@ class Run:
     def _optimisation(self) -> Optimisation:
         config = self.config
         return Optimisation(
-            config.lr,
+            config.peak_lr(self.model.embedding_rms),
             config.warmup,
             (config.beta1, config.beta2),
             config.weight_decay,

@@ -23,12 +23,14 @@ if TYPE_CHECKING:
 @click.option("-o", "--output", help="Token file to write. [default: <prompt file>.safetensors in the current folder]")
 @click.option("--id", "be_id", help="be_id of the token. [default: the output file's name without .safetensors]")
 @click.option("--queries", help="JSONL file of unlabeled queries. [default: be-serve's messages, and the model's own]")
-@click.option("--tokens", type=click.IntRange(1, 16), help="Number of learned vectors. [default: 4]")
+@click.option(
+    "--tokens", type=click.IntRange(1, 16), help="Learned vectors. Without --places, there are no others. [default: 4]"
+)
 @click.option(
     "--places",
     type=click.IntRange(1, 64),
     help="Number of vectors in all. All but --tokens of them begin as words of the prompt: whoever has the token file "
-    "and the model can read these words.",
+    "and the model can read these words. [default: 64, at most half of the prompt's tokens]",
 )
 @click.option(
     "--freeze-literal", is_flag=True, default=None, help="Leave these words as they are. Training moves the others."
@@ -75,7 +77,9 @@ if TYPE_CHECKING:
 )
 @click.option("--max-queries", type=click.IntRange(2), help="Maximum number of queries from --queries.")
 @click.option(
-    "--synthesise", type=click.IntRange(8), help="Number of queries without --queries. The model writes two in five."
+    "--synthesise",
+    type=click.IntRange(8),
+    help="Number of queries without --queries. The model writes two in five. [default: 240]",
 )
 @click.option("--held-out", type=click.IntRange(1), help="Queries kept for the final evaluation.")
 @click.option("--test-queries", help="JSONL file of queries that are only measured on. [default: the held-out ones]")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,6 +112,14 @@ class FrozenModel:
     @property
     def vocab_size(self) -> int:
         return int(self.embedding.weight.shape[0])
+
+    @functools.cached_property
+    def embedding_rms(self) -> float:
+        """Root mean square of the input rows' numbers: .136 for one model, .017 for another."""
+        with torch.no_grad():
+            parts = torch.arange(self.vocab_size).split(16_384)
+            squares = sum(float(self.embed(part).float().square().sum()) for part in parts)
+        return math.sqrt(squares / self.embedding.weight.numel())
 
     @property
     def max_length(self) -> int:

@@ -8,6 +8,7 @@ the divergence that the learned vectors leave on the words that the phrase holds
 
 from __future__ import annotations
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Sequence
@@ -23,9 +24,9 @@ from trainer.data.teacher import Example
 from trainer.model.frozen import FrozenModel
 from trainer.model.generate import Prefix, Progress
 from trainer.model.soft_token import Row, scored_states
-from trainer.optim.losses import Head, hidden_kl, kl_divergence
+from trainer.optim.losses import Head, hidden_kl, hidden_reconstruction, kl_divergence
 from trainer.optim.objectives import student_row
-from trainer.text import sentences
+from trainer.text import sentences, without_marks
 
 _PIECE = re.compile(r"(?:(?!(?<=[.,;:!?)\]\"”])\s|\n|\s[(\[\"“]).)+", re.DOTALL)
 """Text up to a mark that white space follows, a line break, or an opening bracket or quotation mark."""
@@ -35,6 +36,8 @@ _SPACED = re.compile(r"\S+")
 _CONTENT = re.compile(r"[^\W_]{2,}|\d")
 CASES, SCORED, _FED = 16, 32, 16
 """Examples on which texts are measured, response tokens that count, and texts in one forward pass."""
+_UNVOTED = 0.1
+"""What a word without votes has in place of their square root."""
 _BEARS = 0.5
 """Nats from which on the prompt bears on a word."""
 
@@ -68,6 +71,39 @@ def phrases(model: FrozenModel, prompt: str) -> list[Phrase]:
                 ids = model.tokenizer.encode(f" {text}", add_special_tokens=False)
                 found[text] = Phrase(text, tuple(ids), piece.start() + part[0].start())
     return list(found.values())
+
+
+def words(model: FrozenModel, prompt: str) -> list[Phrase]:
+    """The prompt's words in order, without the marks at their edges."""
+    found = []
+    for piece in _SPACED.finditer(prompt):
+        if text := without_marks(piece.group()):
+            ids = model.tokenizer.encode(f" {text}", add_special_tokens=False)
+            found.append(Phrase(text, tuple(ids), piece.start()))
+    return found
+
+
+def surprise(model: FrozenModel, found: Sequence[Phrase]) -> list[float]:
+    """How little the model expects each word behind those before it, nats a token."""
+    ids = [token for word in found for token in word.ids]
+    with torch.no_grad():
+        states_PH = model.body(model.embed(ids)[None])[0, :-1]
+        nll_P = hidden_reconstruction(states_PH, torch.tensor(ids[1:], device=model.device), model.head)
+    first_1 = nll_P.mean()[None] if len(nll_P) else nll_P.new_zeros(1)  # nothing tells it: it counts as the mean does
+    return [float(part.mean()) for part in torch.cat([first_1, nll_P]).split([len(word.ids) for word in found])]
+
+
+def rank_words(found: Sequence[Phrase], votes: dict[str, float], nats: Sequence[float]) -> list[Phrase]:
+    """Words for places that are trained, best first: by their votes, and by how little the model expects them (nats).
+
+    Training makes sentences of them again, so single words do, and more of them fit than phrases. A word that occurs
+    twice has its votes once.
+    """
+    left, worth = dict(votes), []
+    for word, surprised in zip(found, nats, strict=True):
+        own = sum(left.pop(name, 0.0) for name in _words(word))
+        worth.append((math.sqrt(own) + _UNVOTED) * math.sqrt(max(surprised, 0.0)))
+    return [found[i] for i in sorted(range(len(found)), key=lambda i: -worth[i])]
 
 
 def votes(model: FrozenModel, prompt: str, examples: Sequence[Example], kl: Sequence[Tensor]) -> list[dict[str, float]]:
@@ -223,16 +259,22 @@ class Residue:
         return [float(value) for value in sums / max(count, 1)]
 
 
-def find_literal(residue: Residue, prompt: str, places: int) -> Literal:
+def find_literal(residue: Residue, prompt: str, places: int, *, trained: bool) -> Literal:
     """The words of the prompt for `places` literal places, beside the learned vectors of `residue`.
 
-    They are the best phrases that fit. The divergence of a few answers decides only whether they stay: with it, the
-    prompt's beginning won against phrases that said twice as many facts.
+    They are the best phrases that fit, or the best words where the places are `trained`. The divergence of a few
+    answers decides only whether they stay: with it, the prompt's beginning won against phrases that said twice as
+    many facts.
     """
-    ranked = rank(phrases(residue.model, prompt), residue.votes)
+    model = residue.model
+    if trained:
+        found = words(model, prompt)
+        ranked = rank_words(found, residue.votes, surprise(model, found))
+    else:
+        ranked = rank(phrases(model, prompt), residue.votes)
     chosen = fill(ranked, places)
-    without, found = residue.divergence([(), chosen], residue.cases(ranked, CASES))
-    return Literal(chosen, without, found) if found < without else Literal((), without, without)
+    without, kept = residue.divergence([(), chosen], residue.cases(ranked, CASES))
+    return Literal(chosen, without, kept) if kept < without else Literal((), without, without)
 
 
 def _words(phrase: Phrase) -> set[str]:

@@ -113,7 +113,7 @@ def test_rows_of_one_prompt_share_the_teacher(here, tiny_model_dir):
     found, _ = train(tiny_model_dir, "--batch-file", file, "-o", "out")
     assert [token["id"] for token in found["tokens"]] == ["captain", "quick"]
     shards = list((here / "runs" / "prompts" / "teacher").glob("teacher-*"))
-    assert len(shards) == 2  # one for the training queries, one for those held out
+    assert len(shards) == 3  # for the training queries, those held out, and the prompt's sentences
 
 
 @pytest.mark.parametrize(

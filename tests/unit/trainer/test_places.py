@@ -16,15 +16,30 @@ from be_serve.core.artifact import Token
 from be_serve.core.errors import InputError
 from trainer.config import make_config
 from trainer.data.queries import Query
+from trainer.data.recall import with_recall
 from trainer.data.teacher import Example, Teacher
+from trainer.evaluation.arms import Arm
 from trainer.evaluation.readable import nearest_words, readable
 from trainer.model import row_packing
 from trainer.model.frozen import FrozenModel
-from trainer.model.soft_token import soft_token
+from trainer.model.soft_token import Row, soft_token
 from trainer.optim.loop import Optimisation, Training, fit
 from trainer.optim.objectives import Distil, piece_losses, split
-from trainer.optim.places import Phrase, Residue, fill, find_literal, phrases, queries_by_sentence, rank, votes
+from trainer.optim.places import (
+    Phrase,
+    Residue,
+    fill,
+    find_literal,
+    phrases,
+    queries_by_sentence,
+    rank,
+    rank_words,
+    surprise,
+    votes,
+    words,
+)
 from trainer.optim.starts import Search
+from trainer.text import sentences
 
 PROMPT = (
     "You are Odd Brenner, head boat keeper. The landing is open from 8:30 to 17:45; a boat costs 14 pounds. "
@@ -123,9 +138,32 @@ def test_words_are_found_and_measured(model, examples):
     assert [len(kl_T) for kl_T in residue.kl] == [len(example.response) for example in examples]
     expected = Search(model, examples, "system")._score([[9, 10]], None or Search(model, examples, "system")._cases, 32)
     assert residue.divergence([()], range(len(examples)))[0] == pytest.approx(expected[0], rel=1e-4)
-    found = find_literal(residue, PROMPT, 12)
-    assert len(found.ids) <= 12
-    assert found.kl_with <= found.kl_without
+    for trained in (True, False):
+        found = find_literal(residue, PROMPT, 12, trained=trained)
+        assert len(found.ids) <= 12
+        assert found.kl_with <= found.kl_without
+
+
+def test_words_lose_the_marks_at_their_edges(model):
+    found = words(model, PROMPT)
+    assert [word.text for word in found[:5]] == ["You", "are", "Odd", "Brenner", "head"]
+    assert [word.text for word in found[-4:]] == ["rope", "at", "the", "end"]
+    assert "8:30" in [word.text for word in found]
+    assert all(PROMPT[word.begin :].lstrip('"').startswith(word.text) for word in found)
+    nats = surprise(model, found)
+    assert len(nats) == len(found)
+    ids = [token for word in found for token in word.ids]
+    with torch.no_grad():
+        logits = model.head(model.body(model.embed(ids)[None])[0]).log_softmax(-1)
+    second, at = found[1].ids, len(found[0].ids)
+    own = -sum(float(logits[at + n - 1, token]) for n, token in enumerate(second)) / len(second)
+    assert nats[1] == pytest.approx(own, rel=1e-4)
+
+
+def test_words_rank_by_votes_and_surprise_and_votes_count_once():
+    boat, fare, again, the = (Phrase(text, (n,), n) for n, text in enumerate(("boat", "fare", "boat", "the")))
+    ranked = rank_words([boat, fare, again, the], {"boat": 9.0, "fare": 4.0}, [1.0, 4.0, 2.0, 0.0])
+    assert ranked == [fare, boat, again, the]  # 2.1 x 2, 3.1 x 1, .1 x 1.4, 0
 
 
 def test_vectors_near_words_of_the_prompt_can_be_read(model):
@@ -188,7 +226,7 @@ def test_the_trainer_chooses_words_or_keeps_none(train):
     ("settings", "message"),
     [
         ({"places": 4, "tokens": 4}, "leave no literal place"),
-        ({"keep_text": "a"}, "words need literal places"),
+        ({"keep_text": "a", "tokens": 4}, "words need literal places"),
         ({"places": 8, "literal": False, "keep_text": "a"}, "words need literal places"),
         ({"places": 65}, "places"),
     ],
@@ -251,3 +289,51 @@ def test_trainings_with_different_literal_places_go_side_by_side_as_alone(model,
         alone = training(f"{name}-alone", ids)
         fit(model, [alone], quiet=True)
         assert torch.allclose(alone.token.vectors, found.token.vectors, atol=1e-4)
+
+
+def test_words_are_the_default_and_what_excludes_them_leaves_them_out():
+    def settings(prompt_tokens=300, **given):
+        base = {"prompt_file": "p", "model": "m", "id": "a", "output": "o"}
+        found = make_config({**base, **given}).resolved(prompt_tokens)
+        return found.k, found.learned, found.places is not None and found.literal, found.rank, found.recall
+
+    assert settings() == (64, 4, True, 0, 0.25)
+    assert settings(100) == (50, 4, True, 0, 0.25)  # at most half of the prompt
+    assert settings(100, places=64) == (64, 4, True, 0, 0.25)
+    assert settings(40, places=64) == (40, 4, True, 0, 0.25)
+    assert settings(8) == (4, 4, False, 64, 0)
+    assert settings(tokens=4) == (4, 4, False, 64, 0)
+    assert settings(literal=False) == (4, 4, False, 64, 0)
+    assert settings(init="random") == (4, 4, False, 64, 0)
+    assert settings(literal=False, places=32) == (32, 32, False, 64, 0)
+    assert settings(places=32, tokens=8, freeze_literal=True) == (32, 8, True, 64, 0)
+    assert settings(places=32, rank=8, recall=0.5) == (32, 4, True, 8, 0.5)
+    with pytest.raises(InputError, match="too few for literal places"):
+        settings(8, keep_text="a")
+    with pytest.raises(InputError, match="fewer than --tokens 16"):
+        settings(8, tokens=16)
+
+
+def test_the_learning_rate_is_in_the_models_own_units(model):
+    rows = model.embed(torch.arange(model.vocab_size)).float()
+    assert model.embedding_rms == pytest.approx(float(rows.square().mean().sqrt()), rel=1e-4)
+    config = make_config({"prompt_file": "p", "model": "m", "id": "a", "output": "o"})
+    assert config.peak_lr(0.02) == pytest.approx(0.003)
+    assert config.model_copy(update={"lr": 0.5}).peak_lr(0.02) == 0.5
+
+
+@pytest.mark.parametrize(("share", "count"), [(0.0, 0), (0.25, 2), (0.8, 28)])
+def test_sentences_of_the_prompt_are_a_share_of_the_examples(model, examples, share, count):
+    teacher = Teacher(model, PROMPT)
+    found = with_recall(teacher, examples, share, response_tokens=64)
+    assert found[: len(examples)] == examples
+    own = found[len(examples) :]
+    assert len(own) == count
+    said = {model.tokenizer.decode(example.response[:-1]) for example in own}
+    assert said <= set(sentences(PROMPT))
+    assert len(said) == min(count, len(sentences(PROMPT)))
+    assert len({example.query.text for example in own}) == (6 if count > 6 else min(count, 1))
+    for example in own[:1]:  # what the full prompt's model makes of the sentence
+        arm = Arm.of_ids(model, [teacher.chat_ids(example.query)])
+        [states_TH] = arm.prefix.states([Row((), arm.suffixes[0], example.response)])
+        assert torch.allclose(example.states_TH, states_TH, atol=1e-4)
