@@ -44,7 +44,7 @@ def with_recall(teacher: Teacher, examples: Sequence[Example], share: float, *, 
     if not wanted:
         return list(examples)
     queries = recall_queries(teacher.prompt)
-    if len(queries) > wanted:
-        queries = [queries[n * len(queries) // wanted] for n in range(wanted)]
+    once = len(queries) // _EACH
+    queries = queries[:wanted] if wanted > once else [queries[n * once // wanted] for n in range(wanted)]
     made = teacher.examples(queries, response_tokens=response_tokens, gold=True)
     return [*examples, *(made[n % len(made)] for n in range(wanted))]
