@@ -134,7 +134,7 @@ class TrainConfig(BaseModel):
     """`search` (real tokens of the prompt by KL), `text:<words>`, `file:<tokens>`, `mean`, or `random` (the paper)."""
     search_queries: int = Field(default=8, ge=1)
     """Training queries on which the search compares candidates."""
-    steps: int = Field(default=240, ge=0)
+    steps: int = Field(default=480, ge=0)
     """Optimiser steps of distillation (stage 2)."""
     batch_size: int = Field(default=2, ge=1)
     """Queries a step. Small batches came further with as many queries (docs/results/training.md). The paper: 1."""

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 @click.option("--placement", type=click.Choice(["system", "block", "prefix"]), help="[default: system]")
 @click.option("--recipe", type=click.Choice(["default", "paper"]), help="Set of default values.")
 @click.option("--init", help="Initial vectors: search, text:<words>, file:<tokens>, mean or random. [default: search]")
-@click.option("--steps", type=click.IntRange(0), help="Steps of distillation. [default: 240]")
+@click.option("--steps", type=click.IntRange(0), help="Steps of distillation. [default: 480]")
 @click.option("--batch-size", type=click.IntRange(1), help="Queries per step. [default: 2]")
 @click.option("--lr", type=float, help="Peak learning rate.")
 @click.option("--tau", type=float, help="Distillation temperature (Eq. 3).")

@@ -30,6 +30,13 @@ def test_links_lead_somewhere(page):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
+@pytest.mark.parametrize("page", [p for p in PAGES if "results" not in p.parts], ids=lambda p: str(p.relative_to(ROOT)))
+def test_files_that_a_page_names_exist(page):
+    rooms = "trainer|be_serve|benchmarks|tests|scripts|deploy|examples|experiments"
+    for name in re.findall(rf"`((?:{rooms})/[\w/.-]+)`", page.read_text(encoding="utf-8")):
+        assert (ROOT / name).exists(), f"{page.name} names {name}"
+
+
 def test_the_readmes_tree_names_what_there_is():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     lines = text.split("## Where to read on", 1)[1].split("```text\n", 1)[1].split("```", 1)[0].splitlines()
