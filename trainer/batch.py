@@ -15,7 +15,8 @@ from trainer.config import TrainConfig, absolute_ae, absolute_init, make_config
 from trainer.data.teacher import Decoder
 from trainer.model.frozen import FrozenModel
 from trainer.optim.loop import fit
-from trainer.run import Run, RunResult, Say
+from trainer.run import Run, RunResult
+from trainer.telling import Say
 
 _PATHS = ("prompt_file", "queries", "test_queries")
 _CACHE = "teacher"

@@ -5,22 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 import statistics
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from be_serve.core.artifact import Manifest, Token, write_atomically
 from be_serve.core.digests import digest_of
 from be_serve.core.errors import BEError, InputError
 from be_serve.core.prompts import read_prompt_file
-from trainer.config import PROBE_RANK, TrainConfig
+from trainer.beginning import Beginner, Beginning
+from trainer.config import TrainConfig
 from trainer.data.chat_server import served_answers
 from trainer.data.queries import Query, drop_near_duplicates, read_queries, split_held_out, write_queries
 from trainer.data.recall import with_recall
@@ -31,18 +28,15 @@ from trainer.evaluation.readable import readable
 from trainer.evaluation.report_html import write_report
 from trainer.evaluation.verdict import judge
 from trainer.model.frozen import FrozenModel
-from trainer.model.generate import Progress
-from trainer.model.soft_token import SoftToken, soft_token
 from trainer.optim.checkpoint import Checkpoint
 from trainer.optim.log import Log, draw_curves
 from trainer.optim.loop import Optimisation, Training, fit
 from trainer.optim.objectives import Distil, Joint, Reconstruct, Stage
-from trainer.optim.places import Residue, find_literal, kept_words, queries_by_sentence
-from trainer.optim.starts import Start, find_start
+from trainer.optim.starts import Start
 from trainer.optim.validation import Validation
 from trainer.provenance import make_token, run_digest
+from trainer.telling import Say, Telling
 
-Say = Callable[[str], None]
 _SAMPLES = 12
 """Answers of each arm on which failure signatures are counted."""
 
@@ -99,20 +93,15 @@ class Run:
         self.folder = folder
         self.cache = cache or folder
         self.decoder = decoder
-        self.say = say
-        self.quiet = quiet
-        self.seconds: dict[str, float] = {}
-        self._continued = False
+        self.telling = Telling(say, quiet)
         self._training: Training
         self._teacher: Teacher
-        self._begin: Start
+        self._begin: Beginning
         self._held_out: list[Query]
         self._test: list[Query]
         self.prompt = read_prompt_file(config.prompt_file)
         self.prompt_ids = model.slots.prompt_ids(self.prompt, template_kwargs=model.template_kwargs)
         self.config = config = config.resolved(len(self.prompt_ids))
-        self._mixes = config.places is not None and config.literal
-        self._bearing: dict[str, int] = {}
 
     def execute(self) -> RunResult:
         """Train, evaluate, write the token. Raises Stopped after a signal, InputError for faulty input."""
@@ -121,7 +110,7 @@ class Run:
         finally:
             if self.decoder:
                 self.decoder.close()
-        fit(self.model, [training], quiet=self.quiet)
+        fit(self.model, [training], quiet=self.telling.quiet)
         return self.finish()
 
     def finished(self) -> bool:
@@ -169,15 +158,19 @@ class Run:
         examples = self._without_recitals(writer, self._examples(writer, training))
         count = min(config.validation, len(examples) // 10)
         examples, validation = examples[count:], examples[:count]
-        token, self._begin = self._start(examples, digest)
+        beginner = Beginner(
+            config, self.model, self.prompt, self.prompt_ids, self.folder, cache=self.cache, telling=self.telling
+        )
+        self._begin = beginner.begin(examples, digest, self._distil, self._optimisation())
+        frozen = self._begin.frozen(config)
         examples = with_recall(writer, examples, config.recall or 0.0, response_tokens=config.response_tokens)
         self._training = Training(
-            token,
-            self._stages(examples, self._frozen(self._begin)),
+            self._begin.token,
+            self._stages(examples, frozen),
             self._optimisation(),
             folder=self.folder,
             digest=digest,
-            validation=Validation(self._distil(validation, self._frozen(self._begin))) if validation else None,
+            validation=Validation(self._distil(validation, frozen)) if validation else None,
         )
         return self._training
 
@@ -186,30 +179,33 @@ class Run:
         training = self._training
         if training.fault:
             raise training.fault
+        seconds = self.telling.seconds
         if training.seconds:
-            self.seconds["training"] = sum(training.seconds)
-            self.seconds["step"] = statistics.median(training.seconds)
+            seconds["training"] = sum(training.seconds)
+            seconds["step"] = statistics.median(training.seconds)
         vectors_KH = training.vectors.cpu()
         if training.best and training.best.step < training.stages[-1][1]:
-            self.say(f"Step {training.best.step} is the best on the validation queries (KL {training.best.kl:.3f}).")
+            self.telling.say(
+                f"Step {training.best.step} is the best on the validation queries (KL {training.best.kl:.3f})."
+            )
         evaluation = self._evaluate(self._teacher, self._test, vectors_KH)
-        evaluation.training_queries = self._bearing
-        self.seconds["total"] = sum(value for name, value in self.seconds.items() if name != "step")
+        evaluation.training_queries = self._begin.training_queries
+        seconds["total"] = sum(value for name, value in seconds.items() if name != "step")
         size = len(self.prompt_ids)
         read = readable(self.model, vectors_KH, self.prompt_ids)
-        made = make_token(self.config, self.model, self.prompt, size, vectors_KH, self._begin, evaluation, read)
+        made = make_token(self.config, self.model, self.prompt, size, vectors_KH, self._begin.start, evaluation, read)
         made.save(self.config.output)
         if read:
-            self.say(
+            self.telling.say(
                 f"Of {len(vectors_KH)} vectors, {read} can be read as words of the prompt by whoever has the token "
                 "file and the model (`readable`)."
             )
         self._report(made.manifest, evaluation)
         for way in self.model.slow_ways():
-            self.say(f"Slower than on most models: {way} ({self.model.name}).")
+            self.telling.say(f"Slower than on most models: {way} ({self.model.name}).")
         earlier = training.seconds_before
-        before = {"steps": len(earlier), "seconds": round(sum(earlier), 2)} if self._continued else None
-        return RunResult(made, self.folder, evaluation, self._begin, self.seconds, before)
+        before = {"steps": len(earlier), "seconds": round(sum(earlier), 2)} if self._begin.continued else None
+        return RunResult(made, self.folder, evaluation, self._begin.start, seconds, before)
 
     def _queries(self) -> tuple[list[Query], list[Query], list[Query]]:
         """Training, held-out and test queries, without near-duplicates across; a file of test queries stays whole."""
@@ -222,22 +218,25 @@ class Run:
         elif kept.exists():
             found = read_queries(kept)
         else:
-            with self._timed("queries"), self._bar("writing queries", messages(config.synthesise)) as progress:
+            with (
+                self.telling.timed("queries"),
+                self.telling.bar("writing queries", messages(config.synthesise)) as progress,
+            ):
                 found = synthesise(self.model, self.prompt, config.synthesise, seed=config.seed, progress=progress)
             write_queries(kept, found)
         unique = drop_near_duplicates(found, beside=test)
         if len(unique) < len(found):
             those = " (of each other, or of a test query)" if test else ""
-            self.say(f"{len(found) - len(unique)} near-duplicates{those} of {len(found)} queries left out.")
+            self.telling.say(f"{len(found) - len(unique)} near-duplicates{those} of {len(found)} queries left out.")
         training, held_out = split_held_out(unique, config.held_out)
         training = training[: config.max_queries]
         apart = f", {len(test)} to test on" if test else ""
-        self.say(f"{len(training)} queries to train on, {len(held_out)} held out{apart}.")
+        self.telling.say(f"{len(training)} queries to train on, {len(held_out)} held out{apart}.")
         return training, held_out, test or held_out
 
     def _examples(self, teacher: Teacher, training: list[Query]) -> list[Example]:
         config = self.config
-        with self._timed("teacher"), self._bar("teacher", 2 * len(training)) as progress:
+        with self.telling.timed("teacher"), self.telling.bar("teacher", 2 * len(training)) as progress:
             return teacher.examples(
                 training,
                 response_tokens=config.response_tokens,
@@ -253,7 +252,9 @@ class Run:
             return examples
         kept = [example for example in examples if not teacher.recites(example)]
         if len(kept) < len(examples):
-            self.say(f"{len(examples) - len(kept)} responses that recite the prompt left out (--keep-recitals).")
+            self.telling.say(
+                f"{len(examples) - len(kept)} responses that recite the prompt left out (--keep-recitals)."
+            )
         if not kept:
             raise InputError(
                 "Every response recites the prompt: give other --queries, or --keep-recitals if that is meant."
@@ -262,85 +263,8 @@ class Run:
 
     def _served(self, training: list[Query]) -> list[Query]:
         """The queries with a server's answers; those of an interrupted run, or of another row, are not asked again."""
-        with self._timed("teacher"), self._bar("asking the teacher", len(training)) as progress:
+        with self.telling.timed("teacher"), self.telling.bar("asking the teacher", len(training)) as progress:
             return served_answers(self.config, self.model, self.prompt, training, self.cache, progress)
-
-    def _start(self, examples: list[Example], digest: str) -> tuple[SoftToken, Start]:
-        """The first vectors; a checkpoint's where there is one. The first checkpoint is written here."""
-        file, note = self.folder / "checkpoint.safetensors", self.folder / "start.json"
-        if file.exists():
-            found = Checkpoint.load(file, digest)
-            self._continued = True
-            self.say(f"Continuing the run in {self.folder} (stage {found.stage + 1}, step {found.step}).")
-            kept = json.loads(note.read_text(encoding="utf-8")) if note.exists() else {}
-            self._bearing = kept.get("training_queries", {})
-            start = Start(found.parameters["vectors"], kept.get("text"), kept.get("kl"), tuple(kept.get("literal", ())))
-            return self._soft_token(start), start
-        with self._timed("start"):
-            start = self._find_start(examples)
-        if self._mixes:
-            start = self._with_literal(start, examples, digest)
-        told = {"text": start.text, "kl": start.kl, "literal": start.literal, "training_queries": self._bearing}
-        note.write_text(json.dumps(told), encoding="utf-8")
-        Checkpoint(digest, 0, 0, {"vectors": start.vectors_KH}, {}, torch.get_rng_state()).save(file)
-        if start.text is not None:
-            kl = "" if start.kl is None else f", KL {start.kl:.3f} before training"
-            self.say(f"Start: {start.text!r}{kl}.")
-        return self._soft_token(start), start
-
-    def _with_literal(self, start: Start, examples: list[Example], digest: str) -> Start:
-        """The start with words in the literal places: those given, or those that the learned vectors do not carry."""
-        config, model = self.config, self.model
-        room = config.k - config.tokens
-        if config.keep_text is not None:
-            return self._beside(kept_words(model, config.keep_text, room), start)
-        if config.probe_steps:
-            probe = Training(
-                soft_token(start.vectors_KH.to(model.device), PROBE_RANK, config.seed),
-                [(self._distil(examples), config.probe_steps)],
-                self._optimisation(),
-                folder=self.folder / "probe",
-                digest=digest,
-            )
-            fit(model, [probe], quiet=self.quiet)
-            if probe.fault:
-                raise probe.fault
-            start = replace(start, vectors_KH=probe.token.vectors.detach())
-        with self._timed("places"), self._bar("places", None) as progress:
-            residue = Residue(model, self.prompt, examples, start.vectors_KH, config.placement, progress)
-            found = find_literal(residue, self.prompt, room, trained=not config.freeze_literal)
-        self._bearing = dict(queries_by_sentence(self.prompt, residue.said))
-        for text in [text for text, count in self._bearing.items() if not count]:
-            self.say(f"No training query bears on this sentence; give --queries that do: {text!r}")
-        if found.ids:
-            self.say(
-                f"{len(found.ids)} literal places (KL {found.kl_without:.3f} without them, {found.kl_with:.3f} with): "
-                f"{model.tokenizer.decode(found.ids)!r}. Whoever has the token file and the model can read these "
-                "words. For a secret prompt use --no-literal --init random."
-            )
-        return self._beside(found.ids, start)
-
-    def _beside(self, literal: tuple[int, ...], start: Start) -> Start:
-        """The start with words before its vectors, as vectors that are trained too or as places that stay."""
-        if self.config.freeze_literal or not literal:
-            return replace(start, literal=literal)
-        words_LH = self.model.embed(literal).float()
-        return replace(start, literal=literal, vectors_KH=torch.cat([words_LH, start.vectors_KH.to(words_LH)]))
-
-    def _frozen(self, start: Start) -> tuple[int, ...]:
-        """The words of the places that training leaves as they are."""
-        return start.literal if self.config.freeze_literal else ()
-
-    def _soft_token(self, start: Start) -> SoftToken:
-        model, frozen = self.model, self._frozen(start)
-        literal_LH = model.embed(frozen) if frozen else None
-        return soft_token(start.vectors_KH.to(model.device), self.config.rank or 0, self.config.seed, literal_LH)
-
-    def _find_start(self, examples: list[Example]) -> Start:
-        with self._bar("search", None) as progress:
-            return find_start(
-                self.config, self.model, self.prompt, self.prompt_ids, examples, cache=self.cache, progress=progress
-            )
 
     def _distil(self, examples: list[Example], literal: Sequence[int] = ()) -> Distil:
         config = self.config
@@ -384,7 +308,7 @@ class Run:
         tokens, most = (config.answer_tokens if whole else 0), config.answer_queries
         given: dict[str, Any] = {"clauses": whole, "answer_tokens": tokens, "answer_queries": most}
         total = evaluation_steps(self.prompt, len(test), summary=bool(config.summary), **given)
-        with self._timed("evaluation"), self._bar("evaluating", total) as progress:
+        with self.telling.timed("evaluation"), self.telling.bar("evaluating", total) as progress:
             return evaluate(
                 teacher,
                 test,
@@ -407,18 +331,3 @@ class Run:
         # Last, for it marks the run as finished.
         text = json.dumps({**evaluation.to_json(), "inputs": self._inputs()}, indent=1, ensure_ascii=False)
         write_atomically(self.folder / "evaluation.json", f"{text}\n".encode())
-
-    @contextmanager
-    def _timed(self, phase: str) -> Iterator[None]:
-        began = time.perf_counter()
-        yield
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - began
-
-    @contextmanager
-    def _bar(self, title: str, total: int | None) -> Iterator[Progress]:
-        with tqdm(total=total, desc=title, disable=self.quiet) as bar:
-
-            def advance(count: int) -> None:
-                bar.update(count)
-
-            yield advance
