@@ -13,7 +13,7 @@ from typing import Any
 from trainer.data.queries import Query
 from trainer.data.teacher import Example, Teacher
 from trainer.evaluation.arms import RESPONSE_TOKENS, Arm, score
-from trainer.evaluation.signatures import ends_in_loop
+from trainer.evaluation.signatures import ends_in_loop, goes_round
 from trainer.model.generate import Progress
 from trainer.model.soft_token import Row
 from trainer.text import says
@@ -21,6 +21,8 @@ from trainer.text import says
 ARMS = ("none", "full", "be")
 FACTS_LEAST = 5
 """With fewer facts that only the full prompt says, the token's share of them says nothing."""
+_LOOP_LEAST = 4 * RESPONSE_TOKENS
+"""Tokens of an answer from which on a loop with small changes (a list that counts up) is one that never ends."""
 _SCORED = 16  # answers whose hidden states are held at once
 _STEPS = 2 * len(ARMS)  # an answer of each arm is written and scored
 
@@ -188,31 +190,41 @@ def write_answers(
     cap: int,
     *,
     begun: Mapping[int, list[int]] | None = None,
+    beside: Mapping[int, list[int]] | None = None,
     progress: Progress | None = None,
 ) -> dict[int, list[int]]:
-    """Greedy answers (ids) of an arm to the chosen queries, to their end or `cap` tokens.
+    """Greedy answers (ids) of an arm to the chosen queries, to their end, a loop or `cap` tokens.
+
+    With `beside`, the full prompt's answers, one that is twice as long as the full prompt's is written no further: it
+    does not end where that ends. A few answers that never end would cost more than all others.
 
     `begun` are the first tokens of these answers. The full prompt's are the reference of
     rho: the answers go on from there, so that the teacher's cache keeps its keys, rho its
     figure to the last digit, and nothing is decoded twice.
     """
     made = {i: list(begun[i][:cap]) if begun else [] for i in chosen}
+    limits = {i: min(cap, 2 * max(RESPONSE_TOKENS, len(beside[i]))) if beside else cap for i in chosen}
     # What a reference holds is either at its end or RESPONSE_TOKENS long, so the unfinished are of one length.
     length = min(cap, RESPONSE_TOKENS) if begun else 0
     unfinished = list(chosen)
     while True:
-        left = [i for i in unfinished if len(made[i]) < cap and not teacher.ended(made[i])]
+        left = [i for i in unfinished if len(made[i]) < limits[i] and not _done(teacher, made[i])]
         if progress:
             progress(len(unfinished) - len(left))
         unfinished = left
         if not unfinished:
             return made
-        # Decoding does not see stop texts: look for them before an answer is four times as long as it need be.
-        until = min(cap, max(RESPONSE_TOKENS, 2 * length)) if teacher.stop or not length else cap
+        # Decoding sees neither stop texts nor loops: look for them before an answer is four times as long as need be.
+        until = min(cap, max(RESPONSE_TOKENS, 2 * length))
         more = arm.prefix.generate([[*arm.suffixes[i], *made[i]] for i in unfinished], until - length)
         for i, ids in zip(unfinished, more, strict=True):
-            made[i] = teacher.cut([*made[i], *ids])
+            made[i] = teacher.cut([*made[i], *ids])[: limits[i]]
         length = until
+
+
+def _done(teacher: Teacher, ids: list[int]) -> bool:
+    """Whether an answer is at its end, or goes round and round: a greedy one does so to the cap, and costs as much."""
+    return teacher.ended(ids) or goes_round(ids) or (len(ids) >= _LOOP_LEAST and ends_in_loop(teacher.text(ids)))
 
 
 def kl_sums(

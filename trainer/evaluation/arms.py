@@ -19,6 +19,8 @@ from trainer.model.soft_token import Row
 
 RESPONSE_TOKENS = 64
 _CHUNK = 256
+# Rows of logits whose passes stay in a CPU's cache.
+_CACHED_ROWS = 8
 
 
 @dataclass(frozen=True)
@@ -102,16 +104,25 @@ def score(model: FrozenModel, reference: Sequence[Example], states: dict[str, li
     found: dict[str, list[Tensor]] = {name: [] for name in states}
     with torch.no_grad(), model.exact_head():
         for at in torch.arange(len(targets_N)).split(_CHUNK):
-            full_nV = model.head(flat["full"][at].to(model.device).float()).log_softmax(-1)
-            p_nV, best_n = full_nV.exp(), full_nV.argmax(-1)
+            full_nV = model.head(flat["full"][at].to(model.device).float())
             for name, arm_NH in flat.items():
                 # One arm at a time: an arm's logits are as large as all else together.
-                arm_nV = full_nV if name == "full" else model.head(arm_NH[at].to(model.device).float()).log_softmax(-1)
-                kl_n = (p_nV * (full_nV - arm_nV)).sum(-1)
-                top1_n = (best_n == arm_nV.argmax(-1)).float()
-                nll_n = -arm_nV.gather(1, targets_N[at, None])[:, 0]
-                found[name].append(torch.stack([kl_n, top1_n, nll_n]).cpu())
+                arm_nV = full_nV if name == "full" else model.head(arm_NH[at].to(model.device).float())
+                found[name].append(_figures(full_nV, arm_nV, targets_N[at]).cpu())
     return {name: Scores(*torch.cat(parts, dim=1)) for name, parts in found.items()}
+
+
+def _figures(full_nV: Tensor, arm_nV: Tensor, targets_n: Tensor) -> Tensor:
+    """KL, agreement of the likeliest token, and negative log-likelihood [3, n], of logits in float32."""
+    rows = _CACHED_ROWS if full_nV.device.type == "cpu" else max(len(full_nV), 1)
+    found = []
+    for full, arm, targets in zip(full_nV.split(rows), arm_nV.split(rows), targets_n.split(rows), strict=True):
+        log_p, log_q = full.log_softmax(-1), arm.log_softmax(-1)
+        agrees = (log_p.argmax(-1) == log_q.argmax(-1)).float()
+        nll = -log_q.gather(1, targets[:, None])[:, 0]
+        kl = (log_p.exp() * log_p.sub_(log_q)).sum(-1)
+        found.append(torch.stack([kl, agrees, nll]))
+    return torch.cat(found, 1)
 
 
 def rho_interval(be_N: Tensor, none_N: Tensor, lengths_Q: Tensor, draws: int = 2000) -> tuple[float, float]:

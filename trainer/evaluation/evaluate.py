@@ -247,21 +247,24 @@ def evaluate(
         answer_tokens = room(teacher, compared, answer_tokens)
         chosen = chosen_queries(queries, answer_queries)
         begun = {i: reference[i].response for i in chosen}
-        for name, arm in compared.items():
-            first = begun if name == "full" else None
-            made[name] = write_answers(teacher, arm, chosen, answer_tokens, begun=first, progress=progress)
+        made["full"] = write_answers(teacher, compared["full"], chosen, answer_tokens, begun=begun, progress=progress)
+        for name in ("none", "be"):
+            made[name] = write_answers(
+                teacher, compared[name], chosen, answer_tokens, beside=made["full"], progress=progress
+            )
         full_said, none_said = (facts_said(teacher, queries, made[name]) for name in ("full", "none"))
         if brought := sorted(full_said - none_said):
             unmarked = Arm.of_ids(model, chats(model, queries, without_marks(teacher.prompt)))
-            made["unmarked"] = write_answers(teacher, unmarked, brought, answer_tokens)
+            made["unmarked"] = write_answers(teacher, unmarked, brought, answer_tokens, beside=made["full"])
         scored = {i: made["full"][i] for i in chosen if i in kept}
         sums = kl_sums(teacher, compared, queries, scored, progress)
         whole = whole_answers(teacher, queries, made, answer_tokens, sums)
 
     def ids_of(name: str, arm: Arm, wanted: Sequence[int], limit: int) -> list[list[int]]:
         """Greedy answers, from the whole ones where these reach as far."""
-        if name in made and limit <= answer_tokens and all(i in made[name] for i in wanted):
-            return [made[name][i][:limit] for i in wanted]
+        whole = made.get(name, {})
+        if all(i in whole and (len(whole[i]) >= limit or teacher.ended(whole[i])) for i in wanted):
+            return [whole[i][:limit] for i in wanted]
         return arm.prefix.generate([arm.suffixes[i] for i in wanted], limit)
 
     answers = _samples(

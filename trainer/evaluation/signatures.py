@@ -21,6 +21,7 @@ _COPIED_WORDS = 12
 _LOOP_WORDS = 4
 _LOOPED = 0.5
 _TAIL_WORDS = 40
+_PERIOD, _ROUND = 40, 60
 _MACHINE = r"an? (ai\b|artificial intelligence|language model|chatbot)"
 _REFUSAL = re.compile(
     rf"\bas {_MACHINE}|\bi('| a)m (just )?{_MACHINE}"
@@ -49,6 +50,16 @@ def looped(answer: str) -> bool:
     words = words_of(answer)
     said = [tuple(words[i : i + _LOOP_WORDS]) for i in range(len(words) - _LOOP_WORDS + 1)]
     return len(said) >= 2 * _LOOP_WORDS and 1 - len(set(said)) / len(said) > _LOOPED
+
+
+def goes_round(ids: Sequence[int]) -> bool:
+    """Whether the last ids are one run of at most `_PERIOD` ids, over and over: three times, and `_ROUND` ids long."""
+    for period in range(1, _PERIOD + 1):
+        length = max(3 * period, _ROUND)
+        tail = ids[-length:]
+        if len(tail) == length and all(a == b for a, b in zip(tail, tail[period:], strict=False)):
+            return True
+    return False
 
 
 def ends_in_loop(answer: str) -> bool:

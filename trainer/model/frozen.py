@@ -158,18 +158,26 @@ class FrozenModel:
 
     @contextlib.contextmanager
     def exact_head(self) -> Iterator[None]:
-        """While open, keep a float32 copy of the head for `head` of float32 states, where memory has room for two."""
+        """While open, keep a float32 copy of the head for `head` of float32 states, where memory has room for two.
+
+        On a CPU, float32 products of a bfloat16 model go through its bfloat16 units meanwhile, in less than half the
+        time: weights and states are bfloat16 numbers, and their products are added up in float32 all the same.
+        """
         weight = self.causal_lm.get_output_embeddings().weight
         free = free_bytes(weight.device)
         room = free is not None and free > 2 * 4 * weight.numel()
-        if weight.dtype == torch.float32 or self._exact_head is not None or not room:
-            yield
-            return
-        self._exact_head = weight.to(torch.float32)
+        copied = weight.dtype != torch.float32 and self._exact_head is None and room
+        if copied:
+            self._exact_head = weight.to(torch.float32)
+        precision = torch.get_float32_matmul_precision()
+        if weight.dtype == torch.bfloat16 and weight.device.type == "cpu":
+            torch.set_float32_matmul_precision("medium")
         try:
             yield
         finally:
-            self._exact_head = None
+            torch.set_float32_matmul_precision(precision)
+            if copied:
+                self._exact_head = None
 
     def stop_ids(self) -> list[int]:
         """Ids that end an assistant turn."""

@@ -25,7 +25,7 @@ from trainer.evaluation.answers import (
 from trainer.evaluation.arms import Arm
 from trainer.evaluation.evaluate import evaluate, finite
 from trainer.evaluation.report_html import write_report
-from trainer.evaluation.signatures import ends_in_loop, looped
+from trainer.evaluation.signatures import ends_in_loop, goes_round, looped
 from trainer.evaluation.verdict import judge
 from trainer.model.frozen import FrozenModel
 from trainer.provenance import quality
@@ -98,6 +98,43 @@ def test_an_answer_that_loops_only_at_its_end():
     assert not ends_in_loop(sound)
     assert not ends_in_loop(f"{sound} and the gulls cry over the sea, and the gulls cry no more")
     assert ends_in_loop("It's a blessing and a curse, " * 5)
+
+
+def test_ids_that_go_round():
+    assert goes_round([9, 8, *[1, 2, 3] * 20])
+    assert not goes_round([9, 8, *[1, 2, 3] * 19])
+    assert goes_round([*range(50), *list(range(40)) * 3])
+    assert not goes_round([*list(range(40)) * 2, *range(39)])
+    assert not goes_round(list(range(400)))
+    assert not goes_round([])
+
+
+def test_a_greedy_answer_that_goes_round_is_cut_there(model, monkeypatch):
+    teacher = Teacher(model, PROMPT)
+    arm = Arm.of_ids(model, [teacher.chat_ids(query) for query in QUERIES])
+    asked = []
+
+    def generate(suffixes, count, **_):
+        asked.append((len(suffixes), count))
+        return [[5, 6] * (count // 2) if n else list(range(9, 9 + count)) for n, _ in enumerate(suffixes)]
+
+    monkeypatch.setattr(arm.prefix, "generate", generate)
+    made = write_answers(teacher, arm, [0, 1, 2], 256)
+    assert asked == [(3, 64), (1, 64), (1, 128)]  # the first row alone goes on
+    assert [len(ids) for ids in made.values()] == [256, 64, 64]
+    assert ends_in_loop("and so on " * 20)
+
+
+def test_an_answer_twice_as_long_as_the_full_prompts_is_written_no_further(model, monkeypatch):
+    monkeypatch.setattr(model, "stop_ids", lambda: [-1])
+    monkeypatch.setattr("trainer.evaluation.answers.goes_round", lambda ids: False)
+    teacher = Teacher(model, PROMPT)
+    arm = Arm.of_ids(model, [teacher.chat_ids(query) for query in QUERIES])
+    whole = write_answers(teacher, arm, [0, 1, 2], 300)
+    assert [len(ids) for ids in whole.values()] == [300] * 3
+    made = write_answers(teacher, arm, [0, 1, 2], 300, beside={0: [1] * 9, 1: [1] * 80, 2: [1] * 300})
+    assert [len(made[i]) for i in range(3)] == [128, 160, 300]
+    assert all(made[i] == whole[i][: len(made[i])] for i in range(3))
 
 
 def test_facts_ends_and_loops_are_counted(model):
