@@ -134,8 +134,12 @@ class Beginner:
             residue = Residue(model, self.prompt, examples, start.vectors_KH, config.placement, progress)
             found = find_literal(residue, self.prompt, self._room, trained=not config.freeze_literal)
         bearing = dict(queries_by_sentence(self.prompt, residue.said))
-        for text in [text for text, count in bearing.items() if not count]:
-            say(f"No training query bears on this sentence; give --queries that do: {text!r}")
+        if idle := [text for text, count in bearing.items() if not count]:
+            say(
+                f"No training query bears on {len(idle)} of {len(bearing)} sentences of the prompt, such as "
+                f"{idle[0]!r} (report.html has the counts). What a query never asks for, the token may lose: give "
+                "--queries that ask."
+            )
         if found.ids:
             say(
                 f"{len(found.ids)} literal places (KL {found.kl_without:.3f} without them, {found.kl_with:.3f} with): "

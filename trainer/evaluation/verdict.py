@@ -151,6 +151,8 @@ def _answer_losses(evaluation: Evaluation) -> list[str]:
     answers = evaluation.answers
     facts, stops, loops = answers.facts, answers.stops, answers.loops
     found = []
+    if answers.answers and not facts.probes:
+        found.append("no fact was asked for: give rows with `fact` (--test-queries)")
     if facts.kept_steady is not None:
         if facts.kept_steady < DEPLOYABLE_FACTS:
             found.append(f"says {facts.be_steady} of the {facts.steady} facts that the full prompt says steadily")

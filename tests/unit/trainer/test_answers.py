@@ -333,7 +333,7 @@ def evaluation():
         ({"facts": Facts(12, 11, 1, 10, 7, 8, 7)}, None),
         ({"facts": Facts(12, 11, 1, 10, 9, 8, 6)}, "says 6 of the 8 facts that the full prompt says steadily"),
         ({"facts": Facts(4, 4, 0, 4, 0)}, None),
-        ({"facts": Facts()}, None),
+        ({"facts": Facts()}, "no fact was asked for: give rows with `fact` (--test-queries)"),
         ({"stops": Stops(20, 20, 17, 17)}, "3 of 20 answers never end where the full prompt's end"),
         ({"stops": Stops(20, 4, 9, 0)}, None),
         ({"loops": {"none": 0, "full": 1, "be": 4}}, "4 of 20 answers go round in a loop (of the full prompt's: 1)"),

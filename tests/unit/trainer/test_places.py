@@ -214,7 +214,7 @@ def test_the_trainer_chooses_words_or_keeps_none(train):
     found = json.loads(Path("r/evaluation.json").read_text())["training_queries"]
     assert [row["text"] for row in found] == [text for text, _ in queries_by_sentence(PROMPT, [])]
     assert all(0 <= row["queries"] <= len(TEXTS) for row in found)
-    assert "No training query bears on this sentence" in shown.output or all(row["queries"] for row in found)
+    assert "No training query bears on" in shown.output or all(row["queries"] for row in found)
     mixed = Token.load("a.safetensors").manifest
     assert mixed.k == mixed.literal + 2 <= 20
     assert not train("--places", "20", "--no-literal", "-o", "b.safetensors").exception
