@@ -144,8 +144,10 @@ class Beginner:
             say(
                 f"{len(found.ids)} literal places (KL {found.kl_without:.3f} without them, {found.kl_with:.3f} with): "
                 f"{model.tokenizer.decode(found.ids)!r}. Whoever has the token file and the model can read these "
-                "words. For a secret prompt use --init random."
+                "words. For a secret prompt use --tokens with --init random."
             )
+        else:
+            say("No words were taken: none fits the places, or the learned vectors do as well without.")
         return self._beside(found.ids, start), bearing
 
     def _beside(self, literal: tuple[int, ...], start: Start) -> Start:

@@ -87,7 +87,10 @@ class TrainConfig(BaseModel):
     held_out: int = Field(default=32, ge=1)
     """Queries kept from training for the final evaluation; at most a fifth of all."""
     validation: int = Field(default=16, ge=0)
-    """Training queries kept to choose the best step, at most a tenth of them; 0: the last step's vectors are taken."""
+    """Training queries kept to choose the best step, at most a tenth of them.
+
+    0, or fewer than eight in a tenth: the last step's vectors are taken.
+    """
     test_queries: str | None = None
     """JSONL of queries that are only measured on, in place of the held-out ones; what resembles them trains nothing."""
     response_tokens: int = Field(default=64, ge=1, le=4096)
@@ -246,6 +249,18 @@ class TrainConfig(BaseModel):
         """The files, beside the prompt's, whose content decides the run."""
         ae = str(ae_file(self.ae)) if self.ae else None
         return [name for name in (self.queries, self.test_queries, ae, *self.init_files()) if name]
+
+    @staticmethod
+    def overridden(loaded: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+        """Settings of a file under those of a command line, which may exclude words that the file asks for.
+
+        `tokens` without `places` means learned vectors alone; a start or `literal: false` excludes the default's words.
+        """
+        kept = dict(loaded)
+        excluded = given.get("init", "search") != "search" or given.get("literal") is False
+        if "places" not in given and ("tokens" in given or (excluded and kept.get("places") == "auto")):
+            kept.pop("places", None)
+        return {**kept, **given}
 
     def save(self, path: Path) -> None:
         """Write the run's settings as YAML."""

@@ -33,7 +33,7 @@ from trainer.optim.log import Log, draw_curves
 from trainer.optim.loop import Optimisation, Training, fit
 from trainer.optim.objectives import Distil, Joint, Reconstruct, Stage
 from trainer.optim.starts import Start
-from trainer.optim.validation import Validation
+from trainer.optim.validation import LEAST, Validation
 from trainer.provenance import make_token, run_digest
 from trainer.telling import Say, Telling
 
@@ -101,6 +101,7 @@ class Run:
         self._test: list[Query]
         self.prompt = read_prompt_file(config.prompt_file)
         self.prompt_ids = model.slots.prompt_ids(self.prompt, template_kwargs=model.template_kwargs)
+        self._given = config
         self.config = config = config.resolved(len(self.prompt_ids))
 
     def execute(self) -> RunResult:
@@ -150,27 +151,29 @@ class Run:
         if checkpoint.exists():
             Checkpoint.load(checkpoint, digest)  # another run's folder is refused before anything in it changes
         (self.folder / "evaluation.json").unlink(missing_ok=True)
-        config.save(self.folder / "run.yaml")
+        self._given.save(self.folder / "run.yaml")  # for another prompt, or other options, `auto` means another number
         write_queries(self.folder / "heldout.jsonl", self._held_out)
         self._teacher = Teacher(self.model, self.prompt, self.cache, stop=config.stop)
         # Only training data comes from elsewhere: every token is measured on the frozen model's own answers.
         writer = Teacher(self.model, self.prompt, self.cache, stop=config.stop, decoder=self.decoder)
         examples = self._without_recitals(writer, self._examples(writer, training))
         count = min(config.validation, len(examples) // 10)
+        count = count if count >= LEAST else 0
         examples, validation = examples[count:], examples[:count]
         beginner = Beginner(
             config, self.model, self.prompt, self.prompt_ids, self.folder, cache=self.cache, telling=self.telling
         )
         self._begin = beginner.begin(examples, digest, self._distil, self._optimisation())
         frozen = self._begin.frozen(config)
-        examples = with_recall(writer, examples, config.recall or 0.0, response_tokens=config.response_tokens)
+        with self.telling.timed("teacher"):
+            examples = with_recall(writer, examples, config.recall or 0.0, response_tokens=config.response_tokens)
         self._training = Training(
             self._begin.token,
             self._stages(examples, frozen),
             self._optimisation(),
             folder=self.folder,
             digest=digest,
-            validation=Validation(self._distil(validation, frozen)) if validation else None,
+            validation=Validation(self._distil(validation, frozen, tau=1.0)) if validation else None,
         )
         return self._training
 
@@ -181,7 +184,7 @@ class Run:
             raise training.fault
         seconds = self.telling.seconds
         if training.seconds:
-            seconds["training"] = sum(training.seconds)
+            seconds["training"] = sum(training.seconds) + training.validation_seconds
             seconds["step"] = statistics.median(training.seconds)
         vectors_KH = training.vectors.cpu()
         if training.best and training.best.step < training.stages[-1][1]:
@@ -266,13 +269,13 @@ class Run:
         with self.telling.timed("teacher"), self.telling.bar("asking the teacher", len(training)) as progress:
             return served_answers(self.config, self.model, self.prompt, training, self.cache, progress)
 
-    def _distil(self, examples: list[Example], literal: Sequence[int] = ()) -> Distil:
+    def _distil(self, examples: list[Example], literal: Sequence[int] = (), *, tau: float | None = None) -> Distil:
         config = self.config
         return Distil(
             self.model,
             examples,
             placement=config.placement,
-            tau=config.tau,
+            tau=config.tau if tau is None else tau,
             batch_size=config.batch_size,
             seed=config.seed,
             literal_LH=self.model.embed(literal) if literal else None,

@@ -35,8 +35,15 @@ if TYPE_CHECKING:
 @click.option(
     "--freeze-literal", is_flag=True, default=None, help="Leave these words as they are. Training moves the others."
 )
-@click.option("--no-literal", is_flag=True, help="Choose no words. All places are learned. For secret prompts.")
-@click.option("--keep-text", help="Words to keep, in place of those that the trainer chooses. Needs --places.")
+@click.option(
+    "--no-literal",
+    is_flag=True,
+    help="Choose no words. Learned vectors still begin at some: for a secret prompt add --init random.",
+)
+@click.option(
+    "--keep-text",
+    help="Words for these vectors, in place of those that the trainer chooses. With --freeze-literal they stay.",
+)
 @click.option("--placement", type=click.Choice(["system", "block", "prefix"]), help="[default: system]")
 @click.option("--recipe", type=click.Choice(["default", "paper"]), help="Set of default values.")
 @click.option("--init", help="Initial vectors: search, text:<words>, file:<tokens>, mean or random. [default: search]")
@@ -130,12 +137,12 @@ def command(
     With --batch-file, one process trains a token for every prompt of the file.
     """
     from be_serve.cli._training import print_evaluation, short_digest
-    from trainer.config import RECIPES, make_config, read_yaml
+    from trainer.config import RECIPES, TrainConfig, make_config, read_yaml
 
     given = _given(options)
     if resume:
         config, run_dir = str(Path(resume) / "run.yaml"), resume
-    values = {**RECIPES[recipe or "default"], **(read_yaml(config) if config else {}), **given}
+    values = TrainConfig.overridden({**RECIPES[recipe or "default"], **(read_yaml(config) if config else {})}, given)
     if "ae" in given and "lam" not in values:
         values["lam"] = 0.9
     values.setdefault("model", DEFAULT_MODEL)

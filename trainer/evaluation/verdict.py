@@ -33,7 +33,8 @@ RECITAL_SHARE = 0.05
 DEPLOYABLE_FACTS = 0.85
 """Share of the steady facts that only the full prompt brings; less is lossy (of `FACTS_LEAST` at least).
 
-Facts that are lost with the prompt's punctuation show the model's margin, not the token's.
+Facts that are lost with the prompt's punctuation show the model's margin, not the token's. Where fewer than half are
+steady, all count.
 """
 DEPLOYABLE_STOPS = 0.9
 STOP_ANSWERS = 5
@@ -153,7 +154,7 @@ def _answer_losses(evaluation: Evaluation) -> list[str]:
     found = []
     if answers.answers and not facts.probes:
         found.append("no fact was asked for: give rows with `fact` (--test-queries)")
-    if facts.kept_steady is not None:
+    if facts.kept_steady is not None and 2 * facts.steady >= facts.n:
         if facts.kept_steady < DEPLOYABLE_FACTS:
             found.append(f"says {facts.be_steady} of the {facts.steady} facts that the full prompt says steadily")
     elif facts.kept is not None and facts.kept < DEPLOYABLE_FACTS:

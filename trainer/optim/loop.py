@@ -80,6 +80,8 @@ class Training:
         self.fault: InputError | None = None
         self.best: Best | None = None
         """The best step of the last stage on the validation queries."""
+        self.validation_seconds = 0.0
+        """Wall time of the validation done here, which no step's time holds."""
         self._validation = validation
         self.index = self.step = 0
         self._fed: Tensor
@@ -169,8 +171,10 @@ class Training:
         check = self._validation
         if check is None or self.index < len(self.stages) - 1 or not check.due(self.step, steps):
             return {}
+        began = time.perf_counter()
         vectors_KH = self.token.vectors.detach().clone()
         kl = check.divergence(vectors_KH)
+        self.validation_seconds += time.perf_counter() - began
         if self.best is None or kl < self.best.kl:
             self.best = Best(kl, self.step, vectors_KH)
         return {"validation": kl}

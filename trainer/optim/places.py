@@ -31,7 +31,8 @@ from trainer.text import sentences, without_marks
 _PIECE = re.compile(r"(?:(?!(?<=[.,;:!?)\]\"”])\s|\n|\s[(\[\"“]).)+", re.DOTALL)
 """Text up to a mark that white space follows, a line break, or an opening bracket or quotation mark."""
 _LONGEST = 12
-"""Words of a phrase; longer ones are cut."""
+"""Words of a phrase, and tokens of a word; longer ones are cut, a word in parts of `_PART` tokens."""
+_PART = 4
 _SPACED = re.compile(r"\S+")
 _CONTENT = re.compile(r"[^\W_]{2,}|\d")
 CASES, SCORED, _FED = 16, 32, 16
@@ -79,7 +80,11 @@ def words(model: FrozenModel, prompt: str) -> list[Phrase]:
     for piece in _SPACED.finditer(prompt):
         if text := without_marks(piece.group()):
             ids = model.tokenizer.encode(f" {text}", add_special_tokens=False)
-            found.append(Phrase(text, tuple(ids), piece.start()))
+            # What is so long is a text without spaces, or a link: its parts compete.
+            parts = [ids] if len(ids) <= _LONGEST else [ids[n : n + _PART] for n in range(0, len(ids), _PART)]
+            for n, part in enumerate(parts):
+                word = text if len(parts) == 1 else str(model.tokenizer.decode(part)).strip()
+                found.append(Phrase(word, tuple(part), piece.start() + n))
     return found
 
 

@@ -11,6 +11,8 @@ from trainer.optim.objectives import Distil, part_losses
 
 CHECKS = 8
 """How often the vectors are measured over the last stage."""
+LEAST = 8
+"""Fewer queries than this would choose a step by chance."""
 _ROWS = 4
 """Answers in one forward pass."""
 

@@ -332,6 +332,7 @@ def evaluation():
         ({"facts": Facts(12, 11, 1, 10, 3, 3, 3)}, "says 3 of the 10 facts that the full prompt says"),
         ({"facts": Facts(12, 11, 1, 10, 7, 8, 7)}, None),
         ({"facts": Facts(12, 11, 1, 10, 9, 8, 6)}, "says 6 of the 8 facts that the full prompt says steadily"),
+        ({"facts": Facts(40, 31, 0, 31, 5, 5, 5)}, "says 5 of the 31 facts that the full prompt says"),
         ({"facts": Facts(4, 4, 0, 4, 0)}, None),
         ({"facts": Facts()}, "no fact was asked for: give rows with `fact` (--test-queries)"),
         ({"stops": Stops(20, 20, 17, 17)}, "3 of 20 answers never end where the full prompt's end"),

@@ -50,7 +50,8 @@ def start(model):
 
 def test_a_float32_head_is_the_same_in_slices_and_kept(tiny_model_dir, monkeypatch):
     model = FrozenModel.load(tiny_model_dir, name="tiny", device="cpu", dtype="bfloat16")
-    states = torch.randn(3, 5, model.hidden_size, generator=torch.Generator().manual_seed(0))
+    # The model's own states: bfloat16 numbers, in float32.
+    states = torch.randn(3, 5, model.hidden_size, generator=torch.Generator().manual_seed(0)).bfloat16().float()
     expected = states @ model.causal_lm.get_output_embeddings().weight.float().T
     monkeypatch.setattr(trainer.model.frozen, "_SLICE_BYTES", 7 * 4 * model.hidden_size)  # the last slice is shorter
     assert torch.allclose(model.head(states), expected, rtol=1e-5, atol=1e-5)
@@ -58,8 +59,10 @@ def test_a_float32_head_is_the_same_in_slices_and_kept(tiny_model_dir, monkeypat
         kept = model._exact_head
         assert kept is not None
         assert torch.allclose(model.head(states), expected, rtol=1e-5, atol=1e-5)
+        assert torch.get_float32_matmul_precision() == "medium"
         assert model.head(states.bfloat16()).dtype == torch.bfloat16
     assert model._exact_head is None
+    assert torch.get_float32_matmul_precision() == "highest"
     monkeypatch.setattr(trainer.model.frozen, "free_bytes", lambda device: 1000)
     with model.exact_head():  # no room
         assert model._exact_head is None

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from be_serve.cli.main import cli
 from be_serve.core.artifact import Token
 from be_serve.core.errors import InputError
-from trainer.config import make_config
+from trainer.config import TrainConfig, make_config
 from trainer.data.queries import Query
 from trainer.data.recall import with_recall
 from trainer.data.teacher import Example, Teacher
@@ -312,6 +312,32 @@ def test_words_are_the_default_and_what_excludes_them_leaves_them_out():
         settings(8, keep_text="a")
     with pytest.raises(InputError, match="fewer than --tokens 16"):
         settings(8, tokens=16)
+
+
+def test_options_exclude_the_words_of_a_settings_file():
+    base = {"prompt_file": "p", "model": "m", "id": "a", "output": "o"}
+    default = make_config(base).model_dump()
+    asked = make_config({**base, "places": 32}).model_dump()
+
+    def k_of(loaded, **given):
+        return make_config(TrainConfig.overridden(loaded, given)).resolved(300).k
+
+    assert k_of(default) == k_of(default, seed=1) == 64
+    assert k_of(default, tokens=4) == k_of(asked, tokens=4) == 4
+    assert k_of(default, init="random") == k_of(default, literal=False) == 4
+    assert k_of(default, tokens=4, places=20) == 20
+    assert k_of(asked, init="random") == 32  # asked for
+    assert k_of(make_config({**base, "tokens": 4}).model_dump(), places=64) == 64
+
+
+def test_a_long_run_without_spaces_is_cut_in_parts(model):
+    found = words(model, "Say " + "波止場の船長は毎朝八時半に門を開ける" * 3)
+    assert found[0].text == "Say"
+    assert len(found) > 4
+    assert all(len(part.ids) <= 4 for part in found[1:])
+    assert [part.begin for part in found] == sorted({part.begin for part in found})
+    ids = [token for part in found[1:] for token in part.ids]
+    assert model.tokenizer.decode(ids).strip() == "波止場の船長は毎朝八時半に門を開ける" * 3
 
 
 def test_the_learning_rate_is_in_the_models_own_units(model):
