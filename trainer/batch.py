@@ -158,7 +158,7 @@ def train_batch(
 
 def entry_config(entry: Entry, settings: dict[str, Any], output: Path, folder: Path = Path()) -> TrainConfig:
     """The settings of a row's run; a prompt in the row itself belongs into `folder`. Raises InputError."""
-    values = {**settings, **entry.values}
+    values = TrainConfig.overridden(settings, entry.values)
     if values.get("ae"):
         values.setdefault("lam", 0.9)
     values |= {"id": entry.id, "output": str(output / f"{entry.id}.safetensors")}

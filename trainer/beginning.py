@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from be_serve.core.errors import InputError
 from trainer.config import PROBE_RANK, TrainConfig
 from trainer.data.teacher import Example
 from trainer.model.frozen import FrozenModel
@@ -76,12 +77,17 @@ class Beginner:
         if file.exists():
             found = Checkpoint.load(file, digest)
             self.telling.say(f"Continuing the run in {self.folder} (stage {found.stage + 1}, step {found.step}).")
-            kept = json.loads(note.read_text(encoding="utf-8")) if note.exists() else {}
-            start = Start(found.parameters["vectors"], kept.get("text"), kept.get("kl"), tuple(kept.get("literal", ())))
-            return Beginning(self._token(start), start, True, kept.get("training_queries", {}))
+            try:
+                kept = json.loads(note.read_text(encoding="utf-8")) if note.exists() else {}
+                literal = tuple(int(token) for token in kept.get("literal", ()))
+                bearing = {str(text): int(count) for text, count in kept.get("training_queries", {}).items()}
+            except (OSError, ValueError, TypeError, AttributeError) as exc:
+                raise InputError(f"Damaged {note}: {exc}. Start again with --fresh.") from exc
+            start = Start(found.parameters["vectors"], kept.get("text"), kept.get("kl"), literal)
+            return Beginning(self._token(start), start, True, bearing)
         with self.telling.timed("start"):
             start = self._find(examples)
-        bearing: dict[str, int] = {}
+        bearing = {}
         if self.config.keep_text is not None:
             start = self._beside(kept_words(self.model, self.config.keep_text, self._room), start)
         elif self._room:

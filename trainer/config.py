@@ -113,10 +113,10 @@ class TrainConfig(BaseModel):
     """Write them to at most so many queries, those with facts first; None: to all."""
 
     # Objective.
-    recall: float | None = Field(default=None, ge=0, lt=1)
+    recall: float | None = Field(default=None, ge=0, le=0.9)
     """Share of the examples that are sentences of the prompt itself (`trainer.data.recall`).
 
-    None: `RECALL` where words are trained, 0 for learned vectors alone.
+    None: `RECALL` where the trainer chooses words and trains them; 0 for learned vectors alone, and with `keep_text`.
     """
     ae: str | None = None
     """[AE] file of `train-ae`, or `builtin` for the default model's; needed for reconstruction (Eq. 2, lambda < 1)."""
@@ -180,6 +180,11 @@ class TrainConfig(BaseModel):
             )
         if isinstance(self.places, int) and self.literal and self.places <= self.tokens:
             raise ValueError(f"places: {self.places} leave no literal place beside {self.tokens} learned vectors")
+        if self.places is not None and self.literal and self.init in ("random", "mean") and self.keep_text is None:
+            raise ValueError(
+                f"places: {self.init} says that nothing begins at words of the prompt, and places begin at some. Give "
+                "--tokens in place of --places, or --no-literal beside it"
+            )
         if not (self.literal and self.places):
             if self.keep_text is not None:
                 raise ValueError("keep_text: words need literal places; give --places, and no --no-literal")
@@ -234,7 +239,7 @@ class TrainConfig(BaseModel):
             places = places if places > self.tokens else None
         words = places is not None and self.literal and not self.freeze_literal
         rank = self.rank if self.rank is not None else 0 if words else PROBE_RANK
-        recall = self.recall if self.recall is not None else RECALL if words else 0.0
+        recall = self.recall if self.recall is not None else RECALL if words and self.keep_text is None else 0.0
         return self.model_copy(update={"places": places, "rank": rank, "recall": recall})
 
     def peak_lr(self, embedding_rms: float) -> float:

@@ -44,6 +44,11 @@ if TYPE_CHECKING:
     "--keep-text",
     help="Words for these vectors, in place of those that the trainer chooses. With --freeze-literal they stay.",
 )
+@click.option(
+    "--recall",
+    type=click.FloatRange(0, 0.9),
+    help="Share of the examples that are sentences of the prompt. [default: 0.25 where the trainer chooses words]",
+)
 @click.option("--placement", type=click.Choice(["system", "block", "prefix"]), help="[default: system]")
 @click.option("--recipe", type=click.Choice(["default", "paper"]), help="Set of default values.")
 @click.option("--init", help="Initial vectors: search, text:<words>, file:<tokens>, mean or random. [default: search]")

@@ -113,7 +113,7 @@ def _clauses(evaluation: Evaluation) -> str:
             if kept is None
             else f'<div class="frame"><div class="bar" style="width:{100 * share:.0f}%"></div></div>{share:.0%}'
         )
-        trained = str(evaluation.training_queries.get(clause.text, ""))
+        trained = escape(str(evaluation.training_queries.get(clause.text, "")))
         rows.append(
             f'<tr><td>{escape(clause.text)}</td><td class="n">{clause.kl:.3f}</td><td>{bar}</td>'
             f'<td class="n">{trained}</td></tr>'

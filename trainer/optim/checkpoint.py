@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,8 +63,10 @@ class Checkpoint:
                 tensors["rng"].to(torch.uint8),
                 (float(state["best"][0]), int(state["best"][1]), tensors["best"]) if "best" in state else None,
             )
+            if found.best and not (math.isfinite(found.best[0]) and found.best[0] >= 0 and found.best[2].dim() == 2):
+                raise ValueError("its best step has no finite divergence")
             _ = found.parameters["vectors"]
-        except (OSError, SafetensorError, KeyError, ValueError, TypeError) as exc:
+        except (OSError, SafetensorError, KeyError, ValueError, TypeError, OverflowError) as exc:
             raise InputError(f"Damaged checkpoint {path}: {exc}. Delete it, or start again with --fresh.") from exc
         if found.digest != digest:
             raise InputError(

@@ -175,7 +175,7 @@ class Training:
         vectors_KH = self.token.vectors.detach().clone()
         kl = check.divergence(vectors_KH)
         self.validation_seconds += time.perf_counter() - began
-        if self.best is None or kl < self.best.kl:
+        if math.isfinite(kl) and (self.best is None or kl < self.best.kl):
             self.best = Best(kl, self.step, vectors_KH)
         return {"validation": kl}
 

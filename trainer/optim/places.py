@@ -19,6 +19,7 @@ from torch import Tensor
 
 from be_serve.core.artifact import Placement
 from be_serve.core.errors import InputError
+from be_serve.core.redaction import hide
 from trainer.config import MAX_PLACES
 from trainer.data.teacher import Example
 from trainer.model.frozen import FrozenModel
@@ -33,6 +34,8 @@ _PIECE = re.compile(r"(?:(?!(?<=[.,;:!?)\]\"”])\s|\n|\s[(\[\"“]).)+", re.DOT
 _LONGEST = 12
 """Words of a phrase, and tokens of a word; longer ones are cut, a word in parts of `_PART` tokens."""
 _PART = 4
+# Ten characters of letters and digits mixed: a key, and the model expects it least of all words.
+_KEY = re.compile(r"(?=[\w-]*\d)(?=[\w-]*[A-Za-z])[A-Za-z0-9_-]{10,}")
 _SPACED = re.compile(r"\S+")
 _CONTENT = re.compile(r"[^\W_]{2,}|\d")
 CASES, SCORED, _FED = 16, 32, 16
@@ -75,10 +78,11 @@ def phrases(model: FrozenModel, prompt: str) -> list[Phrase]:
 
 
 def words(model: FrozenModel, prompt: str) -> list[Phrase]:
-    """The prompt's words in order, without the marks at their edges."""
+    """The prompt's words in order, without the marks at their edges; what looks like a key is left out."""
     found = []
     for piece in _SPACED.finditer(prompt):
-        if text := without_marks(piece.group()):
+        text = without_marks(piece.group())
+        if text and hide(text) == text and not _KEY.search(text):
             ids = model.tokenizer.encode(f" {text}", add_special_tokens=False)
             # What is so long is a text without spaces, or a link: its parts compete.
             parts = [ids] if len(ids) <= _LONGEST else [ids[n : n + _PART] for n in range(0, len(ids), _PART)]

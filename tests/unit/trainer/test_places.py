@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from be_serve.cli.main import cli
 from be_serve.core.artifact import Token
 from be_serve.core.errors import InputError
+from trainer.batch import Entry, entry_config
 from trainer.config import TrainConfig, make_config
 from trainer.data.queries import Query
 from trainer.data.recall import with_recall
@@ -326,8 +327,27 @@ def test_options_exclude_the_words_of_a_settings_file():
     assert k_of(default, tokens=4) == k_of(asked, tokens=4) == 4
     assert k_of(default, init="random") == k_of(default, literal=False) == 4
     assert k_of(default, tokens=4, places=20) == 20
-    assert k_of(asked, init="random") == 32  # asked for
+    with pytest.raises(InputError, match="nothing begins at words"):
+        k_of(asked, init="random")
+    assert k_of(asked, init="random", literal=False) == 32
     assert k_of(make_config({**base, "tokens": 4}).model_dump(), places=64) == 64
+
+
+def test_keys_are_no_words(model):
+    found = words(
+        model,
+        "The key is sk-abcdefghijklmnop12 or ghjk38dj2kq91, the code 1234, the boat a cream-colored yawl-rigged one.",
+    )
+    texts = [word.text for word in found]
+    assert "1234" in texts
+    assert "yawl-rigged" in texts
+    assert not any("sk-" in text or "38dj" in text for text in texts)
+
+
+def test_a_rows_tokens_exclude_the_batchs_places(tmp_path):
+    row = Entry("a", {"tokens": 4, "init": "random"}, "You are a clerk.")
+    found = entry_config(row, {"model": "m", "places": 64}, tmp_path)
+    assert found.places is None
 
 
 def test_a_long_run_without_spaces_is_cut_in_parts(model):
