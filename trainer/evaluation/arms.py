@@ -16,11 +16,10 @@ from trainer.data.teacher import Example
 from trainer.model.frozen import FrozenModel
 from trainer.model.generate import Prefix, Progress, common_prefix
 from trainer.model.soft_token import Row
+from trainer.optim.losses import CACHED_ROWS
 
 RESPONSE_TOKENS = 64
 _CHUNK = 256
-# Rows of logits whose passes stay in a CPU's cache.
-_CACHED_ROWS = 8
 
 
 @dataclass(frozen=True)
@@ -114,7 +113,7 @@ def score(model: FrozenModel, reference: Sequence[Example], states: dict[str, li
 
 def _figures(full_nV: Tensor, arm_nV: Tensor, targets_n: Tensor) -> Tensor:
     """KL, agreement of the likeliest token, and negative log-likelihood [3, n], of logits in float32."""
-    rows = _CACHED_ROWS if full_nV.device.type == "cpu" else max(len(full_nV), 1)
+    rows = CACHED_ROWS if full_nV.device.type == "cpu" else max(len(full_nV), 1)
     found = []
     for full, arm, targets in zip(full_nV.split(rows), arm_nV.split(rows), targets_n.split(rows), strict=True):
         log_p, log_q = full.log_softmax(-1), arm.log_softmax(-1)

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Head = Callable[[Tensor], Tensor]
-_CACHED_ROWS = 8
+CACHED_ROWS = 8
+"""Rows of logits whose passes stay in a CPU's cache."""
 
 
 def reconstruction_loss(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
@@ -68,7 +69,7 @@ class _KL(torch.autograd.Function):  # type: ignore[misc]
     @staticmethod
     def forward(ctx, teacher_NV, student_NV, tau):  # type: ignore[no-untyped-def]
         losses, grads = [], torch.empty_like(student_NV) if ctx.needs_input_grad[1] else None
-        rows = _CACHED_ROWS if student_NV.device.type == "cpu" else max(len(student_NV), 1)
+        rows = CACHED_ROWS if student_NV.device.type == "cpu" else max(len(student_NV), 1)
         for start in range(0, len(student_NV), rows):
             at = slice(start, start + rows)
             log_p, log_q = (torch.log_softmax(logits[at].float() / tau, -1) for logits in (teacher_NV, student_NV))
