@@ -181,7 +181,7 @@ def survey(config: TrainConfig, model: FrozenModel, prompt: str | None = None) -
     test = read_queries(config.test_queries) if config.test_queries else []
     if config.queries:
         found = drop_near_duplicates(read_queries(config.queries), beside=test)
-        training, held_out = split_held_out(found, config.held_out)
+        training, held_out = split_held_out(found, config.held_out, latest=True)
         training, held = training[: config.max_queries], len(held_out)
         written = 0
     else:

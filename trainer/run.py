@@ -231,7 +231,7 @@ class Run:
         if len(unique) < len(found):
             those = " (of each other, or of a test query)" if test else ""
             self.telling.say(f"{len(found) - len(unique)} near-duplicates{those} of {len(found)} queries left out.")
-        training, held_out = split_held_out(unique, config.held_out)
+        training, held_out = split_held_out(unique, config.held_out, latest=config.queries is not None)
         training = training[: config.max_queries]
         apart = f", {len(test)} to test on" if test else ""
         self.telling.say(f"{len(training)} queries to train on, {len(held_out)} held out{apart}.")

@@ -24,7 +24,11 @@ DEFAULT_METHODS = "truncate:4,memory:1,pt:1,kd:1,pt:4,kd:4"
 @model_options
 @click.option("--queries", required=True, help="JSONL file of unlabeled queries.")
 @click.option(
-    "--held-out", type=click.IntRange(2), default=32, show_default=True, help="Queries kept for the evaluation."
+    "--held-out",
+    type=click.IntRange(2),
+    default=32,
+    show_default=True,
+    help="Queries kept for the evaluation: the last of the file.",
 )
 @click.option("--ae", help="[AE] file or `builtin`. The methods joint and stages need it.")
 @click.option("--summary", help="Short text with the same intent. It is one more method in the table.")
@@ -72,7 +76,7 @@ def command(
     folder = Path(run_dir) if run_dir else Path("runs") / f"compare-{Path(prompt_file).stem}-{digest}"
     folder.mkdir(parents=True, exist_ok=True)
     teacher = Teacher(frozen, prompt, folder, stop=stop_texts(stop))
-    training, kept = split_held_out(drop_near_duplicates(read_queries(queries)), held_out)
+    training, kept = split_held_out(drop_near_duplicates(read_queries(queries)), held_out, latest=True)
     lines = compare(
         teacher,
         teacher.examples(training, response_tokens=64),

@@ -93,7 +93,7 @@ if TYPE_CHECKING:
     type=click.IntRange(8),
     help="Number of queries without --queries. The model writes two in five. [default: 240]",
 )
-@click.option("--held-out", type=click.IntRange(1), help="Queries kept for the final evaluation.")
+@click.option("--held-out", type=click.IntRange(1), help="Queries kept for the evaluation: the last of a file.")
 @click.option("--test-queries", help="JSONL file of queries that are only measured on. [default: the held-out ones]")
 @click.option(
     "--answer-tokens",

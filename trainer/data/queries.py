@@ -185,19 +185,30 @@ def drop_near_duplicates(
     return [rows[i] for i in sorted(kept)]
 
 
-def split_held_out(queries: Sequence[Query], held_out: int) -> tuple[list[Query], list[Query]]:
+def split_held_out(queries: Sequence[Query], held_out: int, *, latest: bool = False) -> tuple[list[Query], list[Query]]:
     """Shuffle and split into (training, held-out); near-duplicates must be gone already.
 
-    The split depends on the queries alone: of the same file, runs of other seeds are
-    measured on the same queries. At most a fifth is held out, at least
-    one. Raises InputError for fewer than two queries.
+    The split depends on the queries alone: of the same file, runs of other seeds are measured on the same queries. At
+    most a fifth is held out, at least one; with `latest` they are the last ones, as the newest of a user's traffic.
+    Turns of one conversation (the same first turn) stay on one side, unless none that is short enough is left to
+    hold out. Raises InputError for fewer than two queries.
     """
     if len(queries) < 2:
         raise InputError("At least two different queries are needed: one to train on, one held out.")
     shuffled = list(queries)
     random.Random(0).shuffle(shuffled)  # noqa: S311
     count = max(1, min(held_out, len(shuffled) // 5))
-    return shuffled[count:], shuffled[:count]
+    candidates = queries[::-1] if latest else shuffled
+    begun: dict[str, list[Query]] = defaultdict(list)
+    for query in candidates:
+        begun[query.messages[0]["content"].casefold()].append(query)
+    kept: list[Query] = []
+    for conversation in begun.values():
+        if len(kept) + len(conversation) <= count:
+            kept += conversation
+    kept = kept or list(candidates[:count])
+    apart = set(map(id, kept))
+    return [query for query in shuffled if id(query) not in apart], kept
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:

@@ -173,6 +173,37 @@ def test_the_split_is_disjoint_whole_and_repeatable(count, held_out):
     assert (training, held) == split_held_out(queries, held_out)
 
 
+def test_the_last_of_a_file_are_held_out():
+    """Users' traffic comes in order of time: a token is measured on the newest."""
+    queries = [query(str(i)) for i in range(50)]
+    training, held = split_held_out(queries, 8, latest=True)
+    assert sorted(int(q.text) for q in held) == list(range(42, 50))
+    assert [q.text for q in training] != [str(i) for i in range(42)]  # shuffled: fewer of them are drawn at random
+    assert sorted(training + held, key=lambda q: int(q.text)) == queries
+
+
+@pytest.mark.parametrize("latest", [True, False])
+def test_turns_of_one_conversation_stay_on_one_side(latest):
+    rows = []
+    for n in range(12):
+        turns = ({"role": "user", "content": f"Chat {n}"}, {"role": "assistant", "content": "Yes?"})
+        rows += [Query(turns[:1]), Query((*turns, {"role": "user", "content": f"And {n}?"}))]
+    training, held = split_held_out(rows, 5, latest=latest)
+    assert len(held) == 4  # a fifth; whole conversations
+    first = [{q.messages[0]["content"] for q in side} for side in (training, held)]
+    assert not first[0] & first[1]
+    if latest:
+        assert first[1] == {"Chat 10", "Chat 11"}
+
+
+def test_rows_that_all_begin_alike_are_split_all_the_same():
+    hello = ({"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"})
+    rows = [Query((*hello, {"role": "user", "content": f"What is {n}?"})) for n in range(20)]
+    training, held = split_held_out(rows, 4, latest=True)
+    assert held == rows[::-1][:4]
+    assert len(training) == 16
+
+
 def test_one_query_cannot_be_split():
     with pytest.raises(InputError, match="At least two"):
         split_held_out([query("a")], 1)
