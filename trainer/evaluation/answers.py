@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 from trainer.data.queries import Query
 from trainer.data.teacher import Example, Teacher
 from trainer.evaluation.arms import RESPONSE_TOKENS, Arm, score
 from trainer.evaluation.signatures import ends_in_loop, goes_round
-from trainer.model.generate import Progress
+from trainer.model.generate import Progress, generate_beside
 from trainer.model.soft_token import Row
 from trainer.text import says
 
@@ -23,8 +23,12 @@ FACTS_LEAST = 5
 """With fewer facts that only the full prompt says, the token's share of them says nothing."""
 _LOOP_LEAST = 4 * RESPONSE_TOKENS
 """Tokens of an answer from which on a loop with small changes (a list that counts up) is one that never ends."""
+_POSITIONS = 64_000  # of answers that are written side by side, did none end before the cap
+_SCORES = 50_000_000  # of attention, for each head, while the questions are read
 _SCORED = 16  # answers whose hidden states are held at once
 _STEPS = 2 * len(ARMS)  # an answer of each arm is written and scored
+Written: TypeAlias = dict[str, dict[int, list[int]]]
+"""Ids of answers, by arm and number of the query."""
 
 
 @dataclass(frozen=True)
@@ -185,41 +189,93 @@ def room(teacher: Teacher, arms: Mapping[str, Arm], cap: int) -> int:
 
 def write_answers(
     teacher: Teacher,
-    arm: Arm,
+    arms: Mapping[str, Arm],
     chosen: Sequence[int],
     cap: int,
     *,
     begun: Mapping[int, list[int]] | None = None,
     beside: Mapping[int, list[int]] | None = None,
     progress: Progress | None = None,
-) -> dict[int, list[int]]:
-    """Greedy answers (ids) of an arm to the chosen queries, to their end, a loop or `cap` tokens.
+) -> Written:
+    """Greedy answers (ids) of arms to the chosen queries, to their end, a loop or `cap` tokens; by arm and query.
 
-    With `beside`, the full prompt's answers, one that is twice as long as the full prompt's is written no further: it
-    does not end where that ends. A few answers that never end would cost more than all others.
+    Answers that are twice as long as the full prompt's, those of the arm `full` or `beside`, are written no further:
+    they do not end where that ends. A few answers that never end would cost more than all others.
 
-    `begun` are the first tokens of these answers. The full prompt's are the reference of
-    rho: the answers go on from there, so that the teacher's cache keeps its keys, rho its
-    figure to the last digit, and nothing is decoded twice.
+    `begun` are the first tokens of the arm `full`, the reference of rho: the answers go on from there, so that the
+    teacher's cache keeps its keys, rho its figure to the last digit, and nothing is decoded twice.
     """
-    made = {i: list(begun[i][:cap]) if begun else [] for i in chosen}
-    limits = {i: min(cap, 2 * max(RESPONSE_TOKENS, len(beside[i]))) if beside else cap for i in chosen}
-    # What a reference holds is either at its end or RESPONSE_TOKENS long, so the unfinished are of one length.
-    length = min(cap, RESPONSE_TOKENS) if begun else 0
-    unfinished = list(chosen)
-    while True:
-        left = [i for i in unfinished if len(made[i]) < limits[i] and not _done(teacher, made[i])]
+    made = {name: {i: list(begun[i][:cap]) if begun and name == "full" else [] for i in chosen} for name in arms}
+    order = sorted(arms, key=lambda name: name != "full")  # what the others' length hangs on comes first
+    size = _side_by_side(list(arms.values()), chosen, cap)
+    for start in range(0, len(chosen), size):
+        part = chosen[start : start + size]
+        unfinished = {
+            name: [i for i in part if len(made[name][i]) < cap and not _done(teacher, made[name][i])] for name in order
+        }
+        names = [name for name in order if unfinished[name]]
+        rows = [(name, i) for name in names for i in unfinished[name]]
         if progress:
-            progress(len(unfinished) - len(left))
-        unfinished = left
-        if not unfinished:
-            return made
-        # Decoding sees neither stop texts nor loops: look for them before an answer is four times as long as need be.
-        until = min(cap, max(RESPONSE_TOKENS, 2 * length))
-        more = arm.prefix.generate([[*arm.suffixes[i], *made[i]] for i in unfinished], until - length)
-        for i, ids in zip(unfinished, more, strict=True):
-            made[i] = teacher.cut([*made[i], *ids])[: limits[i]]
-        length = until
+            progress(len(order) * len(part) - len(rows))
+        if not rows:
+            continue
+        batch = _Batch(teacher, made, rows, cap, beside)
+        more = generate_beside(
+            [arms[name].prefix for name in names],
+            [[[*arms[name].suffixes[i], *made[name][i]] for i in unfinished[name]] for name in names],
+            [[cap - len(made[name][i]) for i in unfinished[name]] for name in names],
+            batch.enough,
+            progress,
+        )
+        for (name, i), ids in zip(rows, more, strict=True):
+            made[name][i] = teacher.cut([*made[name][i], *ids])[: batch.limit(name, i, ())]
+    return made
+
+
+def _side_by_side(arms: Sequence[Arm], chosen: Sequence[int], cap: int) -> int:
+    """How many queries' answers are written in one batch."""
+    asked = max((len(arm.suffixes[i]) for arm in arms for i in chosen), default=0)
+    scores = sum(asked * (arm.prefix.length + asked) for arm in arms)
+    fitting = [_POSITIONS // (len(arms) * (asked + cap)), _SCORES // max(scores, 1)]
+    copied = [arm.prefix.batch_size(asked + cap) for arm in arms if not arm.prefix.shared]
+    return max(1, min(fitting + copied))
+
+
+class _Batch:
+    """Answers, by arm and query, that are written side by side, and when each is long enough."""
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        made: Written,
+        rows: Sequence[tuple[str, int]],
+        cap: int,
+        beside: Mapping[int, list[int]] | None,
+    ) -> None:
+        """`made` holds what stands before the ids of this batch, or whole answers of rows that are not in it."""
+        self._teacher = teacher
+        self._made = made
+        self._rows = rows
+        self._numbers = {row: number for number, row in enumerate(rows)}
+        self._cap = cap
+        self._beside = beside
+
+    def enough(self, number: int, ids: Sequence[Sequence[int]]) -> bool:
+        """Whether a row needs no more ids; `ids` are those that all rows of the batch have so far."""
+        name, i = self._rows[number]
+        answer = self._so_far(name, i, ids)
+        return len(answer) >= self.limit(name, i, ids) or _done(self._teacher, answer)
+
+    def limit(self, name: str, i: int, ids: Sequence[Sequence[int]]) -> int:
+        """The largest length of an answer; without `ids`, all of the arm `full` are taken to be whole."""
+        if name == "full" or (self._beside is None and "full" not in self._made):
+            return self._cap
+        full = self._so_far("full", i, ids) if self._beside is None else self._beside[i]
+        return min(self._cap, 2 * max(RESPONSE_TOKENS, len(full)))
+
+    def _so_far(self, name: str, i: int, ids: Sequence[Sequence[int]]) -> list[int]:
+        number = self._numbers.get((name, i))
+        return self._made[name][i] if number is None or not ids else [*self._made[name][i], *ids[number]]
 
 
 def _done(teacher: Teacher, ids: list[int]) -> bool:
@@ -232,23 +288,38 @@ def kl_sums(
     arms: Mapping[str, Arm],
     queries: Sequence[Query],
     answers: Mapping[int, list[int]],
+    begun: Mapping[int, KL],
     progress: Progress | None = None,
 ) -> dict[int, KL]:
-    """KL of the arms none and be over the whole of the full prompt's answers (ids), a few answers at a time."""
-    order = sorted(answers, key=lambda i: len(answers[i]))
-    found: dict[int, KL] = {}
-    for start in range(0, len(order), _SCORED):
-        part = order[start : start + _SCORED]
+    """KL of the arms none and be over the whole of the full prompt's answers (ids), a few answers at a time.
+
+    `begun` are the sums over their first tokens, as many as each says, which are not scored again.
+    """
+    longer = sorted((i for i in answers if len(answers[i]) > begun[i].tokens), key=lambda i: len(answers[i]))
+    found = {i: begun[i] for i in answers}
+    if progress:
+        progress(len(ARMS) * (len(answers) - len(longer)))
+    for start in range(0, len(longer), _SCORED):
+        part = longer[start : start + _SCORED]
+        heads = [answers[i][: begun[i].tokens] for i in part]
+        tails = [answers[i][begun[i].tokens :] for i in part]
         states = {
-            name: arms[name].prefix.states([Row((), arms[name].suffixes[i], answers[i]) for i in part], progress)
+            name: arms[name].prefix.states(
+                [
+                    Row((), [*arms[name].suffixes[i], *head], tail)
+                    for i, head, tail in zip(part, heads, tails, strict=True)
+                ],
+                progress,
+            )
             for name in ARMS
         }
-        reference = [Example(queries[i], answers[i], full) for i, full in zip(part, states["full"], strict=True)]
+        reference = [Example(queries[i], *own) for i, *own in zip(part, tails, states["full"], strict=True)]
         scores = score(teacher.model, reference, states)
-        lengths = [len(answers[i]) for i in part]
-        none, be = (scores[name].kl_N.split(lengths) for name in ("none", "be"))
-        for n, i in enumerate(part):
-            found[i] = KL(float(none[n].sum()), float(be[n].sum()), lengths[n])
+        lengths = [len(tail) for tail in tails]
+        sums = zip(part, *(scores[name].kl_N.split(lengths) for name in ("none", "be")), strict=True)
+        for i, none, be in sums:
+            first = begun[i]
+            found[i] = KL(first.none + float(none.sum()), first.be + float(be.sum()), len(answers[i]))
     return {i: found[i] for i in sorted(found)}
 
 

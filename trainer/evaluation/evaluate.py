@@ -23,6 +23,7 @@ from trainer.data.teacher import Example, Teacher
 from trainer.evaluation.answers import (
     KL,
     WholeAnswers,
+    Written,
     answer_steps,
     chosen_queries,
     facts_said,
@@ -241,23 +242,21 @@ def evaluate(
     if checks or answer_tokens:
         full = Arm.of_ids(model, [teacher.chat_ids(query) for query in queries])
         compared = {"none": arms["none"], "full": full, "be": arms["be"]}
-    made: dict[str, dict[int, list[int]]] = {}
+    none_kl, be_kl = (scores[name].kl_N.split(lengths_Q.tolist()) for name in ("none", "be"))
+    by_query = {i: KL(float(none_kl[n].sum()), float(be_kl[n].sum()), lengths[i]) for n, i in enumerate(kept)}
+    made: Written = {}
     whole = WholeAnswers()
     if answer_tokens:
         answer_tokens = room(teacher, compared, answer_tokens)
         chosen = chosen_queries(queries, answer_queries)
         begun = {i: reference[i].response for i in chosen}
-        made["full"] = write_answers(teacher, compared["full"], chosen, answer_tokens, begun=begun, progress=progress)
-        for name in ("none", "be"):
-            made[name] = write_answers(
-                teacher, compared[name], chosen, answer_tokens, beside=made["full"], progress=progress
-            )
+        made = write_answers(teacher, compared, chosen, answer_tokens, begun=begun, progress=progress)
         full_said, none_said = (facts_said(teacher, queries, made[name]) for name in ("full", "none"))
         if brought := sorted(full_said - none_said):
-            unmarked = Arm.of_ids(model, chats(model, queries, without_marks(teacher.prompt)))
-            made["unmarked"] = write_answers(teacher, unmarked, brought, answer_tokens, beside=made["full"])
-        scored = {i: made["full"][i] for i in chosen if i in kept}
-        sums = kl_sums(teacher, compared, queries, scored, progress)
+            unmarked = {"unmarked": Arm.of_ids(model, chats(model, queries, without_marks(teacher.prompt)))}
+            made |= write_answers(teacher, unmarked, brought, answer_tokens, beside=made["full"])
+        scored = {i: made["full"][i] for i in by_query if i in chosen}
+        sums = kl_sums(teacher, compared, queries, scored, by_query, progress)
         whole = whole_answers(teacher, queries, made, answer_tokens, sums)
 
     def ids_of(name: str, arm: Arm, wanted: Sequence[int], limit: int) -> list[list[int]]:
@@ -283,7 +282,6 @@ def evaluate(
                 for name, arm in compared.items()
             },
         )
-    none_kl, be_kl = (scores[name].kl_N.split(lengths_Q.tolist()) for name in ("none", "be"))
     return Evaluation(
         k=len(vectors_KH),
         arms={name: scores[name].means(lengths_Q) for name in order},
@@ -304,7 +302,7 @@ def evaluate(
             for i, part in enumerate(parts)
         ],
         answers=whole,
-        by_query={i: KL(float(none_kl[n].sum()), float(be_kl[n].sum()), lengths[i]) for n, i in enumerate(kept)},
+        by_query=by_query,
     )
 
 

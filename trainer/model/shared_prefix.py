@@ -7,15 +7,17 @@ architecture that uses the interface with full attention in all layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 Attend = Callable[[Any, Tensor, Tensor, Tensor, Tensor | None, float], Tensor]
 """Output [B, T, A, D] of a layer's module, its query, key, value, mask and scaling."""
+Layers: TypeAlias = Sequence[tuple[Tensor, Tensor]]
+"""Keys and values [1, G, P, D] of each layer."""
 # Options of an attention call that this function does not implement.
 _UNKNOWN = ("s_aux", "softcap", "sinks", "position_bias")
 
@@ -35,7 +37,7 @@ def works(causal_lm: Any, rows_TH: Tensor) -> bool:
         layers = [(layer.keys, layer.values) for layer in cache.layers]
         whole = body(inputs_embeds=rows_TH[None], use_cache=False).last_hidden_state[:, half:]
         try:
-            with attending_to(causal_lm, layers):
+            with attending_to(causal_lm, [layers], [2]):
                 shared = body(
                     inputs_embeds=rows_TH[None, half:].expand(2, -1, -1),
                     position_ids=positions,
@@ -94,13 +96,30 @@ def attention_by(causal_lm: Any, name: str, attend: Attend, mask: Callable[..., 
 
 
 @contextmanager
-def attending_to(causal_lm: Any, prefix: list[tuple[Tensor, Tensor]]) -> Iterator[None]:
-    """While open, each layer of the model also reads `prefix[layer]`: keys and values [1, G, P, D]."""
+def attending_to(causal_lm: Any, prefixes: Sequence[Layers], rows: Sequence[int]) -> Iterator[None]:
+    """While open, each layer of the model also reads the layer's keys and values in the prefix of each row.
+
+    The first `rows[0]` rows of a batch stand behind the first prefix, the next `rows[1]` behind the second, and so
+    on. `rows` is read anew in each layer: who drops rows from a batch counts them there.
+    """
     from transformers.masking_utils import eager_mask
 
     def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
-        keys, values = prefix[module.layer_idx]
-        return shared_attention(query, key, value, mask, keys, values, scaling)
+        own = zip(
+            prefixes,
+            query.split(list(rows)),
+            key.split(list(rows)),
+            value.split(list(rows)),
+            # A mask may be one for all rows.
+            [mask] * len(rows) if mask is None or len(mask) == 1 else mask.split(list(rows)),
+            strict=True,
+        )
+        found = []
+        for prefix, queries, keys, values, masks in own:
+            if len(queries):
+                prefix_keys, prefix_values = prefix[module.layer_idx]
+                found.append(shared_attention(queries, keys, values, masks, prefix_keys, prefix_values, scaling))
+        return torch.cat(found)
 
     with attention_by(causal_lm, "be_shared_prefix", attend, eager_mask):
         yield

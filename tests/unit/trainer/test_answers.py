@@ -22,7 +22,7 @@ from trainer.evaluation.answers import (
     whole_answers,
     write_answers,
 )
-from trainer.evaluation.arms import Arm
+from trainer.evaluation.arms import Arm, chats
 from trainer.evaluation.evaluate import evaluate, finite
 from trainer.evaluation.report_html import write_report
 from trainer.evaluation.signatures import ends_in_loop, goes_round, looped
@@ -114,14 +114,19 @@ def test_a_greedy_answer_that_goes_round_is_cut_there(model, monkeypatch):
     arm = Arm.of_ids(model, [teacher.chat_ids(query) for query in QUERIES])
     asked = []
 
-    def generate(suffixes, count, **_):
-        asked.append((len(suffixes), count))
-        return [[5, 6] * (count // 2) if n else list(range(9, 9 + count)) for n, _ in enumerate(suffixes)]
+    def generate(prefixes, rows, most, enough, progress):
+        """The first row goes round at once, the second counts up."""
+        made = [[], []]
+        for step in range(0, 256, 32):
+            made[0] += [5, 6] * 16
+            made[1] += range(9 + step, 9 + step + 32)
+            asked.append([enough(n, made) for n in range(2)])
+        return made
 
-    monkeypatch.setattr(arm.prefix, "generate", generate)
-    made = write_answers(teacher, arm, [0, 1, 2], 256)
-    assert asked == [(3, 64), (1, 64), (1, 128)]  # the first row alone goes on
-    assert [len(ids) for ids in made.values()] == [256, 64, 64]
+    monkeypatch.setattr("trainer.evaluation.answers.generate_beside", generate)
+    made = write_answers(teacher, {"be": arm}, [0, 1], 256)
+    assert asked == [[False, False], [True, False], *[[True, False]] * 5, [True, True]]
+    assert [len(ids) for ids in made["be"].values()] == [256, 256]
     assert ends_in_loop("and so on " * 20)
 
 
@@ -130,9 +135,10 @@ def test_an_answer_twice_as_long_as_the_full_prompts_is_written_no_further(model
     monkeypatch.setattr("trainer.evaluation.answers.goes_round", lambda ids: False)
     teacher = Teacher(model, PROMPT)
     arm = Arm.of_ids(model, [teacher.chat_ids(query) for query in QUERIES])
-    whole = write_answers(teacher, arm, [0, 1, 2], 300)
+    whole = write_answers(teacher, {"be": arm}, [0, 1, 2], 300)["be"]
     assert [len(ids) for ids in whole.values()] == [300] * 3
-    made = write_answers(teacher, arm, [0, 1, 2], 300, beside={0: [1] * 9, 1: [1] * 80, 2: [1] * 300})
+    beside = {0: [1] * 9, 1: [1] * 80, 2: [1] * 300}
+    made = write_answers(teacher, {"be": arm}, [0, 1, 2], 300, beside=beside)["be"]
     assert [len(made[i]) for i in range(3)] == [128, 160, 300]
     assert all(made[i] == whole[i][: len(made[i])] for i in range(3))
 
@@ -212,19 +218,37 @@ def test_answers_go_on_from_the_reference(ending):
     chosen = [0, 2, 5, 6]
     calls: list[int] = []
     begun = {i: reference[i].response for i in chosen}
-    made = write_answers(teacher, arm, chosen, 150, begun=begun, progress=calls.append)
+    made = write_answers(teacher, {"full": arm}, chosen, 150, begun=begun, progress=calls.append)
     plain = arm.prefix.generate(arm.suffixes, 150)
-    assert made == {i: plain[i] for i in chosen}
+    assert made == {"full": {i: plain[i] for i in chosen}}
     assert sum(calls) == len(chosen)
-    assert made == write_answers(teacher, arm, chosen, 150)
-    short = write_answers(teacher, arm, chosen, 5, begun=begun)
-    assert short == {i: plain[i][:5] for i in chosen}
+    assert made == write_answers(teacher, {"full": arm}, chosen, 150)
+    short = write_answers(teacher, {"full": arm}, chosen, 5, begun=begun)
+    assert short == {"full": {i: plain[i][:5] for i in chosen}}
+
+
+def test_arms_are_written_side_by_side_as_alone(ending):
+    """Each answer is what its arm gives alone, cut at twice the full prompt's; the order of the arms does not count."""
+    teacher = Teacher(ending, PROMPT)
+    arms = {
+        "none": Arm.of_ids(ending, chats(ending, QUERIES, "")),
+        "full": Arm.of_ids(ending, [teacher.chat_ids(query) for query in QUERIES]),
+    }
+    chosen = list(range(len(QUERIES)))
+    calls: list[int] = []
+    made = write_answers(teacher, arms, chosen, 150, progress=calls.append)
+    assert sum(calls) == 2 * len(chosen)
+    for name, arm in arms.items():
+        alone = arm.prefix.generate(arm.suffixes, 150)
+        limits = {i: 2 * max(64, len(made["full"][i])) if name == "none" else 150 for i in chosen}
+        assert made[name] == {i: alone[i][: limits[i]] for i in chosen}
+    assert made == write_answers(teacher, dict(reversed(arms.items())), chosen, 150)
 
 
 def test_a_stop_text_ends_an_answer_before_the_cap(model):
     free = Teacher(model, PROMPT)
     arm = Arm.of_ids(model, [free.chat_ids(query) for query in QUERIES])
-    whole = write_answers(free, arm, [1], 200)[1]
+    whole = write_answers(free, {"be": arm}, [1], 200)["be"][1]
     late = next(  # a text that comes after the first 64 tokens
         text
         for id_ in whole[64:]
@@ -233,7 +257,7 @@ def test_a_stop_text_ends_an_answer_before_the_cap(model):
         and text not in model.tokenizer.decode(whole[:64])
     )
     teacher = Teacher(model, PROMPT, stop=[late])
-    found = write_answers(teacher, arm, [1], 200)[1]
+    found = write_answers(teacher, {"be": arm}, [1], 200)["be"][1]
     assert 64 < len(found) < 200
     assert found == whole[: len(found)]
     assert teacher.ended(found)

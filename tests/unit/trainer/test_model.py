@@ -15,7 +15,7 @@ from trainer.data.teacher import Teacher
 from trainer.from_text import identity_token
 from trainer.model import row_packing
 from trainer.model.frozen import FrozenModel
-from trainer.model.generate import Prefix, _choose, common_prefix
+from trainer.model.generate import Prefix, _choose, common_prefix, generate_beside
 from trainer.model.soft_token import Row, SoftToken, scored_states, splice
 from trainer.optim.objectives import BatchPlan, Distil, Reconstruct, part_losses, student_row
 from trainer.optim.starts import Search, find_start, found_start, mean_start, random_start, text_start, written_texts
@@ -184,6 +184,29 @@ def test_a_shared_prefix_equals_a_copied_one(model, monkeypatch):
     assert ids == plain_ids
     for one, other in zip(states, plain_states, strict=True):
         assert torch.allclose(one, other, atol=1e-4)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_rows_behind_several_prefixes_are_decoded_as_alone(model, monkeypatch, shared):
+    """Rows of three prefixes end at their own lengths, and leave the batch; the others go on as before."""
+    monkeypatch.setattr(model, "_shares_prefix", shared)
+    monkeypatch.setattr(model, "stop_ids", lambda: [-1])
+    monkeypatch.setattr("trainer.model.generate._LOOK", 4)
+    ids = list(range(5, 60))
+    prefixes = [Prefix(model, model.embed(ids[:n])) for n in (3, 40, 17)]
+    rows = [[[7, 8], [9]], [[11, 12, 13, 14]], [[15], [16, 17], [18]]]
+    most = [[2, 30], [17], [30, 5, 9]]
+    passes, told = [], []
+    body = model.body
+    monkeypatch.setattr(model, "body", lambda *args, **kwargs: passes.append(1) or body(*args, **kwargs))
+    found = generate_beside(prefixes, rows, most, lambda row, made: row == 3 and len(made[3]) >= 12, told.append)
+    assert [len(ids) for ids in found] == [2, 30, 17, 12, 5, 9]
+    assert len(passes) == (30 if shared else 30 + 17 + 12)
+    assert sum(told) == len(found)
+    for prefix, some, one in zip(prefixes, rows, ([0, 1], [2], [3, 4, 5]), strict=True):
+        alone = prefix.generate(some, 30)
+        assert [found[i] for i in one] == [ids[: len(found[i])] for ids, i in zip(alone, one, strict=True)]
+    assert generate_beside(prefixes[:2], [[], []], [[], []], lambda row, made: False) == []
 
 
 def test_sampling_is_repeatable_and_stops(model):
