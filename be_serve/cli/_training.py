@@ -60,7 +60,7 @@ def print_plans(
 
     The timing uses the prompt of middle length. Raises InputError for what a run would refuse.
     """
-    from trainer.plan import plan_all
+    from trainer.planning.plan import plan_all
 
     plans = plan_all(lambda: load(values)[0], runs)
     for plan in plans:

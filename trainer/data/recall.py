@@ -21,16 +21,16 @@ _ASKS = (
     "Tell me something about this.",
     "And what else?",
 )
-_EACH = 2
+EACH = 2
 """Questions before each sentence."""
 
 
 def recall_queries(prompt: str) -> list[Query]:
-    """General questions, each with a sentence of the prompt as its answer; every sentence behind `_EACH` of them."""
+    """General questions, each with a sentence of the prompt as its answer; every sentence behind `EACH` of them."""
     parts = list(dict.fromkeys(sentences(prompt)))
     return [
-        Query(({"role": "user", "content": _ASKS[(_EACH * n + i) % len(_ASKS)]},), part)
-        for i in range(_EACH)
+        Query(({"role": "user", "content": _ASKS[(EACH * n + i) % len(_ASKS)]},), part)
+        for i in range(EACH)
         for n, part in enumerate(parts)
     ]
 
@@ -44,7 +44,7 @@ def with_recall(teacher: Teacher, examples: Sequence[Example], share: float, *, 
     if not wanted:
         return list(examples)
     queries = recall_queries(teacher.prompt)
-    once = len(queries) // _EACH
+    once = len(queries) // EACH
     queries = queries[:wanted] if wanted > once else [queries[n * once // wanted] for n in range(wanted)]
     made = teacher.examples(queries, response_tokens=response_tokens, gold=True)
     return [*examples, *(made[n % len(made)] for n in range(wanted))]

@@ -23,7 +23,8 @@ FACTS_LEAST = 5
 """With fewer facts that only the full prompt says, the token's share of them says nothing."""
 _LOOP_LEAST = 4 * RESPONSE_TOKENS
 """Tokens of an answer from which on a loop with small changes (a list that counts up) is one that never ends."""
-_POSITIONS = 64_000  # of answers that are written side by side, did none end before the cap
+POSITIONS = 64_000
+"""Of answers that are written side by side, did none end before the cap."""
 _SCORES = 50_000_000  # of attention, for each head, while the questions are read
 _SCORED = 16  # answers whose hidden states are held at once
 _STEPS = 2 * len(ARMS)  # an answer of each arm is written and scored
@@ -236,7 +237,7 @@ def _side_by_side(arms: Sequence[Arm], chosen: Sequence[int], cap: int) -> int:
     """How many queries' answers are written in one batch."""
     asked = max((len(arm.suffixes[i]) for arm in arms for i in chosen), default=0)
     scores = sum(asked * (arm.prefix.length + asked) for arm in arms)
-    fitting = [_POSITIONS // (len(arms) * (asked + cap)), _SCORES // max(scores, 1)]
+    fitting = [POSITIONS // (len(arms) * (asked + cap)), _SCORES // max(scores, 1)]
     copied = [arm.prefix.batch_size(asked + cap) for arm in arms if not arm.prefix.shared]
     return max(1, min(fitting + copied))
 

@@ -1,40 +1,33 @@
-"""What a training run would do, and what it would cost on this machine: `be-serve train --plan`.
+"""What a training run would do, and what it would cost on this machine.
 
-A few seconds of real work on the loaded model give the seconds of a decoding step, of a
-training step, of a search row and of a scored token; the run's own counts multiply them.
-Nothing is written.
+The run's counts multiply the seconds of the pieces of work that `trainer.planning.timing` measured. Nothing is written.
 """
 
 from __future__ import annotations
 
 import math
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
-from be_serve.core.prompts import read_prompt_file
 from trainer.config import TrainConfig
-from trainer.data.queries import Query, drop_near_duplicates, read_queries, split_held_out
+from trainer.data.recall import EACH
 from trainer.data.synthesis import messages
-from trainer.data.teacher import Example, Teacher
-from trainer.evaluation.arms import RESPONSE_TOKENS, score
-from trainer.evaluation.clauses import CLAUSE_QUERIES, MAX_CLAUSES, prompt_clauses
+from trainer.evaluation.answers import ARMS, POSITIONS
+from trainer.evaluation.arms import RESPONSE_TOKENS
+from trainer.evaluation.clauses import CLAUSE_QUERIES
 from trainer.model.frozen import DTYPES, FrozenModel
-from trainer.model.generate import Prefix, common_prefix
 from trainer.model.memory import MemoryModel, free_bytes, held_bytes
-from trainer.model.soft_token import Row
-from trainer.optim.objectives import Distil, part_losses
 from trainer.optim.places import CASES, SCORED
-from trainer.optim.starts import SCORE_TOKENS, SCREEN_TOKENS, Search, search_size
+from trainer.optim.starts import SCORE_TOKENS, SCREEN_TOKENS, search_size
 from trainer.optim.validation import CHECKS
+from trainer.planning.timing import BATCH, Timing, measure
+from trainer.planning.work import ANSWER_FILL, Work, survey
+from trainer.text import sentences
 
-# Shares of a limit that texts fill on average, as measured with instruct models of 0.1 to 0.6 billion weights.
-_ANSWER_FILL, _QUERY_FILL = 0.8, 0.5
-_LONG_ANSWER = 150
+# The share of its limit that a written query fills on average, as measured with models of 0.1 to 0.6 billion weights.
+_QUERY_FILL = 0.5
 _WHOLE_ANSWER = 120
 """Mean tokens of an answer that is written to its end."""
 _QUERY_TOKENS, _DESCRIPTION_TOKENS, _DESCRIPTIONS = 48, 40, 8
@@ -42,73 +35,8 @@ _ASK_TOKENS = 80
 _RIVALS = 2
 """Texts for the literal places that are measured."""
 _SAMPLES = 12
-_BATCH = 64
-_TIMED_ROWS = 32
-_LONG_STEP = 2.0
 # An allocator's gaps between phases; charts and the report.
 _GAPS, _REPORT = 1.25, 200 << 20
-# A query that stands for those that the model would write.
-_SAMPLE = "What should I know about this before I begin, and what do you advise me to do first?"
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Seconds of the pieces of work that all phases are made of, on this machine."""
-
-    decode_step: float
-    """Of a decoding step, whatever the rows."""
-    decode_row: float
-    """Of a decoding step, for each row."""
-    position: float
-    """Of a position in a pass without gradient."""
-    search_position: float
-    """Of a position of a search row, its share of the head's work included."""
-    score_token: float
-    """Of a response token's figures, for each arm."""
-    step_position: float
-    """Of a position in a training step."""
-
-    def decode(self, rows: int, limit: int, mean: float) -> float:
-        """Seconds to decode `rows` texts of up to `limit` tokens, `mean` on average.
-
-        A row that has ended costs until half of its batch has, and later steps read more.
-        """
-        return math.ceil(rows / _BATCH) * limit * self.decode_step + 1.3 * rows * mean * self.decode_row
-
-
-@dataclass(frozen=True)
-class Work:
-    """What one run would work on."""
-
-    config: TrainConfig
-    prompt: str
-    prompt_tokens: int
-    training: list[Query]
-    held_out: int
-    written: int
-    """Queries that the model would write; 0 with a file of queries."""
-    suffix: int
-    """Mean tokens of a chat behind the prompt."""
-    answer: float
-    """Mean tokens of an answer to a training query."""
-    words: int
-    """Distinct tokens of the prompt that a search would screen."""
-    clauses: int
-
-    @property
-    def answers_key(self) -> tuple[Any, ...]:
-        """Runs of a batch with the same key share the teacher's answers."""
-        config = self.config
-        return (self.prompt, config.queries, config.max_queries, config.response_tokens, config.temperature)
-
-    def row(self, answer: float, k: int) -> float:
-        """Mean positions of a student's row with k vectors."""
-        return self.suffix + k + 4 + answer
-
-    @property
-    def trained(self) -> int:
-        """Vectors that a training step feeds: places that stay are computed once."""
-        return min(self.config.trained, self.prompt_tokens)
 
 
 @dataclass(frozen=True)
@@ -173,77 +101,6 @@ class Plan:
         ]
 
 
-def survey(config: TrainConfig, model: FrozenModel, prompt: str | None = None) -> Work:
-    """What a run of these settings would work on. Raises InputError as the run itself would."""
-    prompt = read_prompt_file(config.prompt_file) if prompt is None else prompt
-    ids = model.slots.prompt_ids(prompt, template_kwargs=model.template_kwargs)
-    config = config.resolved(len(ids))
-    test = read_queries(config.test_queries) if config.test_queries else []
-    if config.queries:
-        found = drop_near_duplicates(read_queries(config.queries), beside=test)
-        training, held_out = split_held_out(found, config.held_out, latest=True)
-        training, held = training[: config.max_queries], len(held_out)
-        written = 0
-    else:
-        written = config.synthesise
-        held = max(1, min(config.held_out, written // 5))
-        training = [Query(({"role": "user", "content": _SAMPLE},))] * (written - held)
-        training = training[: config.max_queries]
-    chats = [Teacher(model, prompt).chat_ids(query) for query in training[:_BATCH]]
-    shared = _shared(model, prompt)
-    return Work(
-        config=config,
-        prompt=prompt,
-        prompt_tokens=len(ids),
-        training=training,
-        held_out=len(test) or held,
-        written=written,
-        suffix=round(statistics.mean(max(1, len(chat) - shared) for chat in chats)),
-        answer=min(_ANSWER_FILL * config.response_tokens, _LONG_ANSWER),
-        words=len(Search(model, [], config.placement)._words(ids)),
-        clauses=0 if config.scores_only else len(prompt_clauses(prompt)[:MAX_CLAUSES]),
-    )
-
-
-def measure(model: FrozenModel, work: Work) -> Timing:
-    """Time a decoding batch, a scoring pass, a row of the search and a training step of typical length."""
-    config = work.config
-    queries = [work.training[i % len(work.training)] for i in range(_TIMED_ROWS)]
-    chats = [Teacher(model, work.prompt).chat_ids(query) for query in queries]
-    shared = min(_shared(model, work.prompt), common_prefix(chats))
-    prefix = Prefix(model, model.embed(chats[0][:shared]))
-    suffixes = [chat[shared:] for chat in chats]
-    few, many = _decoding(prefix, suffixes[:4]), _decoding(prefix, suffixes)
-    per_row = max(0.0, (many - few) / (_TIMED_ROWS - 4))
-    answer = [*suffixes[0], *chats[0]][: round(min(work.answer, 64))] or [1]
-    rows = [Row((), suffix, answer) for suffix in suffixes[:4]]
-    states: list[torch.Tensor] = []
-    seconds = _timed(lambda: states.extend(prefix.states(rows)))
-    examples = [Example(q, list(answer), state.cpu()) for q, state in zip(queries, states, strict=False)]
-    scored = _timed(lambda: score(model, examples[:2], {"full": states[:2], "be": states[:2]}))
-    distil = Distil(model, examples, placement=config.placement, batch_size=min(config.batch_size, 4), tau=config.tau)
-    vectors_KH = torch.zeros(work.trained, model.hidden_size, device=model.device, requires_grad=True)
-    part = distil.parts(vectors_KH, 0)[0]
-
-    def learn() -> None:
-        part_losses(model, [part])[0].backward()
-
-    first = _timed(learn)
-    step = first if first > _LONG_STEP else min(first, _timed(learn))  # the first of a process is slow
-    search = Search(model, examples[:1], config.placement)
-    candidates = [[1] * config.learned] * 16
-    tokens = min(SCREEN_TOKENS, len(answer))
-    looked = _timed(lambda: search._score(candidates, search._cases, tokens))
-    return Timing(
-        decode_step=max(0.0, few - 4 * per_row),
-        decode_row=per_row,
-        position=seconds / sum(row.length(0) for row in rows),
-        search_position=looked / (16 * (distil.rows[0].length(config.learned) - len(answer) + tokens)),
-        score_token=scored / (2 * 2 * len(answer)),
-        step_position=step / part.positions,
-    )
-
-
 def make_plan(
     work: Work, model: FrozenModel, timing: Timing, *, load_seconds: float = 0.0, answered: bool = False
 ) -> Plan:
@@ -261,10 +118,14 @@ def make_plan(
         if _writer(config) == "decoded here":
             seconds["teacher"] += count * work.suffix * timing.position
             seconds["teacher"] += timing.decode(count, config.response_tokens, work.answer)
+    recalled = min(EACH * len(sentences(work.prompt)), count) if config.recall else 0
+    seconds["teacher"] += recalled * (work.suffix + work.sentence) * timing.position
     seconds["start"] = _start(work, timing) + _places(work, timing)
     size = min(config.batch_size, count)
     reconstructed = config.reconstruct_steps + (config.steps if config.lam < 1 else 0)
-    positions = config.steps * size * work.row(work.answer, work.trained)
+    recall = config.recall or 0.0
+    response = (1 - recall) * work.answer + recall * min(work.sentence, config.response_tokens)
+    positions = config.steps * size * work.row(response, work.trained)
     positions += reconstructed * (work.prompt_tokens + config.k)
     seconds["training"] = positions * timing.step_position
     validated = CHECKS * min(config.validation, count // 10) if config.steps else 0
@@ -329,7 +190,7 @@ def _places(work: Work, timing: Timing) -> float:
 
 def _evaluation(work: Work, model: FrozenModel, timing: Timing) -> float:
     config, queries = work.config, work.held_out
-    mean = _ANSWER_FILL * RESPONSE_TOKENS
+    mean = ANSWER_FILL * RESPONSE_TOKENS
     chat = work.suffix + mean
     arms: int = 3 + bool(config.summary) + (DTYPES[config.serving_dtype] != model.dtype)
     asked = min(CLAUSE_QUERIES, queries)
@@ -341,9 +202,12 @@ def _evaluation(work: Work, model: FrozenModel, timing: Timing) -> float:
     if whole := 0 if config.scores_only else config.answer_tokens and min(config.answer_queries or queries, queries):
         longer = min(config.answer_tokens, _WHOLE_ANSWER)
         # Of the full prompt's answers the beginnings are there.
-        decoded += 3 * timing.decode(whole, config.answer_tokens, longer) - timing.decode(whole, RESPONSE_TOKENS, mean)
-        positions += 3 * whole * (work.suffix + longer)
-        scored += 3 * whole * longer
+        rows = len(ARMS) * whole
+        batches = math.ceil(rows * (work.suffix + config.answer_tokens) / POSITIONS)
+        decoded += batches * config.answer_tokens * timing.decode_step
+        decoded += 1.3 * (rows * longer - whole * mean) * timing.decode_row
+        positions += rows * (work.suffix + longer)
+        scored += rows * (longer - mean)
         sampled = 0
     if sampled:
         decoded += (2 + bool(config.summary)) * timing.decode(sampled, RESPONSE_TOKENS, mean)
@@ -354,7 +218,7 @@ def _peak(work: Work, model: FrozenModel) -> int:
     """What the process holds now, the model loaded, and the most that a phase adds."""
     config, memory = work.config, MemoryModel.of(model.causal_lm)
     width = round(work.row(work.answer, work.trained))
-    batch = min(_BATCH, len(work.training))
+    batch = min(BATCH, len(work.training))
     phases = [
         memory.step(min(config.batch_size, len(work.training)) * width, width),
         memory.decoding(
@@ -368,17 +232,11 @@ def _peak(work: Work, model: FrozenModel) -> int:
             work.held_out * RESPONSE_TOKENS,
             5,
             prefix=work.prompt_tokens,
-            batch=min(_BATCH, work.held_out),
+            batch=min(BATCH, work.held_out),
             width=work.suffix + RESPONSE_TOKENS,
         ),
     ]
     return int(held_bytes(model.device) + _GAPS * max(phases) + (_REPORT if memory.on_cpu else 0))
-
-
-def _shared(model: FrozenModel, prompt: str) -> int:
-    """Ids that all chats under a prompt begin with."""
-    chats = [Teacher(model, prompt).chat_ids(Query(({"role": "user", "content": text},))) for text in ("1", "Why?")]
-    return common_prefix(chats)
 
 
 def _writer(config: TrainConfig) -> str:
@@ -387,17 +245,3 @@ def _writer(config: TrainConfig) -> str:
     if config.teacher_url:
         return "by the server at --teacher-url, whose time is not counted"
     return "by vLLM, whose time is not counted" if config.teacher == "vllm" else "decoded here"
-
-
-def _decoding(prefix: Prefix, suffixes: Sequence[Sequence[int]]) -> float:
-    """Seconds of one decoding step."""
-    few, more = (_timed(lambda n=n: prefix.generate(suffixes, n, stop=[])) for n in (1, 4))  # type: ignore[misc]
-    return max(0.0, (more - few) / 3)
-
-
-def _timed(work: Callable[[], object]) -> float:
-    began = time.perf_counter()
-    work()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
