@@ -20,7 +20,8 @@ from trainer.telling import Say
 
 _PATHS = ("prompt_file", "queries", "test_queries")
 _CACHE = "teacher"
-_COMMON = {"model", "device", "dtype", "output", "teacher", "teacher_url", "teacher_model"}
+_SERVERS = {"teacher_url", "teacher_model", "writer_url", "writer_model"}
+_COMMON = {"model", "device", "dtype", "output", "teacher", *_SERVERS}
 
 
 @dataclass(frozen=True)

@@ -78,6 +78,10 @@ class TrainConfig(BaseModel):
     """OpenAI-compatible server of the same model that writes the responses; None: decoded here."""
     teacher_model: str | None = None
     """The model's name on that server; None: as `model`."""
+    writer_url: str | None = None
+    """OpenAI-compatible server of a larger model. It writes queries at the prompt's sentences, and is sent these."""
+    writer_model: str | None = None
+    """The model's name on that server."""
     gold: bool = False
     """Train on the file's `answer` fields instead of the teacher's own responses."""
     synthesise: int = Field(default=240, ge=8)
@@ -192,10 +196,17 @@ class TrainConfig(BaseModel):
                 raise ValueError("freeze_literal: no literal places; give --places, and no --no-literal")
         if not all(self.stop):
             raise ValueError("stop: a text that ends a response cannot be empty")
-        if self.teacher_url and holds_credentials(self.teacher_url):  # it is written into run.yaml
+        for role, url in (("teacher", self.teacher_url), ("writer", self.writer_url)):
+            if url and holds_credentials(url):  # it is written into run.yaml
+                raise ValueError(
+                    f"{role}_url: leave user, password and key out of the URL; a key comes from BE_{role.upper()}_KEY"
+                )
+        if bool(self.writer_url) != bool(self.writer_model):
             raise ValueError(
-                "teacher_url: leave user, password and key out of the URL; a key comes from BE_TEACHER_KEY"
+                "a writer of queries needs both its server (--writer-url) and its name there (--writer-model)"
             )
+        if self.writer_url and self.queries:
+            raise ValueError("a file of queries (--queries) and a writer of queries (--writer-url) exclude each other")
         if self.gold and self.teacher_url:
             raise ValueError("gold answers and a teacher's server (--teacher-url) exclude each other")
         if self.teacher == "vllm" and (self.gold or self.teacher_url):
@@ -290,6 +301,8 @@ class TrainConfig(BaseModel):
             "teacher",
             "teacher_url",
             "teacher_model",
+            "writer_url",
+            "writer_model",
             "summary",
             "keep_text",
         }

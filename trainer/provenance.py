@@ -28,7 +28,8 @@ def run_digest(config: TrainConfig, model: FrozenModel, prompt: str, training: l
     """Digest of all that decides a run's curve; where files lie does not."""
     elsewhere = {"prompt_file", "output", "queries", "model", "id", "with_prompt", "ae", "summary"}
     measured = {"scores_only", "test_queries", "answer_tokens", "answer_queries"}
-    shaping = config.model_dump(exclude=elsewhere | measured | {"teacher", "teacher_url", "teacher_model"})
+    servers = {"teacher", "teacher_url", "teacher_model", "writer_url", "writer_model"}  # what they wrote counts
+    shaping = config.model_dump(exclude=elsewhere | measured | servers)
     if config.init == "search" and config.learned > 1:
         shaping["summary"] = config.summary  # one of the texts that the search compares
     if config.init_files():

@@ -18,7 +18,7 @@ from be_serve.core.errors import BEError, InputError
 from be_serve.core.prompts import read_prompt_file
 from trainer.beginning import Beginner, Beginning
 from trainer.config import TrainConfig
-from trainer.data.chat_server import served_answers
+from trainer.data.chat_server import served_answers, served_writer
 from trainer.data.queries import Query, drop_near_duplicates, read_queries, split_held_out, write_queries
 from trainer.data.recall import with_recall
 from trainer.data.synthesis import messages, synthesise
@@ -215,6 +215,8 @@ class Run:
         config = self.config
         test = read_queries(config.test_queries) if config.test_queries else []
         key = [self.prompt, config.synthesise, config.seed, str(self.model.fingerprint), str(self.model.dtype)]
+        if config.writer_url:
+            key += [config.writer_url, config.writer_model]
         kept = self.folder / f"queries-{digest_of(key)}.jsonl"
         if config.queries:
             found = read_queries(config.queries)
@@ -225,7 +227,12 @@ class Run:
                 self.telling.timed("queries"),
                 self.telling.bar("writing queries", messages(config.synthesise)) as progress,
             ):
-                found = synthesise(self.model, self.prompt, config.synthesise, seed=config.seed, progress=progress)
+                writer = None
+                if config.writer_url and config.writer_model:
+                    writer = served_writer(config.writer_url, config.writer_model, seed=config.seed, progress=progress)
+                found = synthesise(
+                    self.model, self.prompt, config.synthesise, seed=config.seed, writer=writer, progress=progress
+                )
             write_queries(kept, found)
         unique = drop_near_duplicates(found, beside=test)
         if len(unique) < len(found):

@@ -93,6 +93,12 @@ if TYPE_CHECKING:
     type=click.IntRange(8),
     help="Number of queries without --queries. The model writes two in five. [default: 240]",
 )
+@click.option(
+    "--writer-url",
+    help="OpenAI-compatible server of a larger model. It writes the queries in the model's place, and is sent the "
+    "sentences of the prompt. [key: BE_WRITER_KEY]",
+)
+@click.option("--writer-model", help="Name of the model on the server at --writer-url.")
 @click.option("--held-out", type=click.IntRange(1), help="Queries kept for the evaluation: the last of a file.")
 @click.option("--test-queries", help="JSONL file of queries that are only measured on. [default: the held-out ones]")
 @click.option(

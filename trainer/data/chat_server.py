@@ -1,4 +1,9 @@
-"""OpenAI-compatible servers that a run asks: a teacher that writes responses, a judge that compares them."""
+"""OpenAI-compatible servers that a run asks.
+
+teacher    the same model: writes the responses
+writer     a larger model: writes queries at the prompt's sentences
+judge      any model: compares answers
+"""
 
 from __future__ import annotations
 
@@ -18,10 +23,12 @@ from be_serve.core.errors import InputError
 from be_serve.core.redaction import hide, holds_credentials
 from trainer.config import TrainConfig
 from trainer.data.queries import Query, read_queries, write_queries
+from trainer.data.synthesis import QUERY_TOKENS, TEMPERATURE, Writer
 from trainer.model.frozen import FrozenModel
 from trainer.model.generate import Progress
 
 TEACHER_KEY = "BE_TEACHER_KEY"
+WRITER_KEY = "BE_WRITER_KEY"
 _AT_ONCE = 16
 _TRIES = 5
 _KEPT_TOGETHER = 64
@@ -40,7 +47,7 @@ class Answer(NamedTuple):
 
 
 class Endpoint:
-    """A server's chat completions. `role` (teacher, judge) names it in errors.
+    """A server's chat completions. `role` (teacher, writer, judge) names it in errors.
 
     The key, where one is needed, is read from the environment variable `key_variable`:
     it must stand in no file and in no process list. A server on this machine is asked directly,
@@ -164,3 +171,24 @@ def served_answers(
         write_queries(kept, made)
         found += made
     return found
+
+
+def served_writer(url: str, model: str, *, seed: int, progress: Progress) -> Writer:
+    """A writer of queries on a server, which is sent the sentences of the prompt.
+
+    It raises InputError where the server cannot be reached or refuses. `progress` is called with the messages written.
+    """
+
+    def write(asks: Sequence[str]) -> list[str | None]:
+        server = Endpoint(url, model, role="writer", key_variable=WRITER_KEY)
+        settings = {"max_tokens": 2 * QUERY_TOKENS, "temperature": TEMPERATURE}
+
+        def one(numbered: tuple[int, str]) -> str | None:
+            number, ask = numbered
+            answer = server.chat([{"role": "user", "content": ask}], {**settings, "seed": seed + number})
+            progress(1)
+            return None if answer.cut else answer.text
+
+        return server.each(one, enumerate(asks))
+
+    return write

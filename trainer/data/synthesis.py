@@ -1,8 +1,8 @@
 """Queries for prompts that come without any.
 
     pool     messages written for this project, which fit any prompt (`trainer.data.pool`)
-    aimed    written by the model at one sentence of the prompt: a message at which the sentence
-             matters, or a question that the sentence answers
+    aimed    written at one sentence of the prompt, by the model or by a larger one on a server: a
+             message at which the sentence matters, or a question that the sentence answers
 
 A small model's own messages are poor, so those in another script, without an end, too short or
 long, that repeat the sentence, and the least likely ones are dropped.
@@ -13,8 +13,9 @@ from __future__ import annotations
 import itertools
 import math
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -30,14 +31,14 @@ from trainer.text import sentences, words_of
 
 AIMED = 0.4
 """Share of aimed queries."""
-_QUERY_TOKENS = 48
+QUERY_TOKENS = 48
 _SPARE = 1.6
 """How many messages are written for each that is wanted."""
 _LIKELY = 0.8
 """Share of usable messages that stay: the most likely ones."""
 _REPEATED = 0.8
 """A message that holds this share of the words of any sentence repeats it."""
-_TEMPERATURE = 0.8
+TEMPERATURE = 0.8
 _ASKS = (
     "Below is a rule that an assistant follows.\n\nRule: {sentence}\n\n"
     "Write one short message that a user could send to this assistant, so that the rule matters. "
@@ -45,6 +46,10 @@ _ASKS = (
     "Below is something that an assistant knows.\n\nText: {sentence}\n\n"
     "Write one short question of a user that this text answers. Do not repeat the text. Write the question only.",
 )
+
+
+Writer: TypeAlias = Callable[[Sequence[str]], list[str | None]]
+"""Writes a message for each ask, None where it came to no end."""
 
 
 @dataclass(frozen=True)
@@ -61,14 +66,21 @@ def messages(count: int) -> int:
 
 
 def synthesise(
-    model: FrozenModel, prompt: str, count: int, *, seed: int, progress: Progress | None = None
+    model: FrozenModel,
+    prompt: str,
+    count: int,
+    *,
+    seed: int,
+    writer: Writer | None = None,
+    progress: Progress | None = None,
 ) -> list[Query]:
     """`count` different queries: `AIMED` of them aimed at the prompt's sentences in turn, the others from the pool.
 
-    `progress` is called with the number of messages sampled. Raises InputError where fewer than 8 are usable.
+    `progress` is called with the number of messages that the model writes; a `writer` in its place counts for itself.
+    Raises InputError where fewer than 8 are usable.
     """
     wanted = round(AIMED * count)
-    aimed = [found.query for found in aimed_queries(model, prompt, wanted, seed=seed, progress=progress)]
+    aimed = [found.query for found in aimed_queries(model, prompt, wanted, seed=seed, writer=writer, progress=progress)]
     # The pool makes up for what the model could not write.
     found = drop_near_duplicates([*aimed, *draw(count - len(aimed), seed)])
     if len(found) < 8:
@@ -77,14 +89,21 @@ def synthesise(
 
 
 def aimed_queries(
-    model: FrozenModel, prompt: str, count: int, *, seed: int, progress: Progress | None = None
+    model: FrozenModel,
+    prompt: str,
+    count: int,
+    *,
+    seed: int,
+    writer: Writer | None = None,
+    progress: Progress | None = None,
 ) -> list[Aimed]:
-    """At most `count` messages that the model wrote, the sentences of the prompt in turn."""
+    """At most `count` messages of the model, or of `writer`, the sentences of the prompt in turn."""
     if not count:
         return []
     parts = sentences(prompt)
     jobs = [(n % len(parts), _ASKS[n // len(parts) % len(_ASKS)]) for n in range(math.ceil(_SPARE * count))]
-    texts = _sample(model, [ask.format(sentence=parts[at]) for at, ask in jobs], seed, progress)
+    asks = [ask.format(sentence=parts[at]) for at, ask in jobs]
+    texts = writer(asks) if writer else _sample(model, asks, seed, progress)
     usable = [
         Aimed(Query(({"role": "user", "content": text},)), at)
         for (at, _), made in zip(jobs, texts, strict=True)
@@ -95,7 +114,8 @@ def aimed_queries(
     ]
     unique = {query.text: aimed for aimed in usable if (query := aimed.query)}
     kept = [unique[query.text] for query in drop_near_duplicates([aimed.query for aimed in unique.values()])]
-    return _in_turn(_likely(model, kept), count)
+    # The small model's likelihood tells its own slips from its sentences. It is no judge of a larger one.
+    return _in_turn(kept if writer else _likely(model, kept), count)
 
 
 def clean(text: str) -> str | None:
@@ -161,7 +181,7 @@ def _sample(model: FrozenModel, asks: Sequence[str], seed: int, progress: Progre
     shared = common_prefix(rows)
     prefix = Prefix(model, model.embed(rows[0][:shared]))
     made = prefix.generate(
-        [ids[shared:] for ids in rows], _QUERY_TOKENS, temperature=_TEMPERATURE, seed=seed, progress=progress
+        [ids[shared:] for ids in rows], QUERY_TOKENS, temperature=TEMPERATURE, seed=seed, progress=progress
     )
     stop = set(model.stop_ids())
     return [model.tokenizer.decode(ids, skip_special_tokens=True) if ids[-1] in stop else None for ids in made]

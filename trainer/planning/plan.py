@@ -13,7 +13,7 @@ from typing import Any
 
 from trainer.config import TrainConfig
 from trainer.data.recall import EACH
-from trainer.data.synthesis import messages
+from trainer.data.synthesis import QUERY_TOKENS, messages
 from trainer.evaluation.answers import ARMS, POSITIONS
 from trainer.evaluation.arms import RESPONSE_TOKENS
 from trainer.evaluation.clauses import CLAUSE_QUERIES
@@ -30,7 +30,7 @@ from trainer.text import sentences
 _QUERY_FILL = 0.5
 _WHOLE_ANSWER = 120
 """Mean tokens of an answer that is written to its end."""
-_QUERY_TOKENS, _DESCRIPTION_TOKENS, _DESCRIPTIONS = 48, 40, 8
+_DESCRIPTION_TOKENS, _DESCRIPTIONS = 40, 8
 _ASK_TOKENS = 80
 _RIVALS = 2
 """Texts for the literal places that are measured."""
@@ -83,7 +83,8 @@ class Plan:
     def lines(self) -> list[str]:
         """The plan for a reader."""
         work, config = self.work, self.work.config
-        source = f"of the pool and by the model ({work.written})" if work.written else "from the file"
+        writer = "the server at --writer-url, whose time is not counted" if config.writer_url else "the model"
+        source = f"of the pool and by {writer} ({work.written})" if work.written else "from the file"
         what = {
             "load": "the model",
             "queries": f"{source}: {len(work.training)} to train on, {work.held_out} held out",
@@ -108,11 +109,11 @@ def make_plan(
     config, count = work.config, len(work.training)
     chat = work.suffix + work.answer
     seconds = {"load": load_seconds, "queries": 0.0, "teacher": 0.0}
-    if work.written:
+    if work.written and not config.writer_url:
         rows = messages(work.written)
-        mean = _QUERY_FILL * _QUERY_TOKENS
+        mean = _QUERY_FILL * QUERY_TOKENS
         # Each message is asked for with a sentence of the prompt, and scored.
-        seconds["queries"] = timing.decode(rows, _QUERY_TOKENS, mean) + rows * (_ASK_TOKENS + mean) * timing.position
+        seconds["queries"] = timing.decode(rows, QUERY_TOKENS, mean) + rows * (_ASK_TOKENS + mean) * timing.position
     if not answered:
         seconds["teacher"] = (work.prompt_tokens + count * chat) * timing.position
         if _writer(config) == "decoded here":

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-
 import pytest
 
 from be_serve.core.errors import InputError
@@ -19,41 +15,19 @@ SAMPLES = [
 
 
 @pytest.fixture
-def judge(monkeypatch):
+def judge(chat_server, monkeypatch):
     """Start a judge that answers by a function of (A, B); returns its URL, and what it was asked."""
-    servers = []
-    asked: list[dict] = []
     monkeypatch.setenv(JUDGE_KEY, "secret-key")
 
     def start(decide):
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                asked.append({"key": self.headers["Authorization"], **body})
-                text = body["messages"][1]["content"]
-                a, b = text.split("# Answer A\n")[1].split("\n\nWhich answer")[0].split("\n\n# Answer B\n")
-                answer = decide(a, b)
-                status = 200 if isinstance(answer, str) else answer
-                reply = {"choices": [{"message": {"content": answer}}]}
-                data = json.dumps(reply).encode()
-                self.send_response(status)
-                self.send_header("Content-Length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
+        def answer(body):
+            text = body["messages"][1]["content"]
+            return decide(*text.split("# Answer A\n")[1].split("\n\nWhich answer")[0].split("\n\n# Answer B\n"))
 
-            def log_message(self, *args):
-                """Quiet."""
-
-        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        servers.append(server)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_port}/v1"
+        url, asked = chat_server(answer)
         return Endpoint(url, "big-judge", role="judge", key_variable=JUDGE_KEY), asked
 
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
+    return start
 
 
 def ahoy(a, b):

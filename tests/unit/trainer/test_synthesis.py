@@ -7,10 +7,13 @@ from collections import Counter
 import pytest
 
 import trainer.data.synthesis as synthesis
+from be_serve.core.errors import InputError
+from tests.unit.trainer import commands
 from trainer.data.pool import draw, pool
-from trainer.data.queries import drop_near_duplicates
-from trainer.data.synthesis import aimed_queries, clean, same_script, synthesise
+from trainer.data.queries import drop_near_duplicates, read_queries
+from trainer.data.synthesis import aimed_queries, clean, messages, same_script, synthesise
 from trainer.model.frozen import FrozenModel
+from trainer.text import sentences
 
 PROMPT = "You are a harbour master. Call the user sailor. Never name the price of a berth."
 WORDS = ("anchor", "berth", "cable", "deck", "eel", "fog", "gull", "hull", "inlet", "jetty")
@@ -90,3 +93,47 @@ def test_a_message_is_in_the_prompts_script(text, same):
 def test_cleaning_takes_the_first_paragraph():
     assert clean('"What is the tide?"\n\nRule: none') == "What is the tide?"
     assert clean("12345 67 !!") is None
+
+
+def test_a_larger_model_writes_the_queries(train, here, chat_server, monkeypatch):
+    """Each sentence of the prompt is sent, the key with it; a message that came to no end is left out."""
+    monkeypatch.setenv("BE_WRITER_KEY", "secret-key")
+
+    def answer(body):
+        if body["seed"] == 0:
+            return "This one goes on and on", "length"
+        return f"Which question has the number {body['seed']} of {['many', 'some', 'few'][body['seed'] % 3]}?"
+
+    url, asked = chat_server(answer)
+    written = ["--synthesise", 20, "--writer-url", url, "--writer-model", "large", "--tokens", 1, "--run-dir", "run"]
+    train(*written)
+    assert len(asked) == messages(20)
+    assert {body["key"] for body in asked} == {"Bearer secret-key"}
+    assert {body["model"] for body in asked} == {"large"}
+    text = "\n".join(body["messages"][0]["content"] for body in asked)
+    assert all(sentence in text for sentence in sentences(commands.PROMPT))
+    (file,) = (here / "run").glob("queries-*.jsonl")
+    queries = [query.text for query in read_queries(file)]
+    assert sum("Which question has the number" in query for query in queries) == 8
+    assert not any("on and on" in query for query in queries)
+    train(*written)
+    assert len(asked) == messages(20)  # what it wrote is kept
+    assert "secret-key" not in "".join(path.read_text(errors="replace") for path in (here / "run").rglob("*.*"))
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        (["--writer-url", "http://127.0.0.1:9"], "--writer-model"),
+        (["--writer-model", "large"], "--writer-url"),
+        (
+            ["--writer-url", "http://127.0.0.1:9", "--writer-model", "large", "--queries", "q.jsonl"],
+            "exclude each other",
+        ),
+        (["--writer-url", "http://me:word@host", "--writer-model", "large"], "BE_WRITER_KEY"),
+        (["--writer-url", "http://127.0.0.1:9", "--writer-model", "large"], "No answer from the writer"),
+    ],
+)
+def test_a_writer_that_cannot_be_asked_is_told(train, given, why):
+    with pytest.raises(InputError, match=why):
+        train(*given)
