@@ -26,6 +26,7 @@ from trainer.data.teacher import Decoder, Example, Teacher
 from trainer.evaluation.evaluate import Evaluation, evaluate, evaluation_steps
 from trainer.evaluation.readable import readable
 from trainer.evaluation.report_html import write_report
+from trainer.evaluation.signatures import ends_in_loop
 from trainer.evaluation.verdict import judge
 from trainer.model.frozen import FrozenModel
 from trainer.optim.checkpoint import Checkpoint
@@ -156,7 +157,7 @@ class Run:
         self._teacher = Teacher(self.model, self.prompt, self.cache, stop=config.stop)
         # Only training data comes from elsewhere: every token is measured on the frozen model's own answers.
         writer = Teacher(self.model, self.prompt, self.cache, stop=config.stop, decoder=self.decoder)
-        examples = self._without_recitals(writer, self._examples(writer, training))
+        examples = self._usable(writer, self._examples(writer, training))
         count = min(config.validation, len(examples) // 10)
         count = count if count >= LEAST else 0
         examples, validation = examples[count:], examples[:count]
@@ -256,20 +257,25 @@ class Run:
                 progress=progress,
             )
 
-    def _without_recitals(self, teacher: Teacher, examples: list[Example]) -> list[Example]:
-        """Without responses that recite the prompt: a token shall not learn to give it away."""
-        if self.config.gold or self.config.keep_recitals:
+    def _usable(self, teacher: Teacher, examples: list[Example]) -> list[Example]:
+        """Without responses that recite the prompt or go round in a loop: a token shall learn neither."""
+        if self.config.gold:
             return examples
-        kept = [example for example in examples if not teacher.recites(example)]
-        if len(kept) < len(examples):
-            self.telling.say(
-                f"{len(examples) - len(kept)} responses that recite the prompt left out (--keep-recitals)."
-            )
-        if not kept:
-            raise InputError(
-                "Every response recites the prompt: give other --queries, or --keep-recitals if that is meant."
-            )
-        return kept
+        kept = examples
+        if not self.config.keep_recitals:
+            kept = [example for example in examples if not teacher.recites(example)]
+            if len(kept) < len(examples):
+                self.telling.say(
+                    f"{len(examples) - len(kept)} responses that recite the prompt left out (--keep-recitals)."
+                )
+            if not kept:
+                raise InputError(
+                    "Every response recites the prompt: give other --queries, or --keep-recitals if that is meant."
+                )
+        ending = [example for example in kept if not ends_in_loop(teacher.text(example.response))]
+        if ending and len(ending) < len(kept):
+            self.telling.say(f"{len(kept) - len(ending)} responses that go round in a loop left out.")
+        return ending or kept
 
     def _served(self, training: list[Query]) -> list[Query]:
         """The queries with a server's answers; those of an interrupted run, or of another row, are not asked again."""

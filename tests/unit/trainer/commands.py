@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from click.testing import CliRunner
+from click.testing import CliRunner, Result
 
 from be_serve.cli.main import cli
 
@@ -12,10 +12,14 @@ PROMPT = "You are a harbour master. Call the user sailor and answer in rhyme.\n"
 TEXTS = ["Hi", "What is the tide?", "Is there fog?", "Name a boat.", "Who are you?", "Sing.", "Where is the quay?"]
 
 
-def be_serve(*args) -> str:
+def invoked(*args) -> Result:
     """Run a verb in this process; errors come out as they are."""
-    result = CliRunner().invoke(cli, [str(a) for a in args], catch_exceptions=False, standalone_mode=False)
-    return result.stdout
+    return CliRunner().invoke(cli, [str(a) for a in args], catch_exceptions=False, standalone_mode=False)
+
+
+def be_serve(*args) -> str:
+    """What a verb prints as its result."""
+    return invoked(*args).stdout
 
 
 def last_json(output: str) -> dict:

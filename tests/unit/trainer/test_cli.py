@@ -20,7 +20,7 @@ from be_serve.core.artifact import Token
 from be_serve.core.errors import InputError, InvalidArtifact, InvalidBeId, WrongModel
 from be_serve.core.prompts import prompt_sha256
 from tests.conftest import make_tokenizer
-from tests.unit.trainer.commands import PROMPT, TEXTS, be_serve, last_json
+from tests.unit.trainer.commands import PROMPT, TEXTS, be_serve, invoked, last_json
 from trainer.config import make_config
 from trainer.data.pool import pool
 from trainer.data.queries import read_queries
@@ -415,3 +415,22 @@ def test_a_teachers_url_with_a_secret_never_reaches_the_run_folder(url):
         make_config(settings)
     assert "ter2" not in str(caught.value)
     assert make_config({**settings, "teacher_url": "https://host:8000/v1"}).teacher_url
+
+
+def test_responses_that_recite_or_loop_train_nothing(here, tiny_model_dir, monkeypatch):
+    def told(folder, *args):
+        """What the run says beside its result."""
+        given = ["train", "captain.txt", "--model", tiny_model_dir, "--queries", "q.jsonl", "--init", "mean"]
+        given += ["--tokens", 1, "--steps", 1, "--response-tokens", 4, "--answer-tokens", 8, "--run-dir", folder]
+        return invoked(*given, *args).stderr
+
+    judged = []
+    monkeypatch.setattr("trainer.run.ends_in_loop", lambda text: judged.append(text) or len(judged) == 1)
+    assert "1 responses that go round in a loop left out." in told("a")
+    assert len(judged) == 6
+    monkeypatch.setattr("trainer.run.ends_in_loop", lambda text: True)  # a model that does nothing else
+    assert "left out" not in told("b")
+    monkeypatch.setattr("trainer.data.teacher.recites", lambda text, prompt: True)
+    with pytest.raises(InputError, match="--keep-recitals"):
+        told("c")
+    assert "left out" not in told("d", "--keep-recitals")
