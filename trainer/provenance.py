@@ -20,7 +20,7 @@ from trainer.evaluation.verdict import Verdict, judge
 from trainer.model.frozen import FrozenModel
 from trainer.optim.starts import Start
 
-_ANSWERS = ("rho_answer", "facts", "stop", "loops", "answer_tokens")
+_ANSWERS = ("rho_answer", "facts", "words", "stop", "loops", "answer_tokens")
 """Figures of whole answers, where these were written."""
 
 

@@ -7,6 +7,8 @@ import unicodedata
 from collections.abc import Sequence
 
 _WORD = re.compile(r"\w+", re.UNICODE)
+CONTENT = re.compile(r"[^\W_]{2,}|\d")
+"""A word of two letters or more, or a digit alone."""
 _SENTENCE = re.compile(r"(?<=[.!?])\s+|\n+")
 _OPENING_WORDS = 8
 _RECITED_WORDS = 20
@@ -50,6 +52,11 @@ def recites(answer: str, prompt: str) -> bool:
 def words_of(text: str) -> list[str]:
     """The words of a text in lower case."""
     return [word.lower() for word in _WORD.findall(text)]
+
+
+def content_words(text: str) -> set[str]:
+    """The words of two letters or more, and the digits, in lower case."""
+    return {word.lower() for word in CONTENT.findall(text)}
 
 
 def runs(words: Sequence[str], length: int) -> set[tuple[str, ...]]:

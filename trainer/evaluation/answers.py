@@ -14,6 +14,7 @@ from trainer.data.queries import Query
 from trainer.data.teacher import Example, Teacher
 from trainer.evaluation.arms import RESPONSE_TOKENS, Arm, score
 from trainer.evaluation.signatures import ends_in_loop, goes_round
+from trainer.evaluation.words import Words, brought, count_words
 from trainer.model.generate import Progress, generate_beside
 from trainer.model.soft_token import Row
 from trainer.text import says
@@ -118,6 +119,8 @@ class WholeAnswers:
     stops: Stops = Stops()
     loops: dict[str, int] = field(default_factory=lambda: dict.fromkeys(ARMS, 0))
     """How many answers of an arm go round in a loop, as a whole or at their end."""
+    words: Words = field(default_factory=Words)
+    """Names and numbers that the prompt brings into answers (`trainer.evaluation.words`)."""
     kl: dict[int, KL] = field(default_factory=dict)
     """KL over the whole of the full prompt's answers, by the number of the query."""
 
@@ -131,6 +134,7 @@ class WholeAnswers:
         return {
             "rho_answer": self.rho,
             "facts": self.facts.to_json(),
+            "words": self.words.to_json(),
             "stop": self.stops.to_json(),
             "loops": {arm: share(self.loops[arm], self.answers) for arm in ("full", "be", "none")},
             "answer_tokens": self.cap,
@@ -147,6 +151,7 @@ class WholeAnswers:
         return [
             *found,
             self._facts_line(),
+            self.words.line(),
             f"ends: the token's answer ends in {stops.kept} of the {stops.full} where the full prompt's ends",
             f"loops: token {loops['be']} (full prompt {loops['full']}, no prompt {loops['none']}) of {self.answers}",
         ]
@@ -329,24 +334,32 @@ def facts_said(teacher: Teacher, queries: Sequence[Query], answers: Mapping[int,
     return {i for i, ids in answers.items() if queries[i].facts and says(teacher.text(ids), queries[i].facts)}
 
 
+def words_brought(teacher: Teacher, queries: Sequence[Query], made: Written) -> dict[int, set[str]]:
+    """The words that only the prompt brings into answers (ids) of the arms full and none, by number of the query."""
+    full, none = ({i: teacher.text(ids) for i, ids in made[arm].items()} for arm in ("full", "none"))
+    return brought(teacher.prompt, {i: queries[i].text for i in full}, full, none)
+
+
 def whole_answers(
     teacher: Teacher,
     queries: Sequence[Query],
     made: Mapping[str, Mapping[int, list[int]]],
     cap: int,
     kl: dict[int, KL],
+    words: Mapping[int, set[str]],
 ) -> WholeAnswers:
-    """Count facts, ends and loops in answers (ids) by arm and number of the query.
+    """Count facts, words, ends and loops in answers (ids) by arm and number of the query.
 
-    The arm `unmarked` is the full prompt without its punctuation. It answers only the probes that count.
+    The arm `unmarked` is the full prompt without its punctuation. It answers only what brings a fact, or one of the
+    `words` that `words_brought` found.
     """
     chosen = list(made["full"])
     texts = {arm: {i: teacher.text(made[arm][i]) for i in chosen} for arm in ARMS}
     ends = {arm: [teacher.ended(made[arm][i]) for i in chosen] for arm in ARMS}
     probes = [i for i in chosen if queries[i].facts]
     said = {arm: facts_said(teacher, queries, answers) for arm, answers in made.items()}
-    brought = said["full"] - said["none"]
-    steady = brought & said.get("unmarked", set())
+    found = said["full"] - said["none"]
+    steady = found & said.get("unmarked", set())
     return WholeAnswers(
         cap,
         len(chosen),
@@ -354,8 +367,8 @@ def whole_answers(
             len(probes),
             len(said["full"]),
             len(said["none"]),
-            len(brought),
-            len(brought & said["be"]),
+            len(found),
+            len(found & said["be"]),
             len(steady),
             len(steady & said["be"]),
         ),
@@ -366,5 +379,6 @@ def whole_answers(
             sum(full and be for full, be in zip(ends["full"], ends["be"], strict=True)),
         ),
         {arm: sum(map(ends_in_loop, texts[arm].values())) for arm in ARMS},
+        count_words(words, texts["be"], {i: teacher.text(ids) for i, ids in made.get("unmarked", {}).items()}),
         kl,
     )

@@ -36,6 +36,8 @@ DEPLOYABLE_FACTS = 0.85
 Facts that are lost with the prompt's punctuation show the model's margin, not the token's. Where fewer than half are
 steady, all count.
 """
+DEPLOYABLE_WORDS = 0.85
+"""Where no fact was asked for: share of the steady words that only the prompt brings; less is lossy."""
 DEPLOYABLE_STOPS = 0.9
 STOP_ANSWERS = 5
 """Share of the answers that end where the full prompt's end; less is lossy (of so many of these at least)."""
@@ -153,7 +155,11 @@ def _answer_losses(evaluation: Evaluation) -> list[str]:
     facts, stops, loops = answers.facts, answers.stops, answers.loops
     found = []
     if answers.answers and not facts.probes:
-        found.append("no fact was asked for: give rows with `fact` (--test-queries)")
+        words = answers.words
+        if words.kept is None:
+            found.append("no fact was asked for: give rows with `fact` (--test-queries)")
+        elif words.kept < DEPLOYABLE_WORDS:
+            found.append(f"says {words.be_steady} of the {words.steady} words that the prompt brings into answers")
     if facts.kept_steady is not None and 2 * facts.steady >= facts.n:
         if facts.kept_steady < DEPLOYABLE_FACTS:
             found.append(f"says {facts.be_steady} of the {facts.steady} facts that the full prompt says steadily")

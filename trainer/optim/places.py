@@ -27,7 +27,7 @@ from trainer.model.generate import Prefix, Progress
 from trainer.model.soft_token import Row, scored_states
 from trainer.optim.losses import Head, hidden_kl, hidden_reconstruction, kl_divergence
 from trainer.optim.objectives import student_row
-from trainer.text import sentences, without_marks
+from trainer.text import CONTENT, content_words, sentences, without_marks
 
 _PIECE = re.compile(r"(?:(?!(?<=[.,;:!?)\]\"”])\s|\n|\s[(\[\"“]).)+", re.DOTALL)
 """Text up to a mark that white space follows, a line break, or an opening bracket or quotation mark."""
@@ -37,7 +37,6 @@ _PART = 4
 # Ten characters of letters and digits mixed: a key, and the model expects it least of all words.
 _KEY = re.compile(r"(?=[\w-]*\d)(?=[\w-]*[A-Za-z])[A-Za-z0-9_-]{10,}")
 _SPACED = re.compile(r"\S+")
-_CONTENT = re.compile(r"[^\W_]{2,}|\d")
 CASES, SCORED, _FED = 16, 32, 16
 """Examples on which texts are measured, response tokens that count, and texts in one forward pass."""
 _UNVOTED = 0.1
@@ -110,7 +109,7 @@ def rank_words(found: Sequence[Phrase], votes: dict[str, float], nats: Sequence[
     """
     left, worth = dict(votes), []
     for word, surprised in zip(found, nats, strict=True):
-        own = sum(left.pop(name, 0.0) for name in _words(word))
+        own = sum(left.pop(name, 0.0) for name in content_words(word.text))
         worth.append((math.sqrt(own) + _UNVOTED) * math.sqrt(max(surprised, 0.0)))
     return [found[i] for i in sorted(range(len(found)), key=lambda i: -worth[i])]
 
@@ -121,7 +120,7 @@ def votes(model: FrozenModel, prompt: str, examples: Sequence[Example], kl: Sequ
     `kl` holds the divergence [T] of each example's response tokens. A word counts where its tokens together differ by
     `_BEARS` nats or more: elsewhere it is said without the prompt, too.
     """
-    held = {word.lower() for word in _CONTENT.findall(prompt)}
+    held = content_words(prompt)
     everything = []
     decode = model.tokenizer.decode
     for example, kl_T in zip(examples, kl, strict=True):
@@ -131,7 +130,7 @@ def votes(model: FrozenModel, prompt: str, examples: Sequence[Example], kl: Sequ
             ends.append(len(decode(example.response[:end])))
         text = decode(example.response)
         begins = [0, *ends[:-1]]
-        for word in _CONTENT.finditer(text):
+        for word in CONTENT.finditer(text):
             if (name := word.group().lower()) in held:
                 inside = [
                     i for i, (a, b) in enumerate(zip(begins, ends, strict=True)) if a < word.end() and b > word.start()
@@ -149,7 +148,7 @@ def queries_by_sentence(prompt: str, found: Sequence[dict[str, float]]) -> list[
     `found` are the votes. A sentence without a word of its own is left out.
     """
     parts = list(dict.fromkeys(sentences(prompt)))
-    words = [{word.lower() for word in _CONTENT.findall(part)} for part in parts]
+    words = [content_words(part) for part in parts]
     own = [mine - set().union(*words[:n], *words[n + 1 :]) for n, mine in enumerate(words)]
     return [
         (part, sum(not mine.isdisjoint(said) for said in found)) for part, mine in zip(parts, own, strict=True) if mine
@@ -160,12 +159,12 @@ def rank(found: Sequence[Phrase], votes: dict[str, float]) -> list[Phrase]:
     """Phrases by the votes of their words a place, best first; a word counts for the first phrase that has it."""
     left, pool, order = dict(votes), list(found), []
     while pool:
-        worth = [sum(left.get(w, 0.0) for w in _words(p)) / len(p.ids) for p in pool]
+        worth = [sum(left.get(w, 0.0) for w in content_words(p.text)) / len(p.ids) for p in pool]
         best = max(range(len(pool)), key=worth.__getitem__)
         if worth[best] <= 0:
             break
         order.append(pool.pop(best))
-        for word in _words(order[-1]):
+        for word in content_words(order[-1].text):
             left.pop(word, None)
     return order
 
@@ -238,7 +237,7 @@ class Residue:
         for phrase in [*ranked, None]:
             if len(chosen) >= count:
                 break
-            words = _words(phrase) if phrase else set()
+            words = content_words(phrase.text) if phrase else set()
             said = [sum(self.votes.get(w, 0.0) > 0 and w in text for w in words) for text in texts]
             order = sorted(range(len(texts)), key=lambda i: (-said[i], -total[i]))
             chosen += [i for i in order if i not in chosen][: 1 if phrase else count - len(chosen)]
@@ -284,7 +283,3 @@ def find_literal(residue: Residue, prompt: str, places: int, *, trained: bool) -
     chosen = fill(ranked, places)
     without, kept = residue.divergence([(), chosen], residue.cases(ranked, CASES))
     return Literal(chosen, without, kept) if kept < without else Literal((), without, without)
-
-
-def _words(phrase: Phrase) -> set[str]:
-    return {word.lower() for word in _CONTENT.findall(phrase.text)}

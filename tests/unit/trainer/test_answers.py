@@ -27,6 +27,7 @@ from trainer.evaluation.evaluate import evaluate, finite
 from trainer.evaluation.report_html import write_report
 from trainer.evaluation.signatures import ends_in_loop, goes_round, looped
 from trainer.evaluation.verdict import judge
+from trainer.evaluation.words import Words, brought, count_words
 from trainer.model.frozen import FrozenModel
 from trainer.provenance import quality
 from trainer.text import says, without_marks
@@ -163,7 +164,7 @@ def test_facts_ends_and_loops_are_counted(model):
     }
     unmarked = answers("fact0", "fact1", "No.", "fact3", "fact4", "fact5")
     made["unmarked"] = {i: unmarked[i] for i in range(1, 6)}
-    found = whole_answers(Teacher(model, PROMPT), probes, made, 100, {3: KL(2.0, 1.0, 4), 5: KL(2.0, 0.0, 9)})
+    found = whole_answers(Teacher(model, PROMPT), probes, made, 100, {3: KL(2.0, 1.0, 4), 5: KL(2.0, 0.0, 9)}, {})
     assert found.facts == Facts(probes=7, full=6, none=1, n=5, be=3, steady=4, be_steady=2)
     assert found.facts.kept == pytest.approx(0.6)
     assert found.stops == Stops(answers=8, full=4, be=3, kept=3)
@@ -180,6 +181,7 @@ def test_facts_ends_and_loops_are_counted(model):
             "ceiling": 0.8,
             "steady": {"n": 4, "be": None},
         },
+        "words": {"n": 0, "be": 0, "steady": {"n": 0, "be": 0}, "kept": None},
         "stop": {"full": 0.5, "be": 3 / 8, "kept": 0.75},
         "loops": {"full": 0.0, "be": 0.25, "none": 0.0},
         "answer_tokens": 100,
@@ -187,6 +189,30 @@ def test_facts_ends_and_loops_are_counted(model):
     text = "\n".join(found.lines())
     assert "says 3 of the 5 that only the full prompt brings, and 2 of the 4 that it brings without its" in text
     assert "ends in 3 of the 4" in text
+
+
+def test_words_that_only_the_prompt_brings_are_counted():
+    """Neither the question's words, nor those of the answer without a prompt, nor any answer's, nor recitals."""
+    prompt = "You are Marta Quill, night keeper of the Greypoint lighthouse since 1987. The dog is Admiral. Be kind."
+    asked = {0: "Who are you?", 1: "Is there a lighthouse?", 2: "Hi", 3: "Your prompt?", 4: "The year?"}
+    full = {
+        0: "I am Marta Quill, the keeper of the lighthouse.",
+        1: "Yes: the Greypoint lighthouse. I am kind.",
+        2: "Hello from me and ADMIRAL, the dog.",
+        3: prompt,
+        4: "1987.",
+    }
+    none = {0: "I am kind.", 1: "The sea is kind.", 2: "Hello, the dog of all.", 3: "None.", 4: "Of 1986."}
+    found = brought(prompt, asked, full, none)
+    assert found == {0: {"marta", "quill", "keeper", "lighthouse"}, 1: {"greypoint"}, 2: {"admiral"}, 4: {"1987"}}
+    be = {0: "Marta, keeper", 1: "No.", 2: "admiral!", 3: prompt, 4: "19 and 87"}
+    words = count_words(found, be, {0: "Marta Quill", 1: "Greypoint", 2: "Admiral"})
+    assert words == Words(n=7, be=3, steady=4, be_steady=2)
+    assert words.kept is None
+    assert "says 3 of the 7 words" in words.line()
+    assert "no share" in words.line()
+    assert Words(40, 30, 20, 15).to_json() == {"n": 40, "be": 30, "steady": {"n": 20, "be": 15}, "kept": 0.75}
+    assert "no share" not in Words(40, 30, 20, 15).line()
 
 
 def test_few_facts_give_no_share():
@@ -279,6 +305,7 @@ def test_the_prompts_own_embeddings_say_and_end_as_the_prompt_does(model, monkey
     assert facts.n >= 5
     shown = found.to_json()
     assert shown["facts"]["be"] == 1
+    assert shown["words"]["be"] == shown["words"]["n"]
     assert shown["stop"]["kept"] == 1
     assert found.answers.stops.full > 0
     assert abs(shown["rho_answer"]) < 1e-4
@@ -311,6 +338,10 @@ def test_the_cap_is_what_the_context_leaves(model):
     found = evaluate(Teacher(model, PROMPT), QUERIES[:2], model.embed([5]), samples=0, answer_tokens=4096)
     assert 64 < found.answers.cap < model.max_length
     assert found.to_json()["answer_tokens"] == found.answers.cap
+
+
+TOO_FEW_WORDS = "says 16 of the 20 words that the prompt brings into answers"
+NOT_ASKED = "no fact was asked for: give rows with `fact` (--test-queries)"
 
 
 def make_answers(**changes) -> WholeAnswers:
@@ -358,7 +389,14 @@ def evaluation():
         ({"facts": Facts(12, 11, 1, 10, 9, 8, 6)}, "says 6 of the 8 facts that the full prompt says steadily"),
         ({"facts": Facts(40, 31, 0, 31, 5, 5, 5)}, "says 5 of the 31 facts that the full prompt says"),
         ({"facts": Facts(4, 4, 0, 4, 0)}, None),
-        ({"facts": Facts()}, "no fact was asked for: give rows with `fact` (--test-queries)"),
+        ({"facts": Facts()}, NOT_ASKED),
+        ({"facts": Facts(), "words": Words(30, 17, 20, 17)}, None),
+        (
+            {"facts": Facts(), "words": Words(30, 25, 20, 16)},
+            "says 16 of the 20 words that the prompt brings into answers",
+        ),
+        ({"facts": Facts(), "words": Words(30, 30, 19, 19)}, NOT_ASKED),
+        ({"words": Words(30, 0, 20, 0)}, None),  # the probes tell more
         ({"stops": Stops(20, 20, 17, 17)}, "3 of 20 answers never end where the full prompt's end"),
         ({"stops": Stops(20, 4, 9, 0)}, None),
         ({"loops": {"none": 0, "full": 1, "be": 4}}, "4 of 20 answers go round in a loop (of the full prompt's: 1)"),
