@@ -8,29 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any
 
 from trainer.data.queries import Query
 from trainer.data.teacher import Example, Teacher
-from trainer.evaluation.arms import RESPONSE_TOKENS, Arm, score
-from trainer.evaluation.signatures import ends_in_loop, goes_round
+from trainer.evaluation.arms import Arm, score
+from trainer.evaluation.signatures import ends_in_loop
 from trainer.evaluation.words import Words, brought, count_words
-from trainer.model.generate import Progress, generate_beside
+from trainer.evaluation.writing import Written
+from trainer.model.generate import Progress
 from trainer.model.soft_token import Row
 from trainer.text import says
 
 ARMS = ("none", "full", "be")
 FACTS_LEAST = 5
 """With fewer facts that only the full prompt says, the token's share of them says nothing."""
-_LOOP_LEAST = 4 * RESPONSE_TOKENS
-"""Tokens of an answer from which on a loop with small changes (a list that counts up) is one that never ends."""
-POSITIONS = 64_000
-"""Of answers that are written side by side, did none end before the cap."""
-_SCORES = 50_000_000  # of attention, for each head, while the questions are read
 _SCORED = 16  # answers whose hidden states are held at once
 _STEPS = 2 * len(ARMS)  # an answer of each arm is written and scored
-Written: TypeAlias = dict[str, dict[int, list[int]]]
-"""Ids of answers, by arm and number of the query."""
 
 
 @dataclass(frozen=True)
@@ -176,117 +170,9 @@ def share(part: float, whole: float) -> float | None:
     return part / whole if whole else None
 
 
-def chosen_queries(queries: Sequence[Query], most: int | None) -> list[int]:
-    """The numbers of the queries that are answered to their end: at most `most`, probes before others."""
-    order = sorted(range(len(queries)), key=lambda i: not queries[i].facts)
-    return sorted(order[:most])
-
-
 def answer_steps(queries: int, most: int | None) -> int:
     """What a progress bar counts for `write_answers` and `kl_sums`, at most."""
     return _STEPS * min(queries, queries if most is None else most)
-
-
-def room(teacher: Teacher, arms: Mapping[str, Arm], cap: int) -> int:
-    """`cap`, or less where the model's context leaves less behind the longest chat of an arm."""
-    longest = max(arm.prefix.length + max(map(len, arm.suffixes)) for arm in arms.values())
-    return max(1, min(cap, teacher.model.max_length - longest))
-
-
-def write_answers(
-    teacher: Teacher,
-    arms: Mapping[str, Arm],
-    chosen: Sequence[int],
-    cap: int,
-    *,
-    begun: Mapping[int, list[int]] | None = None,
-    beside: Mapping[int, list[int]] | None = None,
-    progress: Progress | None = None,
-) -> Written:
-    """Greedy answers (ids) of arms to the chosen queries, to their end, a loop or `cap` tokens; by arm and query.
-
-    Answers that are twice as long as the full prompt's, those of the arm `full` or `beside`, are written no further:
-    they do not end where that ends. A few answers that never end would cost more than all others.
-
-    `begun` are the first tokens of the arm `full`, the reference of rho: the answers go on from there, so that the
-    teacher's cache keeps its keys, rho its figure to the last digit, and nothing is decoded twice.
-    """
-    made = {name: {i: list(begun[i][:cap]) if begun and name == "full" else [] for i in chosen} for name in arms}
-    order = sorted(arms, key=lambda name: name != "full")  # what the others' length hangs on comes first
-    size = _side_by_side(list(arms.values()), chosen, cap)
-    for start in range(0, len(chosen), size):
-        part = chosen[start : start + size]
-        unfinished = {
-            name: [i for i in part if len(made[name][i]) < cap and not _done(teacher, made[name][i])] for name in order
-        }
-        names = [name for name in order if unfinished[name]]
-        rows = [(name, i) for name in names for i in unfinished[name]]
-        if progress:
-            progress(len(order) * len(part) - len(rows))
-        if not rows:
-            continue
-        batch = _Batch(teacher, made, rows, cap, beside)
-        more = generate_beside(
-            [arms[name].prefix for name in names],
-            [[[*arms[name].suffixes[i], *made[name][i]] for i in unfinished[name]] for name in names],
-            [[cap - len(made[name][i]) for i in unfinished[name]] for name in names],
-            batch.enough,
-            progress,
-        )
-        for (name, i), ids in zip(rows, more, strict=True):
-            made[name][i] = teacher.cut([*made[name][i], *ids])[: batch.limit(name, i, ())]
-    return made
-
-
-def _side_by_side(arms: Sequence[Arm], chosen: Sequence[int], cap: int) -> int:
-    """How many queries' answers are written in one batch."""
-    asked = max((len(arm.suffixes[i]) for arm in arms for i in chosen), default=0)
-    scores = sum(asked * (arm.prefix.length + asked) for arm in arms)
-    fitting = [POSITIONS // (len(arms) * (asked + cap)), _SCORES // max(scores, 1)]
-    copied = [arm.prefix.batch_size(asked + cap) for arm in arms if not arm.prefix.shared]
-    return max(1, min(fitting + copied))
-
-
-class _Batch:
-    """Answers, by arm and query, that are written side by side, and when each is long enough."""
-
-    def __init__(
-        self,
-        teacher: Teacher,
-        made: Written,
-        rows: Sequence[tuple[str, int]],
-        cap: int,
-        beside: Mapping[int, list[int]] | None,
-    ) -> None:
-        """`made` holds what stands before the ids of this batch, or whole answers of rows that are not in it."""
-        self._teacher = teacher
-        self._made = made
-        self._rows = rows
-        self._numbers = {row: number for number, row in enumerate(rows)}
-        self._cap = cap
-        self._beside = beside
-
-    def enough(self, number: int, ids: Sequence[Sequence[int]]) -> bool:
-        """Whether a row needs no more ids; `ids` are those that all rows of the batch have so far."""
-        name, i = self._rows[number]
-        answer = self._so_far(name, i, ids)
-        return len(answer) >= self.limit(name, i, ids) or _done(self._teacher, answer)
-
-    def limit(self, name: str, i: int, ids: Sequence[Sequence[int]]) -> int:
-        """The largest length of an answer; without `ids`, all of the arm `full` are taken to be whole."""
-        if name == "full" or (self._beside is None and "full" not in self._made):
-            return self._cap
-        full = self._so_far("full", i, ids) if self._beside is None else self._beside[i]
-        return min(self._cap, 2 * max(RESPONSE_TOKENS, len(full)))
-
-    def _so_far(self, name: str, i: int, ids: Sequence[Sequence[int]]) -> list[int]:
-        number = self._numbers.get((name, i))
-        return self._made[name][i] if number is None or not ids else [*self._made[name][i], *ids[number]]
-
-
-def _done(teacher: Teacher, ids: list[int]) -> bool:
-    """Whether an answer is at its end, or goes round and round: a greedy one does so to the cap, and costs as much."""
-    return teacher.ended(ids) or goes_round(ids) or (len(ids) >= _LOOP_LEAST and ends_in_loop(teacher.text(ids)))
 
 
 def kl_sums(

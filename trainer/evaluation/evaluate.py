@@ -23,16 +23,12 @@ from trainer.data.teacher import Example, Teacher
 from trainer.evaluation.answers import (
     KL,
     WholeAnswers,
-    Written,
     answer_steps,
-    chosen_queries,
     facts_said,
     kl_sums,
-    room,
     share,
     whole_answers,
     words_brought,
-    write_answers,
 )
 from trainer.evaluation.arms import RESPONSE_TOKENS, Arm, chats, rho_interval, score_arms
 from trainer.evaluation.checkers import Check
@@ -47,6 +43,7 @@ from trainer.evaluation.clauses import (
 from trainer.evaluation.compliance import Compliance, measure_compliance
 from trainer.evaluation.pairwise import Tally
 from trainer.evaluation.signatures import signatures
+from trainer.evaluation.writing import Written, chosen_queries, room, write_answers
 from trainer.model.frozen import DTYPES
 from trainer.model.generate import Progress
 from trainer.text import recites, without_marks

@@ -14,9 +14,10 @@ from typing import Any
 from trainer.config import TrainConfig
 from trainer.data.recall import EACH
 from trainer.data.synthesis import QUERY_TOKENS, messages
-from trainer.evaluation.answers import ARMS, POSITIONS
+from trainer.evaluation.answers import ARMS
 from trainer.evaluation.arms import RESPONSE_TOKENS
 from trainer.evaluation.clauses import CLAUSE_QUERIES
+from trainer.evaluation.writing import POSITIONS
 from trainer.model.frozen import DTYPES, FrozenModel
 from trainer.model.memory import MemoryModel, free_bytes, held_bytes
 from trainer.optim.places import CASES, SCORED

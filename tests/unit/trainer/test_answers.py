@@ -18,9 +18,7 @@ from trainer.evaluation.answers import (
     Facts,
     Stops,
     WholeAnswers,
-    chosen_queries,
     whole_answers,
-    write_answers,
 )
 from trainer.evaluation.arms import Arm, chats
 from trainer.evaluation.evaluate import evaluate, finite
@@ -28,6 +26,7 @@ from trainer.evaluation.report_html import write_report
 from trainer.evaluation.signatures import ends_in_loop, goes_round, looped
 from trainer.evaluation.verdict import judge
 from trainer.evaluation.words import Words, brought, count_words
+from trainer.evaluation.writing import chosen_queries, write_answers
 from trainer.model.frozen import FrozenModel
 from trainer.provenance import quality
 from trainer.text import says, without_marks
@@ -124,7 +123,7 @@ def test_a_greedy_answer_that_goes_round_is_cut_there(model, monkeypatch):
             asked.append([enough(n, made) for n in range(2)])
         return made
 
-    monkeypatch.setattr("trainer.evaluation.answers.generate_beside", generate)
+    monkeypatch.setattr("trainer.evaluation.writing.generate_beside", generate)
     made = write_answers(teacher, {"be": arm}, [0, 1], 256)
     assert asked == [[False, False], [True, False], *[[True, False]] * 5, [True, True]]
     assert [len(ids) for ids in made["be"].values()] == [256, 256]
@@ -133,7 +132,7 @@ def test_a_greedy_answer_that_goes_round_is_cut_there(model, monkeypatch):
 
 def test_an_answer_twice_as_long_as_the_full_prompts_is_written_no_further(model, monkeypatch):
     monkeypatch.setattr(model, "stop_ids", lambda: [-1])
-    monkeypatch.setattr("trainer.evaluation.answers.goes_round", lambda ids: False)
+    monkeypatch.setattr("trainer.evaluation.writing.goes_round", lambda ids: False)
     teacher = Teacher(model, PROMPT)
     arm = Arm.of_ids(model, [teacher.chat_ids(query) for query in QUERIES])
     whole = write_answers(teacher, {"be": arm}, [0, 1, 2], 300)["be"]
