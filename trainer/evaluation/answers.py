@@ -15,7 +15,6 @@ from trainer.data.teacher import Example, Teacher
 from trainer.evaluation.arms import Arm, score
 from trainer.evaluation.signatures import ends_in_loop
 from trainer.evaluation.words import Words, brought, count_words
-from trainer.evaluation.writing import Written
 from trainer.model.generate import Progress
 from trainer.model.soft_token import Row
 from trainer.text import says
@@ -24,7 +23,7 @@ ARMS = ("none", "full", "be")
 FACTS_LEAST = 5
 """With fewer facts that only the full prompt says, the token's share of them says nothing."""
 _SCORED = 16  # answers whose hidden states are held at once
-_STEPS = 2 * len(ARMS)  # an answer of each arm is written and scored
+_STEPS = 2 * len(ARMS) + 1  # an answer of each arm is written and scored; that of the arm `unmarked` is written
 
 
 @dataclass(frozen=True)
@@ -215,15 +214,9 @@ def kl_sums(
     return {i: found[i] for i in sorted(found)}
 
 
-def facts_said(teacher: Teacher, queries: Sequence[Query], answers: Mapping[int, list[int]]) -> set[int]:
+def _facts_said(teacher: Teacher, queries: Sequence[Query], answers: Mapping[int, list[int]]) -> set[int]:
     """The numbers of the probes whose answer (ids) says their fact."""
     return {i for i, ids in answers.items() if queries[i].facts and says(teacher.text(ids), queries[i].facts)}
-
-
-def words_brought(teacher: Teacher, queries: Sequence[Query], made: Written) -> dict[int, set[str]]:
-    """The words that only the prompt brings into answers (ids) of the arms full and none, by number of the query."""
-    full, none = ({i: teacher.text(ids) for i, ids in made[arm].items()} for arm in ("full", "none"))
-    return brought(teacher.prompt, {i: queries[i].text for i in full}, full, none)
 
 
 def whole_answers(
@@ -232,20 +225,20 @@ def whole_answers(
     made: Mapping[str, Mapping[int, list[int]]],
     cap: int,
     kl: dict[int, KL],
-    words: Mapping[int, set[str]],
 ) -> WholeAnswers:
     """Count facts, words, ends and loops in answers (ids) by arm and number of the query.
 
-    The arm `unmarked` is the full prompt without its punctuation. It answers only what brings a fact, or one of the
-    `words` that `words_brought` found.
+    The arm `unmarked` is the full prompt without its punctuation.
     """
     chosen = list(made["full"])
-    texts = {arm: {i: teacher.text(made[arm][i]) for i in chosen} for arm in ARMS}
+    texts = {arm: {i: teacher.text(ids) for i, ids in answers.items()} for arm, answers in made.items()}
     ends = {arm: [teacher.ended(made[arm][i]) for i in chosen] for arm in ARMS}
     probes = [i for i in chosen if queries[i].facts]
-    said = {arm: facts_said(teacher, queries, answers) for arm, answers in made.items()}
+    said = {arm: _facts_said(teacher, queries, answers) for arm, answers in made.items()}
     found = said["full"] - said["none"]
-    steady = found & said.get("unmarked", set())
+    steady = found & said["unmarked"]
+    asked = {i: queries[i].text for i in chosen}
+    words = brought(teacher.prompt, asked, texts["full"], texts["none"])
     return WholeAnswers(
         cap,
         len(chosen),
@@ -265,6 +258,6 @@ def whole_answers(
             sum(full and be for full, be in zip(ends["full"], ends["be"], strict=True)),
         ),
         {arm: sum(map(ends_in_loop, texts[arm].values())) for arm in ARMS},
-        count_words(words, texts["be"], {i: teacher.text(ids) for i, ids in made.get("unmarked", {}).items()}),
+        count_words(words, texts["be"], texts["unmarked"]),
         kl,
     )

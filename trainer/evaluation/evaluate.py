@@ -24,11 +24,9 @@ from trainer.evaluation.answers import (
     KL,
     WholeAnswers,
     answer_steps,
-    facts_said,
     kl_sums,
     share,
     whole_answers,
-    words_brought,
 )
 from trainer.evaluation.arms import RESPONSE_TOKENS, Arm, chats, rho_interval, score_arms
 from trainer.evaluation.checkers import Check
@@ -248,15 +246,12 @@ def evaluate(
         answer_tokens = room(teacher, compared, answer_tokens)
         chosen = chosen_queries(queries, answer_queries)
         begun = {i: reference[i].response for i in chosen}
-        made = write_answers(teacher, compared, chosen, answer_tokens, begun=begun, progress=progress)
-        full_said, none_said = (facts_said(teacher, queries, made[name]) for name in ("full", "none"))
-        words = words_brought(teacher, queries, made)
-        if brought := sorted((full_said - none_said) | {i for i, own in words.items() if own}):
-            unmarked = {"unmarked": Arm.of_ids(model, chats(model, queries, without_marks(teacher.prompt)))}
-            made |= write_answers(teacher, unmarked, brought, answer_tokens, beside=made["full"])
+        unmarked = Arm.of_ids(model, chats(model, queries, without_marks(teacher.prompt)))
+        written = {**compared, "unmarked": unmarked}
+        made = write_answers(teacher, written, chosen, answer_tokens, begun=begun, progress=progress)
         scored = {i: made["full"][i] for i in by_query if i in chosen}
         sums = kl_sums(teacher, compared, queries, scored, by_query, progress)
-        whole = whole_answers(teacher, queries, made, answer_tokens, sums, words)
+        whole = whole_answers(teacher, queries, made, answer_tokens, sums)
 
     def ids_of(name: str, arm: Arm, wanted: Sequence[int], limit: int) -> list[list[int]]:
         """Greedy answers, from the whole ones where these reach as far."""

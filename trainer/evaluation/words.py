@@ -72,10 +72,10 @@ def brought(
 
 
 def count_words(found: Mapping[int, set[str]], be: Mapping[int, str], unmarked: Mapping[int, str]) -> Words:
-    """How many of the words that `brought` found the other answers say; `unmarked` may lack answers that bring none."""
+    """How many of the words that `brought` found the token's answers say, and those of the prompt without its marks."""
     counts = Counter[str]()
     for i, words in found.items():
         said = content_words(be[i])
-        steady = words & content_words(unmarked.get(i, ""))
+        steady = words & content_words(unmarked[i])
         counts.update(n=len(words), be=len(words & said), steady=len(steady), be_steady=len(steady & said))
     return Words(counts["n"], counts["be"], counts["steady"], counts["be_steady"])

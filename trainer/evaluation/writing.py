@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
@@ -10,14 +11,16 @@ from trainer.data.teacher import Teacher
 from trainer.evaluation.arms import RESPONSE_TOKENS, Arm
 from trainer.evaluation.signatures import ends_in_loop, goes_round
 from trainer.model.generate import Progress, generate_beside
+from trainer.model.memory import MemoryModel, free_bytes
 
 Written: TypeAlias = dict[str, dict[int, list[int]]]
 """Ids of answers, by arm and number of the query."""
 _LOOP_LEAST = 4 * RESPONSE_TOKENS
 """Tokens of an answer from which on a loop with small changes (a list that counts up) is one that never ends."""
-POSITIONS = 64_000
-"""Of answers that are written side by side, did none end before the cap."""
-_SCORES = 50_000_000  # of attention, for each head, while the questions are read
+MOST_ROWS = 192
+"""Answers that are written side by side: more gain nothing, for the last to end are shared by as many as that."""
+_SHARE = 0.5
+"""Of the free memory, at most, that they take."""
 
 
 def chosen_queries(queries: Sequence[Query], most: int | None) -> list[int]:
@@ -39,12 +42,11 @@ def write_answers(
     cap: int,
     *,
     begun: Mapping[int, list[int]] | None = None,
-    beside: Mapping[int, list[int]] | None = None,
     progress: Progress | None = None,
 ) -> Written:
     """Greedy answers (ids) of arms to the chosen queries, to their end, a loop or `cap` tokens; by arm and query.
 
-    Answers that are twice as long as the full prompt's, those of the arm `full` or `beside`, are written no further:
+    Answers that are twice as long as the full prompt's, those of the arm `full`, are written no further:
     they do not end where that ends. A few answers that never end would cost more than all others.
 
     `begun` are the first tokens of the arm `full`, the reference of rho: the answers go on from there, so that the
@@ -64,7 +66,7 @@ def write_answers(
             progress(len(order) * len(part) - len(rows))
         if not rows:
             continue
-        batch = _Batch(teacher, made, rows, cap, beside)
+        batch = _Batch(teacher, made, rows, cap)
         more = generate_beside(
             [arms[name].prefix for name in names],
             [[[*arms[name].suffixes[i], *made[name][i]] for i in unfinished[name]] for name in names],
@@ -78,12 +80,21 @@ def write_answers(
 
 
 def _side_by_side(arms: Sequence[Arm], chosen: Sequence[int], cap: int) -> int:
-    """How many queries' answers are written in one batch."""
+    """How many queries' answers are written in one batch: batches alike, of as many rows as the free memory holds."""
+    model = arms[0].prefix.model
+    memory, free = MemoryModel.of(model.causal_lm), free_bytes(model.device)
     asked = max((len(arm.suffixes[i]) for arm in arms for i in chosen), default=0)
-    scores = sum(asked * (arm.prefix.length + asked) for arm in arms)
-    fitting = [POSITIONS // (len(arms) * (asked + cap)), _SCORES // max(scores, 1)]
-    copied = [arm.prefix.batch_size(asked + cap) for arm in arms if not arm.prefix.shared]
-    return max(1, min(fitting + copied))
+    before = sum(arm.prefix.length for arm in arms)
+    shared = all(arm.prefix.shared for arm in arms)
+    most = max(1, MOST_ROWS // len(arms))
+    while (
+        most > 1
+        and free is not None
+        and memory.decoding(most * len(arms), prefix=before, width=asked, new=cap, shared=shared) > _SHARE * free
+    ):
+        most = most * 3 // 4
+    batches = math.ceil(len(chosen) / most)
+    return math.ceil(len(chosen) / max(batches, 1)) or 1
 
 
 class _Batch:
@@ -95,7 +106,6 @@ class _Batch:
         made: Written,
         rows: Sequence[tuple[str, int]],
         cap: int,
-        beside: Mapping[int, list[int]] | None,
     ) -> None:
         """`made` holds what stands before the ids of this batch, or whole answers of rows that are not in it."""
         self._teacher = teacher
@@ -103,7 +113,6 @@ class _Batch:
         self._rows = rows
         self._numbers = {row: number for number, row in enumerate(rows)}
         self._cap = cap
-        self._beside = beside
 
     def enough(self, number: int, ids: Sequence[Sequence[int]]) -> bool:
         """Whether a row needs no more ids; `ids` are those that all rows of the batch have so far."""
@@ -113,10 +122,9 @@ class _Batch:
 
     def limit(self, name: str, i: int, ids: Sequence[Sequence[int]]) -> int:
         """The largest length of an answer; without `ids`, all of the arm `full` are taken to be whole."""
-        if name == "full" or (self._beside is None and "full" not in self._made):
+        if name == "full" or "full" not in self._made:
             return self._cap
-        full = self._so_far("full", i, ids) if self._beside is None else self._beside[i]
-        return min(self._cap, 2 * max(RESPONSE_TOKENS, len(full)))
+        return min(self._cap, 2 * max(RESPONSE_TOKENS, len(self._so_far("full", i, ids))))
 
     def _so_far(self, name: str, i: int, ids: Sequence[Sequence[int]]) -> list[int]:
         number = self._numbers.get((name, i))

@@ -17,7 +17,7 @@ from trainer.data.synthesis import QUERY_TOKENS, messages
 from trainer.evaluation.answers import ARMS
 from trainer.evaluation.arms import RESPONSE_TOKENS
 from trainer.evaluation.clauses import CLAUSE_QUERIES
-from trainer.evaluation.writing import POSITIONS
+from trainer.evaluation.writing import MOST_ROWS
 from trainer.model.frozen import DTYPES, FrozenModel
 from trainer.model.memory import MemoryModel, free_bytes, held_bytes
 from trainer.optim.places import CASES, SCORED
@@ -204,12 +204,12 @@ def _evaluation(work: Work, model: FrozenModel, timing: Timing) -> float:
     if whole := 0 if config.scores_only else config.answer_tokens and min(config.answer_queries or queries, queries):
         longer = min(config.answer_tokens, _WHOLE_ANSWER)
         # Of the full prompt's answers the beginnings are there.
-        rows = len(ARMS) * whole
-        batches = math.ceil(rows * (work.suffix + config.answer_tokens) / POSITIONS)
+        rows = (len(ARMS) + 1) * whole  # one arm more tells what the full prompt says steadily
+        batches = math.ceil(rows / MOST_ROWS)
         decoded += batches * config.answer_tokens * timing.decode_step
         decoded += 1.3 * (rows * longer - whole * mean) * timing.decode_row
-        positions += rows * (work.suffix + longer)
-        scored += rows * (longer - mean)
+        positions += len(ARMS) * whole * (work.suffix + longer)
+        scored += len(ARMS) * whole * (longer - mean)
         sampled = 0
     if sampled:
         decoded += (2 + bool(config.summary)) * timing.decode(sampled, RESPONSE_TOKENS, mean)

@@ -137,10 +137,14 @@ def test_an_answer_twice_as_long_as_the_full_prompts_is_written_no_further(model
     arm = Arm.of_ids(model, [teacher.chat_ids(query) for query in QUERIES])
     whole = write_answers(teacher, {"be": arm}, [0, 1, 2], 300)["be"]
     assert [len(ids) for ids in whole.values()] == [300] * 3
-    beside = {0: [1] * 9, 1: [1] * 80, 2: [1] * 300}
-    made = write_answers(teacher, {"be": arm}, [0, 1, 2], 300, beside=beside)["be"]
-    assert [len(made[i]) for i in range(3)] == [128, 160, 300]
-    assert all(made[i] == whole[i][: len(made[i])] for i in range(3))
+    ends = {0: 9, 1: 80, 2: 300}  # where the full prompt's answers end
+    monkeypatch.setattr(teacher, "ended", lambda ids: ids in full)
+    full = [[1] * length for length in ends.values()]
+    begun = dict(enumerate(full))
+    made = write_answers(teacher, {"be": arm, "full": arm}, [0, 1, 2], 300, begun=begun)
+    assert made["full"] == begun
+    assert [len(made["be"][i]) for i in range(3)] == [128, 160, 300]
+    assert all(made["be"][i] == whole[i][: len(made["be"][i])] for i in range(3))
 
 
 def test_facts_ends_and_loops_are_counted(model):
@@ -161,9 +165,8 @@ def test_facts_ends_and_loops_are_counted(model):
         "none": answers("It is fact0.", *["No."] * 7, ends=range(8)),
         "be": answers("fact0", "FACT1", "fact2!", "fact3", "no", "fact55", loop, loop, ends=range(3)),
     }
-    unmarked = answers("fact0", "fact1", "No.", "fact3", "fact4", "fact5")
-    made["unmarked"] = {i: unmarked[i] for i in range(1, 6)}
-    found = whole_answers(Teacher(model, PROMPT), probes, made, 100, {3: KL(2.0, 1.0, 4), 5: KL(2.0, 0.0, 9)}, {})
+    made["unmarked"] = answers("fact0", "fact1", "No.", "fact3", "fact4", "fact5", "No.", "La.")
+    found = whole_answers(Teacher(model, PROMPT), probes, made, 100, {3: KL(2.0, 1.0, 4), 5: KL(2.0, 0.0, 9)})
     assert found.facts == Facts(probes=7, full=6, none=1, n=5, be=3, steady=4, be_steady=2)
     assert found.facts.kept == pytest.approx(0.6)
     assert found.stops == Stops(answers=8, full=4, be=3, kept=3)
@@ -205,7 +208,7 @@ def test_words_that_only_the_prompt_brings_are_counted():
     found = brought(prompt, asked, full, none)
     assert found == {0: {"marta", "quill", "keeper", "lighthouse"}, 1: {"greypoint"}, 2: {"admiral"}, 4: {"1987"}}
     be = {0: "Marta, keeper", 1: "No.", 2: "admiral!", 3: prompt, 4: "19 and 87"}
-    words = count_words(found, be, {0: "Marta Quill", 1: "Greypoint", 2: "Admiral"})
+    words = count_words(found, be, {0: "Marta Quill", 1: "Greypoint", 2: "Admiral", 3: "", 4: ""})
     assert words == Words(n=7, be=3, steady=4, be_steady=2)
     assert words.kept is None
     assert "says 3 of the 7 words" in words.line()
