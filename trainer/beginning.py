@@ -18,7 +18,7 @@ from trainer.optim.checkpoint import Checkpoint
 from trainer.optim.loop import Optimisation, Training, fit
 from trainer.optim.objectives import Distil
 from trainer.optim.places import Residue, find_literal, kept_words, queries_by_sentence
-from trainer.optim.starts import Start, find_start
+from trainer.optim.starts import Start, find_start, no_start
 from trainer.telling import Telling
 
 
@@ -86,7 +86,7 @@ class Beginner:
             start = Start(found.parameters["vectors"], kept.get("text"), kept.get("kl"), literal)
             return Beginning(self._token(start), start, True, bearing)
         with self.telling.timed("start"):
-            start = self._find(examples)
+            start = self._find(examples) if self.config.learned else no_start(self.model)
         bearing = {}
         if self.config.keep_text is not None:
             start = self._beside(kept_words(self.model, self.config.keep_text, self._room), start)
@@ -122,7 +122,7 @@ class Beginner:
     ) -> Start:
         """The learned vectors after a few steps alone: what they carry then needs no words."""
         config = self.config
-        if not config.probe_steps:
+        if not (config.probe_steps and config.learned):
             return start
         token = soft_token(start.vectors_KH.to(self.model.device), PROBE_RANK, config.seed)
         stages = [(distil(examples), config.probe_steps)]
@@ -154,6 +154,12 @@ class Beginner:
             )
         else:
             say("No words were taken: none fits the places, or the learned vectors do as well without.")
+        if not (found.ids or len(start.vectors_KH)):
+            raise InputError(
+                "The prompt has no word for a vector to begin at (what looks like a key is left out). Give --tokens 4."
+            )
+        if start.text is None and start.kl is None and not len(start.vectors_KH):
+            start = replace(start, kl=found.kl_with)
         return self._beside(found.ids, start), bearing
 
     def _beside(self, literal: tuple[int, ...], start: Start) -> Start:

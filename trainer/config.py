@@ -12,6 +12,8 @@ from be_serve.core.artifact import Placement
 from be_serve.core.errors import InputError
 from be_serve.core.redaction import holds_credentials
 
+TOKENS = 4
+"""Learned vectors where nothing else is asked for and the trainer chooses no words."""
 MAX_TOKENS = 16
 MAX_PLACES = 64
 PROBE_RANK = 64
@@ -50,8 +52,11 @@ class TrainConfig(BaseModel):
     """be_id of the token."""
     output: str
     """Token file to write."""
-    tokens: int = Field(default=4, ge=1, le=MAX_TOKENS)
-    """The number of learned vectors. The paper: 1."""
+    tokens: int | None = Field(default=None, ge=1, le=MAX_TOKENS)
+    """The number of learned vectors. The paper: 1.
+
+    None: TOKENS, or none beside words that the trainer chooses and trains: these carry the manner, too.
+    """
     places: Places | None = None
     """Number of vectors with literal places: words of the prompt before `tokens` learned ones. None: learned only.
 
@@ -182,8 +187,8 @@ class TrainConfig(BaseModel):
                 "lambda < 1 and reconstruct_steps need an [AE] file: make one with `be-serve train-ae --corpus TEXTS "
                 "-o ae.safetensors` and give it as --ae; reconstruction without one does harm"
             )
-        if isinstance(self.places, int) and self.literal and self.places <= self.tokens:
-            raise ValueError(f"places: {self.places} leave no literal place beside {self.tokens} learned vectors")
+        if isinstance(self.places, int) and self.literal and self.places <= self.learned:
+            raise ValueError(f"places: {self.places} leave no literal place beside {self.learned} learned vectors")
         if self.places is not None and self.literal and self.init in ("random", "mean") and self.keep_text is None:
             raise ValueError(
                 f"places: {self.init} says that nothing begins at words of the prompt, and places begin at some. Give "
@@ -221,37 +226,44 @@ class TrainConfig(BaseModel):
     @property
     def k(self) -> int:
         """The largest number of vectors that the token may have."""
-        return MAX_PLACES if self.places == "auto" else self.places or self.tokens
+        return MAX_PLACES if self.places == "auto" else self.places or self.tokens or TOKENS
 
     @property
     def learned(self) -> int:
         """The number of learned vectors."""
-        return self.tokens if self.literal else self.k
+        if not self.literal:
+            return self.k
+        words_alone = self.words_trained and self.keep_text is None and self.init == "search"
+        return self.tokens or (0 if words_alone else TOKENS)
+
+    @property
+    def words_trained(self) -> bool:
+        """Whether literal places are trained with the others."""
+        return self.places is not None and self.literal and not self.freeze_literal
 
     @property
     def trained(self) -> int:
         """The largest number of vectors that training moves."""
-        return self.tokens if self.freeze_literal else self.k
+        return self.learned if self.freeze_literal else self.k
 
     def resolved(self, prompt_tokens: int) -> TrainConfig:
         """The settings for a prompt of so many tokens: what depends on its length has a number.
 
         Raises InputError where the prompt is too short.
         """
-        if self.tokens > prompt_tokens:
-            raise InputError(
-                f"The prompt has {prompt_tokens} tokens, fewer than --tokens {self.tokens}: nothing to save."
-            )
         places = self.places
         if places is not None and self.literal:
             places = min(self.k, prompt_tokens // 2 if places == "auto" else prompt_tokens)
-            if places <= self.tokens and (self.keep_text or self.freeze_literal):
+            if places <= self.learned and (self.keep_text or self.freeze_literal):
                 raise InputError(f"The prompt has {prompt_tokens} tokens: too few for literal places.")
-            places = places if places > self.tokens else None
-        words = places is not None and self.literal and not self.freeze_literal
+            places = places if places > self.learned else None
+        words = places is not None and self.words_trained
         rank = self.rank if self.rank is not None else 0 if words else PROBE_RANK
         recall = self.recall if self.recall is not None else RECALL if words and self.keep_text is None else 0.0
-        return self.model_copy(update={"places": places, "rank": rank, "recall": recall})
+        found = self.model_copy(update={"places": places, "rank": rank, "recall": recall})
+        if found.k > prompt_tokens:
+            raise InputError(f"The prompt has {prompt_tokens} tokens, fewer than --tokens {found.k}: nothing to save.")
+        return found
 
     def peak_lr(self, embedding_rms: float) -> float:
         """The peak learning rate, for embeddings of that root mean square."""

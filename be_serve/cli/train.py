@@ -23,14 +23,12 @@ if TYPE_CHECKING:
 @click.option("-o", "--output", help="Token file to write. [default: <prompt file>.safetensors in the current folder]")
 @click.option("--id", "be_id", help="be_id of the token. [default: the output file's name without .safetensors]")
 @click.option("--queries", help="JSONL file of unlabeled queries. [default: be-serve's messages, and the model's own]")
-@click.option(
-    "--tokens", type=click.IntRange(1, 16), help="Learned vectors. Without --places, there are no others. [default: 4]"
-)
+@click.option("--tokens", type=click.IntRange(1, 16), help="Learned vectors. Without --places, there are no others.")
 @click.option(
     "--places",
     type=click.IntRange(1, 64),
-    help="Number of vectors in all. All but --tokens of them begin as words of the prompt: whoever has the token file "
-    "and the model can read these words. [default: 64, at most half of the prompt's tokens]",
+    help="Number of vectors in all. They begin as words of the prompt, all but --tokens of them if that is given: "
+    "whoever has the token file and the model can read these words. [default: 64, at most half of the prompt's tokens]",
 )
 @click.option(
     "--freeze-literal", is_flag=True, default=None, help="Leave these words as they are. Training moves the others."

@@ -271,8 +271,8 @@ def find_literal(residue: Residue, prompt: str, places: int, *, trained: bool) -
     """The words of the prompt for `places` literal places, beside the learned vectors of `residue`.
 
     They are the best phrases that fit, or the best words where the places are `trained`. The divergence of a few
-    answers decides only whether they stay: with it, the prompt's beginning won against phrases that said twice as
-    many facts.
+    answers decides only whether they stay beside learned vectors: with it, the prompt's beginning won against phrases
+    that said twice as many facts.
     """
     model = residue.model
     if trained:
@@ -282,4 +282,5 @@ def find_literal(residue: Residue, prompt: str, places: int, *, trained: bool) -
         ranked = rank(phrases(model, prompt), residue.votes)
     chosen = fill(ranked, places)
     without, kept = residue.divergence([(), chosen], residue.cases(ranked, CASES))
-    return Literal(chosen, without, kept) if kept < without else Literal((), without, without)
+    taken = kept < without or not len(residue.learned_KH)
+    return Literal(chosen, without, kept) if taken else Literal((), without, without)

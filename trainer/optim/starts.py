@@ -228,6 +228,11 @@ class _Case:
         return torch.cat(sums)
 
 
+def no_start(model: FrozenModel) -> Start:
+    """No learned vectors [0, H]."""
+    return Start(torch.zeros(0, model.hidden_size, device=model.device), None, None)
+
+
 def find_start(
     config: TrainConfig,
     model: FrozenModel,

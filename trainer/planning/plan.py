@@ -165,7 +165,7 @@ def plan_all(load: Callable[[], FrozenModel], runs: Sequence[tuple[TrainConfig, 
 
 def _start(work: Work, timing: Timing) -> float:
     config = work.config
-    if config.init != "search":
+    if config.init != "search" or not config.learned:
         return 0.0
     texts = _DESCRIPTIONS if config.learned > 1 else 0
     queries = min(config.search_queries, len(work.training))
@@ -186,7 +186,7 @@ def _places(work: Work, timing: Timing) -> float:
     row = work.row(min(SCORED, work.answer), room + config.learned)
     probed = work.row(work.answer, config.learned)
     scored = len(work.training) * (probed * timing.position + work.answer * timing.score_token)
-    probe = config.probe_steps * min(config.batch_size, len(work.training)) * probed
+    probe = bool(config.learned) * config.probe_steps * min(config.batch_size, len(work.training)) * probed
     return measured * row * timing.search_position + scored + probe * timing.step_position
 
 

@@ -74,14 +74,15 @@ def measure(model: FrozenModel, work: Work) -> Timing:
     first = _timed(learn)
     step = first if first > _LONG_STEP else min(first, _timed(learn))  # the first of a process is slow
     search = Search(model, examples[:1], config.placement)
-    candidates = [[1] * config.learned] * 16
+    learned = max(1, config.learned)
+    candidates = [[1] * learned] * 16
     tokens = min(SCREEN_TOKENS, len(answer))
     looked = _timed(lambda: search._score(candidates, search._cases, tokens))
     return Timing(
         decode_step=max(0.0, few - 4 * per_row),
         decode_row=per_row,
         position=seconds / sum(row.length(0) for row in rows),
-        search_position=looked / (16 * (distil.rows[0].length(config.learned) - len(answer) + tokens)),
+        search_position=looked / (16 * (distil.rows[0].length(learned) - len(answer) + tokens)),
         score_token=scored / (2 * 2 * len(answer)),
         step_position=step / part.positions,
     )

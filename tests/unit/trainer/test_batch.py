@@ -105,7 +105,7 @@ def test_a_changed_input_is_trained_again(here, tiny_model_dir):
     assert (here / "runs" / "prompts" / "captain" / "evaluation.json").exists()
     found, status = train(tiny_model_dir, "--batch-file", changed, "-o", "out", "--fresh")
     assert status == 0
-    assert found["tokens"][0]["k"] == 4
+    assert found["tokens"][0]["k"] == 16
 
 
 def test_rows_of_one_prompt_share_the_teacher(here, tiny_model_dir):

@@ -298,21 +298,27 @@ def test_words_are_the_default_and_what_excludes_them_leaves_them_out():
         found = make_config({**base, **given}).resolved(prompt_tokens)
         return found.k, found.learned, found.places is not None and found.literal, found.rank, found.recall
 
-    assert settings() == (64, 4, True, 0, 0.25)
-    assert settings(100) == (50, 4, True, 0, 0.25)  # at most half of the prompt
-    assert settings(100, places=64) == (64, 4, True, 0, 0.25)
-    assert settings(40, places=64) == (40, 4, True, 0, 0.25)
-    assert settings(8) == (4, 4, False, 64, 0)
+    assert settings() == (64, 0, True, 0, 0.25)
+    assert settings(100) == (50, 0, True, 0, 0.25)  # at most half of the prompt
+    assert settings(100, places=64) == (64, 0, True, 0, 0.25)
+    assert settings(40, places=64) == (40, 0, True, 0, 0.25)
+    assert settings(8) == (4, 0, True, 0, 0.25)
+    assert settings(places=64, tokens=4) == (64, 4, True, 0, 0.25)
+    assert settings(places=64, init="text:a b") == (64, 4, True, 0, 0.25)
+    assert settings(places=64, keep_text="a b") == (64, 4, True, 0, 0)
+    assert settings(freeze_literal=True) == (64, 4, True, 64, 0)
     assert settings(tokens=4) == (4, 4, False, 64, 0)
     assert settings(literal=False) == (4, 4, False, 64, 0)
     assert settings(init="random") == (4, 4, False, 64, 0)
     assert settings(literal=False, places=32) == (32, 32, False, 64, 0)
     assert settings(places=32, tokens=8, freeze_literal=True) == (32, 8, True, 64, 0)
-    assert settings(places=32, rank=8, recall=0.5) == (32, 4, True, 8, 0.5)
+    assert settings(places=32, rank=8, recall=0.5) == (32, 0, True, 8, 0.5)
     with pytest.raises(InputError, match="too few for literal places"):
         settings(8, keep_text="a")
     with pytest.raises(InputError, match="fewer than --tokens 16"):
         settings(8, tokens=16)
+    with pytest.raises(InputError, match="has 1 tokens"):
+        settings(1)
 
 
 def test_options_exclude_the_words_of_a_settings_file():
