@@ -53,8 +53,8 @@ def read_points(model: FrozenModel, runs: Path, capacity: Capacity) -> list[Poin
         fit = will_it_fit(model, prompt, capacity)
         tokens = len(model.slots.prompt_ids(prompt, template_kwargs=model.template_kwargs))
         kl_none = evaluation["arms"]["none"]["kl"]
-        share = fit.share(config.tokens)
-        found.append(Point(config.id, tokens, config.tokens, fit.demand_bits, share, kl_none, evaluation["rho"]))
+        k = int(evaluation["k"])
+        found.append(Point(config.id, tokens, k, fit.demand_bits, fit.share(k), kl_none, evaluation["rho"]))
     if not found:
         raise InputError(f"No finished run below {runs}.")
     return found
