@@ -1,9 +1,10 @@
-"""Literal places: places of a token that hold the embeddings of words, chosen from the prompt by divergence.
+"""Literal places: places of a token that begin as the embeddings of words, chosen from the prompt by divergence.
 
 A few learned vectors carry a prompt's manner. Its names and numbers hardly enter them: what is left of the
-divergence stands on the words of the answers that the prompt itself holds. So the words are kept as they are.
-A phrase of the prompt is a run of its tokens up to a comma, colon, full stop or line break. Phrases are ranked by
-the divergence that the learned vectors leave on the words that the phrase holds, for each of its places.
+divergence stands on the words of the answers that the prompt itself holds. So a token begins at these words, or
+keeps them beside the vectors. Words that are trained are ranked by this divergence and by how little the model
+expects them (`rank_words`). Words that stay are kept as phrases, runs of the prompt's tokens up to a comma, colon,
+full stop or line break, ranked by the divergence that the vectors leave on their words, for each place (`rank`).
 """
 
 from __future__ import annotations
@@ -190,7 +191,10 @@ def kept_words(model: FrozenModel, text: str, places: int) -> tuple[int, ...]:
 
 
 class Residue:
-    """What learned vectors [K, H] leave of the divergence on examples, and what words before them take off it."""
+    """What learned vectors [K, H] leave of the divergence on examples, and what words before them take off it.
+
+    K may be 0: what the model does without a prompt.
+    """
 
     def __init__(
         self,
