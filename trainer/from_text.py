@@ -16,7 +16,7 @@ def identity_token(model: FrozenModel, prompt: str, be_id: str, *, with_prompt: 
     ids = model.slots.prompt_ids(prompt, template_kwargs=model.template_kwargs)
     manifest = Manifest(
         id=be_id,
-        base_model=BaseModelRef(name=model.name, revision=model.revision, fingerprint=model.fingerprint),
+        base_model=BaseModelRef.of(model.name, model.revision, model.fingerprint),
         hidden_size=model.hidden_size,
         k=len(ids),
         literal=len(ids),

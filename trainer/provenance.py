@@ -82,7 +82,7 @@ def make_token(
         recipe["start"] = start.text  # words of the prompt
     manifest = Manifest(
         id=config.id,
-        base_model=BaseModelRef(name=model.name, revision=model.revision, fingerprint=model.fingerprint),
+        base_model=BaseModelRef.of(model.name, model.revision, model.fingerprint),
         hidden_size=model.hidden_size,
         k=len(vectors_KH),
         literal=len(start.literal),

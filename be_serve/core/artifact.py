@@ -48,6 +48,19 @@ Vectors = NDArray[np.float32]
 _DTYPE_MAX = {"float32": 3.4028234663852886e38, "bfloat16": 3.3895313892515355e38, "float16": 65504.0}
 
 
+def told_name(name: str) -> str:
+    """What a file that travels says of a model: of a path its last part, of a hub's snapshot the repository.
+
+    The folders above are nobody's business.
+    """
+    path = Path(name)
+    if not (path.is_absolute() or name.startswith(("~", ".")) or path.exists()):
+        return name
+    if path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--"):
+        return path.parent.parent.name.removeprefix("models--").replace("--", "/")
+    return path.resolve().name or name
+
+
 class BaseModelRef(BaseModel):
     """The frozen model that a token was trained for."""
 
@@ -56,6 +69,11 @@ class BaseModelRef(BaseModel):
     name: str = Field(max_length=512)
     revision: str | None = Field(default=None, max_length=128)
     fingerprint: Fingerprint
+
+    @classmethod
+    def of(cls, name: str, revision: str | None, fingerprint: Fingerprint) -> BaseModelRef:
+        """The model of this name or path, told as `told_name` tells it."""
+        return cls(name=told_name(name), revision=revision, fingerprint=fingerprint)
 
     @field_validator("name", "revision")
     @classmethod

@@ -35,7 +35,7 @@ def make_token(folder: Path, model: str, revision: str | None, ids: Sequence[int
     vectors = embedding_rows(folder, ids)
     manifest = Manifest(
         id=BENCH_ID,
-        base_model=BaseModelRef(name=model, revision=revision, fingerprint=fingerprint),
+        base_model=BaseModelRef.of(model, revision, fingerprint),
         hidden_size=vectors.shape[1],
         k=vectors.shape[0],
         template_digest=fingerprint.chat_template,

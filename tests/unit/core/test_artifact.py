@@ -224,3 +224,20 @@ def test_any_flipped_bytes_give_a_token_or_a_refusal(flips):
 def test_any_bytes_give_a_refusal(data):
     with pytest.raises(BEError):
         Token.from_bytes(data)
+
+
+def test_a_manifest_tells_no_folders(tmp_path, monkeypatch):
+    """Its file goes to other people: a path says who trained it, and where."""
+    (tmp_path / "llama").mkdir()
+    monkeypatch.chdir(tmp_path)
+    named = {
+        "org/model": "org/model",
+        "builtin:smollm2-135m-instruct": "builtin:smollm2-135m-instruct",
+        "/home/anna/secret-project/qwen.gguf": "qwen.gguf",
+        "~/models/qwen/": "qwen",
+        "../models/qwen": "qwen",
+        "llama": "llama",
+        str(tmp_path / "llama"): "llama",
+        "/hub/models--org--model/snapshots/0a1b2c": "org/model",
+    }
+    assert {name: BaseModelRef.of(name, None, MADE_FOR).name for name in named} == named
