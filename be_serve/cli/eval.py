@@ -121,7 +121,14 @@ def command(
     if not others and prompt_sha256(prompt) != token.manifest.prompt.sha256:
         click.echo("Warning: the token was trained for another prompt (the SHA-256 differs).", err=True)
     made_for = token.manifest.base_model
-    found = resolve_model(model or made_for.name, revision=None if model else made_for.revision)
+    try:
+        found = resolve_model(model or made_for.name, revision=None if model else made_for.revision)
+    except InputError as exc:
+        if model:
+            raise
+        raise InputError(
+            f"{exc} The token tells its model's name ({made_for.name}), not where it lies: give --model."
+        ) from exc
 
     import torch
     from tqdm import tqdm

@@ -38,7 +38,7 @@ def test_train_eval_inspect(here, train, tiny_model_dir):
     assert (manifest.id, manifest.k, manifest.placement, manifest.seed) == ("captain", 2, "system", 0)
     assert manifest.prompt.sha256 == prompt_sha256(PROMPT)
     assert manifest.prompt.text is None
-    assert manifest.base_model.name == str(tiny_model_dir)
+    assert manifest.base_model.name == tiny_model_dir.name
     assert manifest.recipe["steps"] == 3
     assert not any("/" in str(value) for value in manifest.recipe.values())
     assert manifest.quality["rho"] == pytest.approx(result["rho"], abs=1e-4)
@@ -64,7 +64,7 @@ def test_train_eval_inspect(here, train, tiny_model_dir):
         be_serve(
             *["eval", "tokens/captain.safetensors", "--prompt", "captain.txt", "--queries", folder / "heldout.jsonl"],
             *["--dtype", "float32", "--summary", "Rhyme.", "--clauses", "--report", "report.html", "--json"],
-            *["--checks", "checks.json", "--check-tokens", 8, "--answer-tokens", 70],
+            *["--checks", "checks.json", "--check-tokens", 8, "--answer-tokens", 70, "--model", tiny_model_dir],
         )
     )
     assert "captain" in (here / "report.html").read_text()
@@ -101,7 +101,7 @@ def test_train_eval_inspect(here, train, tiny_model_dir):
     assert "captain" in be_serve("inspect", "tokens/captain.safetensors")
 
 
-def test_tokens_stand_together_and_are_a_start(here, train):
+def test_tokens_stand_together_and_are_a_start(here, train, tiny_model_dir):
     """Two tokens in one slot, measured as they are and trained on from there."""
     for name, init in (("a", "text:harbour"), ("b", "mean")):
         train("--queries", "q.jsonl", "--tokens", 1, "-o", f"{name}.safetensors", "--init", init)
@@ -111,6 +111,8 @@ def test_tokens_stand_together_and_are_a_start(here, train):
         "q.jsonl",
         "--prompt",
         "both.txt",
+        "--model",
+        tiny_model_dir,
         "--dtype",
         "float32",
         "--samples",
@@ -362,12 +364,18 @@ def test_from_text(here, tiny_model_dir):
     assert token.manifest.recipe == {"method": "from-text"}
     evaluated = last_json(
         be_serve(
-            *["eval", "self.safetensors", "--prompt", "captain.txt", "--queries", "q.jsonl"],
+            *["eval", "self.safetensors", "--prompt", "captain.txt", "--queries", "q.jsonl", "--model", tiny_model_dir],
             *["--dtype", "float32", "--samples", 0, "--answer-tokens", 0, "--json"],
         )
     )
     assert abs(evaluated["arms"]["be"]["kl"]) < 1e-4
     assert evaluated["samples"] == []
+
+
+def test_a_token_of_a_local_folder_is_evaluated_with_that_folder_given(here, tiny_model_dir):
+    be_serve("from-text", "captain.txt", "--model", tiny_model_dir, "-o", "self.safetensors")
+    with pytest.raises(InputError, match=rf"The token tells its model's name \({tiny_model_dir.name}\).*give --model"):
+        be_serve("eval", "self.safetensors", "--prompt", "captain.txt", "--queries", "q.jsonl")
 
 
 def test_refusals(here, train, tiny_model_dir, tmp_path_factory):
