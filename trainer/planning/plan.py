@@ -90,7 +90,7 @@ class Plan:
             "load": "the model",
             "queries": f"{source}: {len(work.training)} to train on, {work.held_out} held out",
             "teacher": f"{len(work.training)} answers of up to {config.response_tokens} tokens, {_writer(config)}",
-            "start": f"{config.init.partition(':')[0]}",
+            "start": config.init.partition(":")[0] if config.learned else "words of the prompt",
             "training": f"{config.reconstruct_steps + config.steps} steps of {config.batch_size} queries",
             "evaluation": f"{work.held_out} queries, {work.clauses} sentences left out in turn",
         }
