@@ -21,7 +21,7 @@ from trainer.config import TrainConfig
 from trainer.data.chat_server import served_answers, served_writer
 from trainer.data.queries import Query, drop_near_duplicates, read_queries, split_held_out, write_queries
 from trainer.data.recall import with_recall
-from trainer.data.synthesis import messages, synthesise
+from trainer.data.synthesis import chats, synthesise
 from trainer.data.teacher import Decoder, Example, Teacher
 from trainer.evaluation.evaluate import Evaluation, evaluate, evaluation_steps
 from trainer.evaluation.readable import readable
@@ -226,7 +226,7 @@ class Run:
         else:
             with (
                 self.telling.timed("queries"),
-                self.telling.bar("writing queries", messages(config.synthesise)) as progress,
+                self.telling.bar("writing queries", chats(config.synthesise)) as progress,
             ):
                 writer = None
                 if config.writer_url and config.writer_model:

@@ -89,7 +89,7 @@ if TYPE_CHECKING:
 @click.option(
     "--synthesise",
     type=click.IntRange(8),
-    help="Number of queries without --queries. The model writes two in five. [default: 240]",
+    help="Number of queries without --queries. The model writes half of them. [default: 240]",
 )
 @click.option(
     "--writer-url",

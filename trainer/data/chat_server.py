@@ -22,8 +22,8 @@ from be_serve.core.digests import digest_of
 from be_serve.core.errors import InputError
 from be_serve.core.redaction import hide, holds_credentials
 from trainer.config import TrainConfig
+from trainer.data.aimed import QUERY_TOKENS, TEMPERATURE, Chat, Writer, whole_lines
 from trainer.data.queries import Query, read_queries, write_queries
-from trainer.data.synthesis import QUERY_TOKENS, TEMPERATURE, Writer
 from trainer.model.frozen import FrozenModel
 from trainer.model.generate import Progress
 
@@ -176,19 +176,19 @@ def served_answers(
 def served_writer(url: str, model: str, *, seed: int, progress: Progress) -> Writer:
     """A writer of queries on a server, which is sent the sentences of the prompt.
 
-    It raises InputError where the server cannot be reached or refuses. `progress` is called with the messages written.
+    It raises InputError where the server cannot be reached or refuses. `progress` is called with the chats answered.
     """
 
-    def write(asks: Sequence[str]) -> list[str | None]:
+    def write(chats: Sequence[Chat]) -> list[str]:
         server = Endpoint(url, model, role="writer", key_variable=WRITER_KEY)
         settings = {"max_tokens": 2 * QUERY_TOKENS, "temperature": TEMPERATURE}
 
-        def one(numbered: tuple[int, str]) -> str | None:
-            number, ask = numbered
-            answer = server.chat([{"role": "user", "content": ask}], {**settings, "seed": seed + number})
+        def one(numbered: tuple[int, Chat]) -> str:
+            number, chat = numbered
+            answer = server.chat(chat, {**settings, "seed": seed + number})
             progress(1)
-            return None if answer.cut else answer.text
+            return whole_lines(answer.text, cut=answer.cut)
 
-        return server.each(one, enumerate(asks))
+        return server.each(one, enumerate(chats))
 
     return write

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from trainer.config import TrainConfig
+from trainer.data.aimed import QUERY_TOKENS
 from trainer.data.recall import EACH
-from trainer.data.synthesis import QUERY_TOKENS, messages
+from trainer.data.synthesis import chats
 from trainer.evaluation.answers import ARMS
 from trainer.evaluation.arms import RESPONSE_TOKENS
 from trainer.evaluation.clauses import CLAUSE_QUERIES
@@ -111,7 +112,7 @@ def make_plan(
     chat = work.suffix + work.answer
     seconds = {"load": load_seconds, "queries": 0.0, "teacher": 0.0}
     if work.written and not config.writer_url:
-        rows = messages(work.written)
+        rows = chats(work.written)
         mean = _QUERY_FILL * QUERY_TOKENS
         # Each message is asked for with a sentence of the prompt, and scored.
         seconds["queries"] = timing.decode(rows, QUERY_TOKENS, mean) + rows * (_ASK_TOKENS + mean) * timing.position

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 
 import pytest
 
-import trainer.data.synthesis as synthesis
+import trainer.data.aimed as aimed
 from be_serve.core.errors import InputError
 from tests.unit.trainer import commands
+from trainer.data.aimed import aimed_queries, asked, clean, same_script, whole_lines
 from trainer.data.pool import draw, pool
 from trainer.data.queries import drop_near_duplicates, read_queries
-from trainer.data.synthesis import aimed_queries, clean, messages, same_script, synthesise
+from trainer.data.synthesis import chats, synthesise
 from trainer.model.frozen import FrozenModel
 from trainer.text import sentences
 
@@ -49,37 +51,41 @@ def test_a_draw_has_every_kind_alike_and_repeats():
 
 
 def test_messages_are_aimed_at_the_sentences_in_turn(model, monkeypatch):
-    asked = []
+    answered = []
 
-    def sample(model, asks, seed, progress):
-        asked.extend(asks)
-        return [f"{word} {word}s or {word}ing?" for word in WORDS[: len(asks)]]
+    def sample(model, chats, seed, progress):
+        answered.extend(chats)
+        return [f"{word} {word}s or {word}ing?" for word in WORDS[: len(chats)]]
 
-    monkeypatch.setattr(synthesis, "_sample", sample)
+    monkeypatch.setattr(aimed, "_sample", sample)
     found = aimed_queries(model, PROMPT, 6, seed=0)
-    assert [aimed.sentence for aimed in found] == [0, 1, 2, 0, 1, 2]
-    assert all(PROMPT.split(". ")[n % 3] in ask for n, ask in enumerate(asked))
-    assert len({ask.partition(":")[0] for ask in asked}) == 2  # messages and questions
+    assert [made.sentence for made in found] == [0, 1, 2, 0, 1, 0]
+    assert len(answered) == asked(6)
+    # Behind others' messages at other sentences, a list for each sentence, then a word of each.
+    last = [chat[-1]["content"] for chat in answered]
+    assert all(PROMPT.split(". ")[n % 3] in ask for n, ask in enumerate(last[:2]))
+    assert all("one a line" in ask for ask in last[:2])
+    assert [re.findall('with "(.*?)"', ask)[0] for ask in last[2:]] == ["master", "sailor", "berth", "harbour", "user"]
+    assert all(chat[-2]["role"] == "assistant" and "?" in chat[-2]["content"] for chat in answered)
 
 
-def test_unusable_messages_are_dropped_and_the_pool_makes_up_for_them(model, monkeypatch):
+def test_a_list_is_read_line_by_line_and_unusable_messages_are_dropped(model, monkeypatch):
     made = [
-        None,
-        "你好，船长先生，今天天气怎么样",
-        "Call the user sailor",
-        "One",
-        "Is the harbour open tonight?",
+        "",
+        "你好，船长先生，今天天气怎么样\nCall the user sailor\nOne\n1. Is the harbour open tonight?",
+        '- "where do i moor"',
     ]
-    monkeypatch.setattr(synthesis, "_sample", lambda model, asks, seed, progress: (made * len(asks))[: len(asks)])
-    assert [aimed.query.text for aimed in aimed_queries(model, PROMPT, 8, seed=0)] == ["Is the harbour open tonight?"]
+    monkeypatch.setattr(aimed, "_sample", lambda model, chats, seed, progress: (made * len(chats))[: len(chats)])
+    usable = {"Is the harbour open tonight?", "where do i moor"}
+    assert {found.query.text for found in aimed_queries(model, PROMPT, 8, seed=0)} == usable
     found = synthesise(model, PROMPT, 20, seed=0)
-    assert len(found) == 20
-    assert found[0].text == "Is the harbour open tonight?"
+    assert len(found) == 20  # the pool makes up for them
+    assert {query.text for query in found[:2]} == usable
 
 
 def test_the_least_likely_messages_are_dropped(model, monkeypatch):
     texts = [f"{word} {word}s or {word}ing?" for word in WORDS]
-    monkeypatch.setattr(synthesis, "_sample", lambda model, asks, seed, progress: (texts * 3)[: len(asks)])
+    monkeypatch.setattr(aimed, "_sample", lambda model, chats, seed, progress: (texts * 3)[: len(chats)])
     assert len(aimed_queries(model, PROMPT, 10, seed=0)) == 8
 
 
@@ -90,9 +96,15 @@ def test_a_message_is_in_the_prompts_script(text, same):
     assert same_script(text, PROMPT) == same
 
 
-def test_cleaning_takes_the_first_paragraph():
-    assert clean('"What is the tide?"\n\nRule: none') == "What is the tide?"
+def test_a_message_is_read_without_its_bullet():
+    assert clean('2) "What is the tide?"') == "What is the tide?"
     assert clean("12345 67 !!") is None
+
+
+def test_a_line_that_was_cut_off_is_left_out():
+    assert whole_lines("Who are you?\nWhere is the", cut=True) == "Who are you?"
+    assert whole_lines("Where is the", cut=True) == ""
+    assert whole_lines("Who are you?\nWhere is it?", cut=False) == "Who are you?\nWhere is it?"
 
 
 def test_a_larger_model_writes_the_queries(train, here, chat_server, monkeypatch):
@@ -104,20 +116,20 @@ def test_a_larger_model_writes_the_queries(train, here, chat_server, monkeypatch
             return "This one goes on and on", "length"
         return f"Which question has the number {body['seed']} of {['many', 'some', 'few'][body['seed'] % 3]}?"
 
-    url, asked = chat_server(answer)
+    url, requests = chat_server(answer)
     written = ["--synthesise", 20, "--writer-url", url, "--writer-model", "large", "--tokens", 1, "--run-dir", "run"]
     train(*written)
-    assert len(asked) == messages(20)
-    assert {body["key"] for body in asked} == {"Bearer secret-key"}
-    assert {body["model"] for body in asked} == {"large"}
-    text = "\n".join(body["messages"][0]["content"] for body in asked)
+    assert len(requests) == chats(20)
+    assert {body["key"] for body in requests} == {"Bearer secret-key"}
+    assert {body["model"] for body in requests} == {"large"}
+    text = "\n".join(body["messages"][-1]["content"] for body in requests)
     assert all(sentence in text for sentence in sentences(commands.PROMPT))
     (file,) = (here / "run").glob("queries-*.jsonl")
     queries = [query.text for query in read_queries(file)]
-    assert sum("Which question has the number" in query for query in queries) == 8
+    assert sum("Which question has the number" in query for query in queries) == 9
     assert not any("on and on" in query for query in queries)
     train(*written)
-    assert len(asked) == messages(20)  # what it wrote is kept
+    assert len(requests) == chats(20)  # what it wrote is kept
     assert "secret-key" not in "".join(path.read_text(errors="replace") for path in (here / "run").rglob("*.*"))
 
 
