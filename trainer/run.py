@@ -282,7 +282,14 @@ class Run:
         with self.telling.timed("teacher"), self.telling.bar("asking the teacher", len(training)) as progress:
             return served_answers(self.config, self.model, self.prompt, training, self.cache, progress)
 
-    def _distil(self, examples: list[Example], literal: Sequence[int] = (), *, tau: float | None = None) -> Distil:
+    def _distil(
+        self,
+        examples: list[Example],
+        literal: Sequence[int] = (),
+        *,
+        tau: float | None = None,
+        focused: bool = False,
+    ) -> Distil:
         config = self.config
         return Distil(
             self.model,
@@ -292,6 +299,7 @@ class Run:
             batch_size=config.batch_size,
             seed=config.seed,
             literal_LH=self.model.embed(literal) if literal else None,
+            focused=focused,
         )
 
     def _optimisation(self) -> Optimisation:
@@ -307,7 +315,7 @@ class Run:
 
     def _stages(self, examples: list[Example], literal: Sequence[int]) -> list[tuple[Stage, int]]:
         config, model = self.config, self.model
-        stage: Stage = self._distil(examples, literal)
+        stage: Stage = self._distil(examples, literal, focused=config.words_trained)
         stages: list[tuple[Stage, int]] = []
         if config.ae is not None:
             from trainer.optim.autoencoder import load_ae

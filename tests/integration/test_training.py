@@ -116,7 +116,7 @@ def test_a_run_on_the_real_model_resumes_with_the_same_curve(model, examples, tm
         token = SoftToken(start)
         for steps in parts:
             # The schedule is that of six steps either way; the first part is cut off after three.
-            stage = Distil(model, examples, batch_size=2)
+            stage = Distil(model, examples, batch_size=2, focused=True)
             stages = [(stage if steps == 6 else _Cut(stage, steps), 6)]
             try:
                 settings = Optimisation(lr=1e-2, checkpoint_every=3)
@@ -142,6 +142,12 @@ class _Cut:
         if step == self.steps:
             raise self.Done
         return self.stage.parts(vectors, step)
+
+    def told(self):
+        return self.stage.told()
+
+    def recall(self, rows):
+        self.stage.recall(rows)
 
 
 def test_the_shipped_ae_repeats_a_text_better_than_a_plain_word(model):

@@ -91,9 +91,12 @@ class Training:
         if found:
             self.index, self.step = found.stage, found.step
         self._log.keep(self.index, self.step)
-        self.seconds_before = [float(row["seconds"]) for row in self._log.rows()]
+        rows = self._log.rows()
+        self.seconds_before = [float(row["seconds"]) for row in rows]
         """The same of the steps that an interrupted run had done."""
         self._optimiser = self._new_optimiser()
+        if found and self.live:
+            self.stages[self.index][0].recall([row for row in rows if row["stage_index"] == self.index])
         if found:
             _restore(found, token, self._optimiser)
             self.best = Best(*found.best) if found.best else None
@@ -158,6 +161,7 @@ class Training:
                 "gradient": float(norm),
                 "positions": positions,
                 "seconds": round(seconds, 4),
+                **stage.told(),
                 **self._validated(steps),
             }
         )

@@ -7,16 +7,17 @@
     Tune          baseline         prompt tuning: cross-entropy of the responses
     Memorise      baseline, probe  a text from the vectors alone
 
-A step's batch depends on the step and the seed alone, so a resumed run sees the same data.
+A step's batch depends on the step, the seed and the losses of the steps before, which the log keeps: a resumed run
+sees the same data.
 Parts are data: the parts of many tokens go through the model in one forward pass.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -30,6 +31,11 @@ from trainer.model.soft_token import Context, Row, scored_states
 from trainer.optim.losses import hidden_kl, hidden_reconstruction
 
 _SORTED_BATCHES = 8
+_REDRAWN = 4
+"""A quarter of the examples are drawn at a time, by the divergences that are known then."""
+_FOCUS = 0.7
+_AT_LEAST = 1.0
+"""Nats that every example is taken to have: none is forgotten."""
 _ALL = slice(None)
 
 
@@ -117,6 +123,24 @@ class Stage(Protocol):
         """The parts of `step`; the step's loss is the weighted sum of their means."""
         ...
 
+    def told(self) -> dict[str, Any]:
+        """What the log keeps of the last step, so that `recall` can go on from there."""
+        ...
+
+    def recall(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Take up the steps that an interrupted run has done, from the rows of its log."""
+        ...
+
+
+class Forgetful:
+    """A stage whose batches do not depend on the steps before."""
+
+    def told(self) -> dict[str, Any]:
+        return {}
+
+    def recall(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        pass
+
 
 def part_losses(model: FrozenModel, parts: Sequence[Part]) -> list[Tensor]:
     """Mean loss of each part, with a gradient to its vectors alone, from one forward pass."""
@@ -170,6 +194,45 @@ class BatchPlan:
         yield from batches
 
 
+class FocusedPlan:
+    """Each example once, then those more often on which the token is farthest from the teacher.
+
+    On many a message a prompt bears little, and a token is right after one look. A later batch is drawn without
+    replacement, by the divergence [nats] that an example had when it was last seen.
+    """
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
+        self.divergence: list[float] = [0.0] * len(lengths)
+        """KL of each example's whole response when it was last seen, in nats."""
+        self._lengths = lengths
+        self._size = min(batch_size, len(lengths))
+        self._rng = random.Random(f"focused {seed}")  # noqa: S311
+        self._first = BatchPlan(lengths, batch_size, seed)
+        self._steps: list[list[int]] = []
+        self._queue: list[list[int]] = []
+
+    def __call__(self, step: int) -> list[int]:
+        """Indices of the examples of a step: one that was planned already, or the next."""
+        if step < len(self._lengths) // self._size:
+            return self._first(step)
+        planned = step - len(self._lengths) // self._size
+        if planned == len(self._steps):
+            self._queue = self._queue or self._draw()
+            self._steps.append(self._queue.pop())
+        return self._steps[planned]
+
+    def _draw(self) -> list[list[int]]:
+        count = max(self._size, len(self._lengths) // _REDRAWN // self._size * self._size)
+        weights = [(divergence + _AT_LEAST) ** _FOCUS for divergence in self.divergence]
+        # Efraimidis and Spirakis, 2006: the largest u^(1/w) are a sample without replacement by weight.
+        keys = [self._rng.random() ** (1 / weight) for weight in weights]
+        drawn = sorted(range(len(keys)), key=lambda i: -keys[i])[:count]
+        drawn.sort(key=lambda i: self._lengths[i])
+        batches = [drawn[i : i + self._size] for i in range(0, count, self._size)]
+        self._rng.shuffle(batches)
+        return batches
+
+
 def student_row(model: FrozenModel, query: Query, response: Sequence[int], placement: Placement) -> Row:
     """The student's input for a query: exactly the ids that a server puts around the vectors."""
     slot = model.slots.render(query.messages, placement=placement, template_kwargs=model.template_kwargs)
@@ -177,7 +240,10 @@ def student_row(model: FrozenModel, query: Query, response: Sequence[int], place
 
 
 class Distil:
-    """Stage 2: KL between the teacher's and the student's distributions over the response, Eq. 3."""
+    """Stage 2: KL between the teacher's and the student's distributions over the response, Eq. 3.
+
+    `focused`: batches by `FocusedPlan`.
+    """
 
     name = "distil"
 
@@ -191,6 +257,7 @@ class Distil:
         batch_size: int = 8,
         seed: int = 0,
         literal_LH: Tensor | None = None,
+        focused: bool = False,
     ) -> None:
         """`literal_LH` are the first of the vectors that `parts` gets, which stay as they are."""
         self.model = model
@@ -206,24 +273,46 @@ class Distil:
             )
             self._context, self._literal = Context.of(model, rows_PH), len(literal_LH)
             self.rows = [replace(row, before=()) for row in self.rows]
-        self.plan = BatchPlan([row.length(0) for row in self.rows], batch_size, seed)
+        lengths = [row.length(0) for row in self.rows]
+        self.plan: BatchPlan | FocusedPlan = (FocusedPlan if focused else BatchPlan)(lengths, batch_size, seed)
+        self._batch: list[int] = []
 
     def parts(self, vectors_KH: Tensor, step: int) -> list[Part]:
-        return [self.part(vectors_KH, self.plan(step))]
+        self._batch = self.plan(step)
+        return [self.part(vectors_KH, self._batch)]
+
+    def told(self) -> dict[str, Any]:
+        if not isinstance(self.plan, FocusedPlan):
+            return {}
+        return {"examples": [[i, self.plan.divergence[i]] for i in self._batch]}
+
+    def recall(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        if isinstance(self.plan, FocusedPlan):
+            for step, row in enumerate(rows):
+                self.plan(step)  # a batch is drawn by the divergences of its time
+                for i, divergence in row.get("examples", ()):
+                    self.plan.divergence[i] = divergence
 
     def part(self, vectors_KH: Tensor, batch: Sequence[int]) -> Part:
         """The part that feeds the examples of these numbers."""
         teacher_NH = torch.cat([self.examples[i].states_TH for i in batch])
+        kl_N = torch.zeros(len(teacher_NH))
 
         def loss(states_nH: Tensor, at: slice = _ALL) -> Tensor:
-            return hidden_kl(teacher_NH[at].to(states_nH.device), states_nH, self.model.head, tau=self.tau)
+            kl_n = hidden_kl(teacher_NH[at].to(states_nH.device), states_nH, self.model.head, tau=self.tau)
+            if isinstance(self.plan, FocusedPlan):
+                kl_N[at] = kl_n.detach().float().cpu()
+                counts = [len(self.examples[i].response) for i in batch]
+                for i, own in zip(batch, kl_N.split(counts), strict=True):
+                    self.plan.divergence[i] = float(own.sum())
+            return kl_n
 
         name = "kl" if self.tau == 1 else "softened kl"  # what stands in the log as kl is KL
         rows = [self.rows[i] for i in batch]
         return Part(name, rows, vectors_KH[self._literal :], loss, context=self._context)
 
 
-class Tune:
+class Tune(Forgetful):
     """Prompt tuning (Lester et al., arXiv 2104.08691): cross-entropy of the responses. A baseline."""
 
     name = "tune"
@@ -236,7 +325,7 @@ class Tune:
         return [replace(_reconstruction(self.distil.model, rows, vectors_KH), name="nll")]
 
 
-class Reconstruct:
+class Reconstruct(Forgetful):
     """Stage 1: the prompt from [BE][AE], without a template, Eq. 2. The [AE] stays as it is."""
 
     name = "reconstruct"
@@ -250,7 +339,7 @@ class Reconstruct:
         return [_reconstruction(self.model, [self.row], torch.cat([vectors_KH, self.ae_1H]))]
 
 
-class Memorise:
+class Memorise(Forgetful):
     """A text from the vectors alone: the memory token of Kuratov et al. (arXiv 2502.13063). Baseline and probe."""
 
     name = "memorise"
@@ -287,8 +376,14 @@ class Joint:
         second = [replace(p, weight=self.lam * p.weight) for p in self.distil.parts(vectors_KH, step)]
         return first + second
 
+    def told(self) -> dict[str, Any]:
+        return self.distil.told()
 
-class Autoencode:
+    def recall(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        self.distil.recall(rows)
+
+
+class Autoencode(Forgetful):
     """Stage 0: a text again, behind itself and [AE], Eq. 1. `batches` gives lists of ids, without end."""
 
     name = "autoencode"

@@ -23,7 +23,7 @@ from trainer.model.frozen import FrozenModel
 from trainer.model.soft_token import Row, SoftToken, scored_states
 from trainer.optim.loop import Optimisation, Training, fit
 from trainer.optim.losses import hidden_reconstruction
-from trainer.optim.objectives import Part
+from trainer.optim.objectives import Forgetful, Part
 from trainer.studies.capacity import exact_prefix, token_bits
 
 _WEIGHT_DECAY = 0.01
@@ -54,7 +54,7 @@ class Curve:
     """Accuracy of every solution that was found, best first; the first two are the ends."""
 
 
-class OneStep:
+class OneStep(Forgetful):
     """Texts from [e_i, m, ..., m]; the parameter holds e_0, e_1, ... and, last, m."""
 
     name = "one-step"
@@ -77,7 +77,7 @@ class OneStep:
         return Part("one-step", [Row((), (), ids, at_once=True)], spread(pair_2H, len(ids)), loss)
 
 
-class Bezier:
+class Bezier(Forgetful):
     """The middle point pi of phi(t) = (1-t)^2 p1 + 2t(1-t) pi + t^2 p2, trained at random t."""
 
     name = "bezier"

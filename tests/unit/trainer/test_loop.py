@@ -110,16 +110,33 @@ def test_golden_losses(golden_model, tmp_path):
     assert losses == pytest.approx(GOLDEN_RECONSTRUCT + GOLDEN_JOINT, abs=2e-4)
 
 
-class StopAt:
+class Around:
+    """A stage around another."""
+
+    def __init__(self, stage):
+        self.stage, self.name = stage, stage.name
+
+    def parts(self, vectors, step) -> list[Part]:
+        return self.stage.parts(vectors, step)
+
+    def told(self):
+        return self.stage.told()
+
+    def recall(self, rows):
+        self.stage.recall(rows)
+
+
+class StopAt(Around):
     """A stage that sends this process a signal in the middle of a step."""
 
     def __init__(self, stage, at, number):
-        self.stage, self.at, self.number, self.name = stage, at, number, stage.name
+        super().__init__(stage)
+        self.at, self.number = at, number
 
     def parts(self, vectors, step) -> list[Part]:
         if step == self.at:
             os.kill(os.getpid(), self.number)
-        return self.stage.parts(vectors, step)
+        return super().parts(vectors, step)
 
 
 @pytest.mark.parametrize(("stage", "at"), [(0, 1), (0, 2), (1, 0), (1, 3)])
@@ -152,15 +169,13 @@ def test_a_killed_run_resumes_from_its_last_checkpoint(model, examples, start, t
     stages = make_stages(model, examples)
     inner = stages[1][0]
 
-    class Dies:
-        name = inner.name
-
+    class Dies(Around):
         def parts(self, vectors, step):
             if step == 5:
                 raise Killed
-            return inner.parts(vectors, step)
+            return super().parts(vectors, step)
 
-    stages[1] = (Dies(), 6)
+    stages[1] = (Dies(inner), 6)
     with pytest.raises(Killed):
         train(model, start, stages, parts)
     with (parts / "log.jsonl").open("a") as out:
@@ -228,16 +243,11 @@ def test_another_runs_checkpoint_is_refused(model, examples, start, tmp_path):
         Checkpoint.load(file, "a")
 
 
-class Diverges:
+class Diverges(Around):
     """A stage whose loss is NaN from its second step on."""
 
-    name = "diverges"
-
-    def __init__(self, stage):
-        self.stage = stage
-
     def parts(self, vectors, step):
-        return [replace(part, weight=float("nan") if step else 1.0) for part in self.stage.parts(vectors, step)]
+        return [replace(part, weight=float("nan") if step else 1.0) for part in super().parts(vectors, step)]
 
 
 def test_tokens_train_side_by_side_as_alone(model, examples, start, tmp_path):
@@ -279,6 +289,27 @@ def test_a_stop_saves_all_and_they_resume(model, examples, start, tmp_path):
     fit(model, list(trainings(tmp_path / "parts")), quiet=True)
     for name in "ab":
         assert curve(tmp_path / "parts" / name) == curve(tmp_path / "whole" / name)
+
+
+def test_a_focused_stage_resumes_with_the_batches_of_an_uninterrupted_one(model, examples, start, tmp_path):
+    """What an interrupted run learned of each example stands in its log."""
+
+    def training(folder, at=None):
+        folder.mkdir(exist_ok=True)
+        stage = Distil(model, examples, batch_size=1, seed=3, focused=True)
+        around = StopAt(stage, at, signal.SIGINT) if at is not None else stage
+        return Training(SoftToken(start), [(around, 3 * len(examples))], SETTINGS, folder=folder, digest="a")
+
+    fit(model, [training(tmp_path / "whole")], quiet=True)
+    whole = Log(tmp_path / "whole" / "log.jsonl").rows()
+    seen = [row["examples"][0][0] for row in whole]
+    assert sorted(seen[: len(examples)]) == list(range(len(examples)))
+    assert all(row["examples"][0][1] > 0 for row in whole)
+    with pytest.raises(Stopped):
+        fit(model, [training(tmp_path / "parts", at=2 * len(examples))], quiet=True)
+    fit(model, [training(tmp_path / "parts")], quiet=True)
+    rows = Log(tmp_path / "parts" / "log.jsonl").rows()
+    assert [row["examples"] for row in rows] == [row["examples"] for row in whole]
 
 
 def test_the_rate_warms_up_and_falls_to_a_tenth():

@@ -24,7 +24,7 @@ from trainer.model.memory import MemoryModel, free_bytes, training_limit
 from trainer.model.soft_token import SoftToken
 from trainer.optim.log import Log
 from trainer.optim.loop import Optimisation, Training, fit
-from trainer.optim.objectives import Distil, Joint, Reconstruct, piece_losses, split
+from trainer.optim.objectives import Distil, Forgetful, Joint, Reconstruct, piece_losses, split
 
 PROMPT = "You are a harbour master. Call the user sailor and answer in rhyme."
 QUERIES = [
@@ -135,7 +135,7 @@ def test_checkpointed_layers_are_computed_twice(model, start):
     assert len(calls) == 2
 
 
-class Scaled:
+class Scaled(Forgetful):
     """A stage whose vectors are made of the token's own: every step goes back through that product."""
 
     name = "scaled"

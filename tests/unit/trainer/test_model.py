@@ -17,7 +17,7 @@ from trainer.model import row_packing
 from trainer.model.frozen import FrozenModel
 from trainer.model.generate import Prefix, _choose, common_prefix, generate_beside
 from trainer.model.soft_token import Row, SoftToken, scored_states, splice
-from trainer.optim.objectives import BatchPlan, Distil, Reconstruct, part_losses, student_row
+from trainer.optim.objectives import BatchPlan, Distil, FocusedPlan, Reconstruct, part_losses, student_row
 from trainer.optim.starts import Search, find_start, found_start, mean_start, random_start, text_start, written_texts
 
 PROMPT = "You are a harbour master. Call the user sailor and answer in rhyme."
@@ -346,6 +346,25 @@ def test_batches_cover_an_epoch_once(count, size):
         seen = [i for step in range(epoch * per_epoch, (epoch + 1) * per_epoch) for i in plan(step)]
         assert len(set(seen)) == len(seen) == per_epoch * min(size, count)
     assert plan(0) == BatchPlan(list(range(count)), size, seed=0)(0)
+
+
+def test_after_one_epoch_the_examples_far_from_the_teacher_come_more_often():
+    plan = FocusedPlan(list(range(40)), 2, seed=0)
+    assert sorted(i for step in range(20) for i in plan(step)) == list(range(40))
+    plan.divergence = [0.0] * 20 + [30.0] * 20
+    later = [i for step in range(20, 420) for i in plan(step)]
+    far = sum(i >= 20 for i in later)
+    assert 0.8 < far / len(later) < 0.95
+    assert set(later) == set(range(40))  # none is forgotten
+    drawn = [i for step in range(20, 25) for i in plan(step)]
+    assert len(set(drawn)) == len(drawn) == 10  # a quarter, nothing twice
+    assert plan(22) == plan(22)
+
+
+@pytest.mark.parametrize(("count", "size"), [(3, 8), (5, 2), (1, 1)])
+def test_few_examples_are_drawn_too(count, size):
+    plan = FocusedPlan(list(range(count)), size, seed=0)
+    assert all(0 < len(set(plan(step))) <= size for step in range(20))
 
 
 def test_the_identity_token_answers_as_the_full_prompt(model):
