@@ -259,7 +259,9 @@ def _likely(model: FrozenModel, found: Sequence[Aimed]) -> list[Aimed]:
 
 def _sample(model: FrozenModel, chats: Sequence[Chat], seed: int, progress: Progress | None) -> list[str]:
     """The model's answers to the chats."""
-    rows = [model.slots.encode_chat(list(chat), template_kwargs=model.template_kwargs) for chat in chats]
+    rows = [
+        model.slots.encode_chat([dict(turn) for turn in chat], template_kwargs=model.template_kwargs) for chat in chats
+    ]
     answers = [""] * len(rows)
     stop = set(model.stop_ids())
     # Chats of one kind open alike, with the answers that they are shown: their states are computed once.

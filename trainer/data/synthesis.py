@@ -9,7 +9,7 @@ from trainer.data.queries import Query, drop_near_duplicates
 from trainer.model.frozen import FrozenModel
 from trainer.model.generate import Progress
 
-AIMED = 0.5
+AIMED = 0.75
 """Share of aimed queries."""
 
 

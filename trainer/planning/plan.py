@@ -28,8 +28,8 @@ from trainer.planning.timing import BATCH, Timing, measure
 from trainer.planning.work import ANSWER_FILL, Work, survey
 from trainer.text import sentences
 
-# The share of its limit that a written query fills on average, as measured with models of 0.1 to 0.6 billion weights.
-_QUERY_FILL = 0.5
+# The share of its limit that an answer to an ask fills on average: one in five is a list, the others one question.
+_QUERY_FILL = 0.25
 _WHOLE_ANSWER = 120
 """Mean tokens of an answer that is written to its end."""
 _DESCRIPTION_TOKENS, _DESCRIPTIONS = 40, 8

@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 
-import trainer.data.synthesis
+import trainer.data.aimed
 import trainer.run
 from be_serve.cli._offline import OfflineDecoder
 from be_serve.core.artifact import Token
@@ -232,14 +232,14 @@ def test_without_queries_the_pool_and_the_model_give_them(here, train, monkeypat
         rng = random.Random(seed)
         return ["What is " + " ".join(rng.choice("abcdefghij") * 3 for _ in range(4)) + "?" for _ in asks]
 
-    monkeypatch.setattr(trainer.data.synthesis, "_sample", sample)
+    monkeypatch.setattr(trainer.data.aimed, "_sample", sample)
     result = last_json(train("--synthesise", 12, "--init", "text:sailor rhyme", "--tokens", 1, "--json"))
     folder = here / result["run_dir"]
     written = read_queries(next(folder.glob("queries-*.jsonl")))
     assert 8 <= len(written) <= 12
     assert len({query.text for query in written}) == len(written)
     texts = {query.text for messages in pool().values() for query in messages}
-    assert sum(query.text in texts for query in written) == 12 - 5
+    assert sum(query.text in texts for query in written) == 12 - 8  # the least likely fifth of ten is left out
     assert Token.load("captain.safetensors").manifest.recipe["queries"] == "synthetic"
 
 

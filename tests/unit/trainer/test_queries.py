@@ -18,8 +18,6 @@ from trainer.data.queries import (
     split_held_out,
     write_queries,
 )
-from trainer.data.synthesis import clean
-from trainer.text import sentences
 
 TURNS = [
     {"role": "user", "content": "What is the tide?"},
@@ -207,17 +205,6 @@ def test_rows_that_all_begin_alike_are_split_all_the_same():
 def test_one_query_cannot_be_split():
     with pytest.raises(InputError, match="At least two"):
         split_held_out([query("a")], 1)
-
-
-def test_cleaning_of_sampled_queries():
-    assert clean(' "What is the tide?"\n\nIt is high.') == "What is the tide?"
-    assert clean("Hi") is None
-    assert clean("1 2 3 4 5 6 7") is None
-    assert clean(" ".join(["word"] * 61)) is None
-    assert sentences("You are a captain.\n\n- Never lie to a sailor!\nArr.") == [
-        "You are a captain.",
-        "Never lie to a sailor!",
-    ]
 
 
 def test_rows_are_json_objects_again():

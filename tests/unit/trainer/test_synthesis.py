@@ -99,6 +99,8 @@ def test_a_message_is_in_the_prompts_script(text, same):
 def test_a_message_is_read_without_its_bullet():
     assert clean('2) "What is the tide?"') == "What is the tide?"
     assert clean("12345 67 !!") is None
+    assert clean("Hi") is None
+    assert clean(" ".join(["word"] * 61)) is None
 
 
 def test_a_line_that_was_cut_off_is_left_out():
@@ -126,7 +128,7 @@ def test_a_larger_model_writes_the_queries(train, here, chat_server, monkeypatch
     assert all(sentence in text for sentence in sentences(commands.PROMPT))
     (file,) = (here / "run").glob("queries-*.jsonl")
     queries = [query.text for query in read_queries(file)]
-    assert sum("Which question has the number" in query for query in queries) == 9
+    assert sum("Which question has the number" in query for query in queries) == 14
     assert not any("on and on" in query for query in queries)
     train(*written)
     assert len(requests) == chats(20)  # what it wrote is kept
