@@ -90,7 +90,7 @@ class TrainConfig(BaseModel):
     gold: bool = False
     """Train on the file's `answer` fields instead of the teacher's own responses."""
     synthesise: int = Field(default=300, ge=8)
-    """How many queries to take where no file is given: three in four written by the model, the others from the pool."""
+    """How many queries without a file: up to three in four written by the model, the others from the pool."""
     max_queries: int | None = Field(default=None, ge=2)
     """Use at most this many queries of the file, drawn at random."""
     held_out: int = Field(default=32, ge=1)

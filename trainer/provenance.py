@@ -39,6 +39,7 @@ def run_digest(config: TrainConfig, model: FrozenModel, prompt: str, training: l
     key = {
         **shaping,
         "ae": ae,
+        "plan": "focused" if config.words_trained else "epochs",
         "served": config.teacher_url is not None or config.teacher == "vllm",
         "prompt": prompt,
         "model": str(model.fingerprint),

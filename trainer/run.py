@@ -21,7 +21,7 @@ from trainer.config import TrainConfig
 from trainer.data.chat_server import served_answers, served_writer
 from trainer.data.queries import Query, drop_near_duplicates, read_queries, split_held_out, write_queries
 from trainer.data.recall import with_recall
-from trainer.data.synthesis import chats, synthesise
+from trainer.data.synthesis import chats, synthesise, wanted, written
 from trainer.data.teacher import Decoder, Example, Teacher
 from trainer.evaluation.evaluate import Evaluation, evaluate, evaluation_steps
 from trainer.evaluation.readable import readable
@@ -235,6 +235,12 @@ class Run:
                     self.model, self.prompt, config.synthesise, seed=config.seed, writer=writer, progress=progress
                 )
             write_queries(kept, found)
+            if written(found) < wanted(config.synthesise) / 2:
+                self.telling.say(
+                    f"Only {written(found)} of {wanted(config.synthesise)} messages that the model wrote at the prompt "
+                    "are usable; others of the pool make up for them. Better are your own (--queries), or a larger "
+                    "model's (--writer-url)."
+                )
         unique = drop_near_duplicates(found, beside=test)
         if len(unique) < len(found):
             those = " (of each other, or of a test query)" if test else ""

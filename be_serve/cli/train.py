@@ -89,7 +89,7 @@ if TYPE_CHECKING:
 @click.option(
     "--synthesise",
     type=click.IntRange(8),
-    help="Number of queries without --queries. The model writes three in four. [default: 300]",
+    help="Number of queries without --queries. The model writes up to three in four. [default: 300]",
 )
 @click.option(
     "--writer-url",

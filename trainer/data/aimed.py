@@ -37,6 +37,7 @@ QUERY_TOKENS = 72
 TEMPERATURE = 0.8
 _A_LIST = 4
 """Messages of a list that are usable, about: what was counted on models of 0.5 and 1.5 billion weights."""
+_MOST = 8
 _SPARE = 1.6
 _LIKELY = 0.8
 """Share of usable messages that stay: the most likely ones."""
@@ -96,6 +97,7 @@ _WORDS = (
     (_BAKER, "aunt", "Who had the cats before you?"),
     (_WALKER, "quarry", "Where did you hurt your leg?"),
 )
+_WORDS_OF = re.compile(r"\w+(?:['’-]\w+)*")
 _BULLET = re.compile(r"^\s*(?:[-*•]|\d+[.)])\s+")
 
 Chat: TypeAlias = Sequence[Mapping[str, str]]
@@ -109,6 +111,8 @@ class Ask:
 
     chat: Chat
     sentence: int
+    most: int
+    """How many messages its answer may hold."""
 
 
 @dataclass(frozen=True)
@@ -132,11 +136,13 @@ def asks(prompt: str, count: int) -> list[Ask]:
     """
     parts = sentences(prompt)
     lists = math.ceil(_SPARE * count / 2 / _A_LIST)
-    found = [Ask(_shown(_LIST, _LISTS, sentence=parts[n % len(parts)]), n % len(parts)) for n in range(lists)]
     words = _words_in_turn(parts)
-    for n in range(asked(count) - lists):
+    questions = asked(count) - lists if words else 0
+    lists = asked(count) - questions
+    found = [Ask(_shown(_LIST, _LISTS, sentence=parts[n % len(parts)]), n % len(parts), _MOST) for n in range(lists)]
+    for n in range(questions):
         at, word = words[n % len(words)]
-        found.append(Ask(_shown(_WORD, _WORDS, sentence=parts[at], word=word), at))
+        found.append(Ask(_shown(_WORD, _WORDS, sentence=parts[at], word=word), at, 1))
     return found
 
 
@@ -159,8 +165,8 @@ def aimed_queries(
     usable = [
         Aimed(Query(({"role": "user", "content": text},)), job.sentence)
         for job, answer in zip(jobs, answers, strict=True)
-        for line in answer.splitlines()
-        if (text := clean(line)) and same_script(text, prompt) and not any(_repeats(text, part) for part in parts)
+        for text in _usable(answer, job.most)
+        if same_script(text, prompt) and not any(_repeats(text, part) for part in parts)
     ]
     unique: dict[str, Aimed] = {}
     for aimed in usable:
@@ -170,9 +176,17 @@ def aimed_queries(
     return _in_turn(kept if writer else _likely(model, kept), count)
 
 
+def _usable(answer: str, most: int) -> list[str]:
+    """The first messages of an answer, so many at most: a server may send lines without end."""
+    return list(itertools.islice((text for line in answer.splitlines() if (text := clean(line))), most))
+
+
 def clean(line: str) -> str | None:
     """A message without its bullet and quotation marks; None where it is no usable query."""
     text = _BULLET.sub("", line).strip().strip('"').strip()
+    # A colon's end announces messages. Surrogates cannot be written to a file.
+    if text.endswith(":") or any(unicodedata.category(c) in ("Cc", "Cs") for c in text):
+        return None
     if not 2 <= len(text.split()) <= 60 or sum(c.isalpha() for c in text) < 0.6 * len(text):
         return None
     return text
@@ -199,16 +213,18 @@ def _shown(ask: str, shots: Sequence[tuple[str, ...]], **given: str) -> Chat:
 
 def _words_in_turn(parts: Sequence[str]) -> list[tuple[int, str]]:
     """Each sentence's words by how seldom people's messages say them, a word of each sentence in turn."""
-    common = _common()
     by_sentence = []
     for at, part in enumerate(parts):
-        words = list(
-            dict.fromkeys(match.group() for match in re.finditer(r"\w[\w'-]*", part) if CONTENT.search(match.group()))
-        )
-        by_sentence.append([(at, word) for word in sorted(words, key=lambda word: common[word.lower()])])
+        words = {word.lower(): word for word in _WORDS_OF.findall(part) if CONTENT.search(word)}
+        by_sentence.append([(at, word) for word in sorted(words.values(), key=_commonness)])
     # The commoner half of a sentence's words are those of any sentence: "you", "and", "when".
     halves = [words[: math.ceil(len(words) / 2)] for words in by_sentence]
     return [word for turn in itertools.zip_longest(*halves) for word in turn if word]
+
+
+def _commonness(word: str) -> int:
+    """In how many messages the commonest part of a word stands: that of "you're" is "you"."""
+    return max(_common()[part] for part in content_words(word))
 
 
 @cache

@@ -202,7 +202,7 @@ class FocusedPlan:
     """
 
     def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
-        self.divergence: list[float] = [0.0] * len(lengths)
+        self.divergence: list[float | None] = [None] * len(lengths)
         """KL of each example's whole response when it was last seen, in nats."""
         self._lengths = lengths
         self._size = min(batch_size, len(lengths))
@@ -216,14 +216,17 @@ class FocusedPlan:
         if step < len(self._lengths) // self._size:
             return self._first(step)
         planned = step - len(self._lengths) // self._size
-        if planned == len(self._steps):
+        while planned >= len(self._steps):
             self._queue = self._queue or self._draw()
             self._steps.append(self._queue.pop())
         return self._steps[planned]
 
     def _draw(self) -> list[list[int]]:
         count = max(self._size, len(self._lengths) // _REDRAWN // self._size * self._size)
-        weights = [(divergence + _AT_LEAST) ** _FOCUS for divergence in self.divergence]
+        # What no batch had room for yet counts as the farthest.
+        farthest = max((found for found in self.divergence if found is not None), default=0.0)
+        known = [farthest if found is None else found for found in self.divergence]
+        weights = [(divergence + _AT_LEAST) ** _FOCUS for divergence in known]
         # Efraimidis and Spirakis, 2006: the largest u^(1/w) are a sample without replacement by weight.
         keys = [self._rng.random() ** (1 / weight) for weight in weights]
         drawn = sorted(range(len(keys)), key=lambda i: -keys[i])[:count]
@@ -288,8 +291,8 @@ class Distil:
 
     def recall(self, rows: Sequence[Mapping[str, Any]]) -> None:
         if isinstance(self.plan, FocusedPlan):
-            for step, row in enumerate(rows):
-                self.plan(step)  # a batch is drawn by the divergences of its time
+            for row in rows:
+                self.plan(row["step"] - 1)  # a batch is drawn by the divergences of its time
                 for i, divergence in row.get("examples", ()):
                     self.plan.divergence[i] = divergence
 

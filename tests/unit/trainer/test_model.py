@@ -359,12 +359,14 @@ def test_after_one_epoch_the_examples_far_from_the_teacher_come_more_often():
     drawn = [i for step in range(20, 25) for i in plan(step)]
     assert len(set(drawn)) == len(drawn) == 10  # a quarter, nothing twice
     assert plan(22) == plan(22)
+    assert len(FocusedPlan(list(range(40)), 2, seed=0)(500)) == 2  # a log that lost its rows
 
 
 @pytest.mark.parametrize(("count", "size"), [(3, 8), (5, 2), (1, 1)])
 def test_few_examples_are_drawn_too(count, size):
     plan = FocusedPlan(list(range(count)), size, seed=0)
     assert all(0 < len(set(plan(step))) <= size for step in range(20))
+    assert {i for step in range(20) for i in plan(step)} == set(range(count))
 
 
 def test_the_identity_token_answers_as_the_full_prompt(model):

@@ -10,7 +10,7 @@ import pytest
 import trainer.data.aimed as aimed
 from be_serve.core.errors import InputError
 from tests.unit.trainer import commands
-from trainer.data.aimed import aimed_queries, asked, clean, same_script, whole_lines
+from trainer.data.aimed import aimed_queries, asked, asks, clean, same_script, whole_lines
 from trainer.data.pool import draw, pool
 from trainer.data.queries import drop_near_duplicates, read_queries
 from trainer.data.synthesis import chats, synthesise
@@ -83,6 +83,41 @@ def test_a_list_is_read_line_by_line_and_unusable_messages_are_dropped(model, mo
     assert {query.text for query in found[:2]} == usable
 
 
+def test_a_word_gives_one_message_and_a_list_eight(model, monkeypatch):
+    lines = ["Here are six messages:", *(f"{word} {word}s or {word}ing, {n}?" for n, word in enumerate(WORDS))]
+    answer = "\n".join(lines * 500)
+    monkeypatch.setattr(aimed, "_likely", lambda model, found: list(found))
+    (listed, *_), words = [[ask for ask in asks(PROMPT, 6) if ask.most == most] for most in (8, 1)]
+    assert len(words) == 5
+    for ask, least in ((listed, WORDS[7]), (words[0], WORDS[0])):
+        monkeypatch.setattr(aimed, "asks", lambda prompt, count, ask=ask: [ask])
+        monkeypatch.setattr(aimed, "_sample", lambda model, chats, seed, progress: [answer])
+        found = [made.query.text for made in aimed_queries(model, PROMPT, 20, seed=0)]
+        assert len(found) == ask.most
+        assert found[-1].startswith(least)
+
+
+def test_a_prompt_without_words_is_asked_for_lists():
+    assert [ask.most for ask in asks("😀 a b", 10)] == [8] * asked(10)
+
+
+def test_words_of_any_sentence_are_asked_for_last():
+    """A contraction is as common as its parts, and the same word is asked for once."""
+    words = [word for _, word in aimed._words_in_turn(["You're the trombonist's big-band hero, the Hero that's late"])]
+    assert words[0] == "trombonist's"
+    assert "You're" not in words
+    assert [word.lower() for word in words].count("hero") == 1
+
+
+def test_few_usable_messages_are_told(here, tiny_model_dir, monkeypatch):
+    monkeypatch.setattr(aimed, "_sample", lambda model, chats, seed, progress: [""] * len(chats))
+    fast = ["--dtype", "float32", "--response-tokens", 4, "--steps", 3, "--batch-size", 2, "--answer-tokens", 8]
+    result = commands.invoked(
+        "train", "captain.txt", "--model", tiny_model_dir, *fast, "--synthesise", 12, "--tokens", 1
+    )
+    assert "Only 0 of 9 messages that the model wrote" in result.output
+
+
 def test_the_least_likely_messages_are_dropped(model, monkeypatch):
     texts = [f"{word} {word}s or {word}ing?" for word in WORDS]
     monkeypatch.setattr(aimed, "_sample", lambda model, chats, seed, progress: (texts * 3)[: len(chats)])
@@ -100,6 +135,8 @@ def test_a_message_is_read_without_its_bullet():
     assert clean('2) "What is the tide?"') == "What is the tide?"
     assert clean("12345 67 !!") is None
     assert clean("Hi") is None
+    assert clean("Sure, here are six messages:") is None
+    assert clean("What is \ud800 this?") is None
     assert clean(" ".join(["word"] * 61)) is None
 
 
