@@ -17,7 +17,8 @@ from trainer.model import row_packing
 from trainer.model.frozen import FrozenModel
 from trainer.model.generate import Prefix, _choose, common_prefix, generate_beside
 from trainer.model.soft_token import Row, SoftToken, scored_states, splice
-from trainer.optim.objectives import BatchPlan, Distil, FocusedPlan, Reconstruct, part_losses, student_row
+from trainer.optim.batches import BatchPlan, FocusedPlan
+from trainer.optim.objectives import Distil, Reconstruct, part_losses, student_row
 from trainer.optim.starts import Search, find_start, found_start, mean_start, random_start, text_start, written_texts
 
 PROMPT = "You are a harbour master. Call the user sailor and answer in rhyme."
