@@ -23,6 +23,7 @@ from be_serve.cli.options import ModelChoice, model_options
 from be_serve.core.errors import InputError
 from be_serve.core.prompts import read_prompt_file
 from be_serve.models import be_home
+from benchmarks.common.stats import rank_correlation
 from trainer.config import TrainConfig
 from trainer.model.frozen import FrozenModel
 from trainer.studies.capacity import Capacity, load_capacity, will_it_fit
@@ -60,18 +61,13 @@ def read_points(model: FrozenModel, runs: Path, capacity: Capacity) -> list[Poin
     return found
 
 
-def rank_correlation(x: list[float], y: list[float], draws: int = 2000) -> dict[str, float]:
+def correlated(x: list[float], y: list[float], draws: int = 2000) -> dict[str, float]:
     """Spearman's rho with its 95 % bootstrap interval."""
     a, b = np.asarray(x), np.asarray(y)
-
-    def spearman(i: np.ndarray) -> float:
-        first, second = (np.argsort(np.argsort(values[i])).astype(float) for values in (a, b))
-        return float(np.corrcoef(first, second)[0, 1])
-
     rng = np.random.default_rng(0)
-    drawn = [spearman(rng.integers(0, len(a), len(a))) for _ in range(draws)]
+    drawn = [rank_correlation(a[i].tolist(), b[i].tolist()) for i in rng.integers(0, len(a), (draws, len(a)))]
     low, high = np.nanquantile(drawn, [0.025, 0.975])
-    return {"value": spearman(np.arange(len(a))), "low": float(low), "high": float(high)}
+    return {"value": rank_correlation(x, y), "low": float(low), "high": float(high)}
 
 
 def draw(points: list[Point], path: Path, title: str) -> None:
@@ -110,8 +106,7 @@ def main(runs: Path, out: Path, model: ModelChoice) -> None:
     points = read_points(frozen, runs, capacity)
     rho = [p.rho for p in points]
     spearman = {
-        name: rank_correlation([getattr(point, name) for point in points], rho)
-        for name in ("share", "tokens", "kl_none")
+        name: correlated([getattr(point, name) for point in points], rho) for name in ("share", "tokens", "kl_none")
     }
     result = {
         "model": frozen.name,

@@ -11,7 +11,6 @@ are joined. Intervals are 95 %: rho's from the file, that of a share of facts af
 from __future__ import annotations
 
 import json
-import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,8 +20,7 @@ from typing import Any
 import click
 
 from be_serve.core.errors import InputError
-
-_Z = 1.96
+from benchmarks.common.stats import share_interval
 
 
 @dataclass(frozen=True)
@@ -39,10 +37,7 @@ class Point:
     @property
     def facts_interval(self) -> tuple[float, float]:
         """95 % interval of the share of facts (Wilson)."""
-        n, share = self.facts_of, self.facts / self.facts_of
-        middle = share + _Z * _Z / (2 * n)
-        half = _Z * math.sqrt(share * (1 - share) / n + _Z * _Z / (4 * n * n))
-        return (middle - half) / (1 + _Z * _Z / n), (middle + half) / (1 + _Z * _Z / n)
+        return share_interval(self.facts, self.facts_of)
 
 
 def read_point(argument: str) -> Point:

@@ -1,4 +1,4 @@
-"""Statistics of the benchmarks: percentiles, paired bootstrap, the paper's Eq. 5 and Eq. 6.
+"""Statistics of benchmarks and experiments: percentiles, bootstrap, shares, ranks, the paper's Eq. 5 and Eq. 6.
 
 All functions are pure. Times are in milliseconds, lengths in tokens.
 """
@@ -122,6 +122,28 @@ def _members(rounds: Sequence[int]) -> NDArray[np.int64]:
 def _interval(draws: NDArray[np.float64]) -> tuple[float, float]:
     low, high = np.percentile(draws, (2.5, 97.5))
     return float(low), float(high)
+
+
+_Z975 = 1.959964
+
+
+def share_interval(count: int, n: int) -> tuple[float, float]:
+    """Return the 95 % interval of a share of `n` > 0 after Wilson (1927), which holds near 0 and 1, too."""
+    share, z2 = count / n, _Z975**2
+    middle = share + z2 / (2 * n)
+    half = _Z975 * (share * (1 - share) / n + z2 / (4 * n * n)) ** 0.5
+    return (middle - half) / (1 + z2 / n), (middle + half) / (1 + z2 / n)
+
+
+def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float:
+    """Return Spearman's rank correlation. Equal values share the mean of their ranks; NaN where all are equal."""
+
+    def ranks(values: Sequence[float]) -> NDArray[np.float64]:
+        _, place, counts = np.unique(np.asarray(values, dtype=np.float64), return_inverse=True, return_counts=True)
+        return (np.cumsum(counts) - (counts + 1) / 2)[place]
+
+    a, b = ranks(x), ranks(y)
+    return float(np.corrcoef(a, b)[0, 1]) if a.std() and b.std() else float("nan")
 
 
 def norm_flops(new_prompt: int, question: int, prompt: int) -> float:

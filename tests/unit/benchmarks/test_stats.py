@@ -145,3 +145,17 @@ def test_a_balanced_interval_is_of_pairs():
     assert stats.balanced_ratio([0.9, 1.1]).ci95 is None
     assert stats.balanced_ratio([0.9]) is None
     assert stats.balanced_ratio([1.0] * 60).pairs == 30
+
+
+def test_the_interval_of_a_share_holds_at_the_ends():
+    """Wilson's values for 7 of 9, as in Brown, Cai and DasGupta's formula, and for none and all."""
+    assert stats.share_interval(7, 9) == pytest.approx((0.4526, 0.9368), abs=1e-4)
+    assert stats.share_interval(0, 10)[0] == pytest.approx(0.0)
+    assert stats.share_interval(10, 10) == pytest.approx((0.7225, 1.0), abs=1e-4)
+
+
+def test_ranks_correlate_and_ties_share_theirs():
+    assert stats.rank_correlation([1, 2, 3], [10, 100, 1000]) == pytest.approx(1.0)
+    assert stats.rank_correlation([1, 2, 3], [3, 2, 1]) == pytest.approx(-1.0)
+    assert stats.rank_correlation([1, 2, 2, 3], [1, 2, 3, 4]) == pytest.approx(0.9487, abs=1e-4)  # scipy's spearmanr
+    assert math.isnan(stats.rank_correlation([1, 1], [1, 2]))
