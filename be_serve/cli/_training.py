@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 _PRINTED_SAMPLES = 3
 """Number of printed samples. The JSON holds all samples."""
+_SAMPLE_LINES = 6
+"""Lines of each printed answer at most."""
 
 
 def short_digest(settings: TrainConfig) -> str:
@@ -133,6 +135,11 @@ def print_evaluation(evaluation: Evaluation) -> None:
     for sample in evaluation.samples[:_PRINTED_SAMPLES]:
         click.echo()
         for name, text in sample.items():
-            click.echo(
-                textwrap.fill(" ".join(text.split()), 100, initial_indent=f"{name:>8}: ", subsequent_indent=" " * 10)
+            lines = textwrap.TextWrapper(
+                100,
+                initial_indent=f"{name:>8}: ",
+                subsequent_indent=" " * 10,
+                max_lines=_SAMPLE_LINES,
+                placeholder=" [...]",
             )
+            click.echo(lines.fill(" ".join(text.split())))

@@ -55,7 +55,7 @@ import click
 @click.option("--off-topic", is_flag=True, help="Also measure questions unrelated to the prompt.")
 @click.option(
     "--judge-url",
-    help="OpenAI-compatible server of a judge model. The command sends the prompt and 64-token answers to the judge. "
+    help="OpenAI-compatible server of a judge model. The command sends the prompt and the answers to the judge. "
     "[key: BE_JUDGE_KEY]",
 )
 @click.option("--judge-model", help="Name of the judge model on the server at --judge-url.")

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from be_serve.core.artifact import Placement
 from trainer.data.queries import Query
-from trainer.data.teacher import Example, Teacher
+from trainer.data.teacher import Teacher
 from trainer.evaluation.answers import (
     KL,
     WholeAnswers,
@@ -56,6 +56,7 @@ class Evaluation:
     n_queries: int
     n_tokens: int
     samples: list[dict[str, str]] = field(default_factory=list)
+    """Query and answers side by side, as far as they were written: to their end, or `RESPONSE_TOKENS`."""
     rho_interval: tuple[float, float] = (math.nan, math.nan)
     """95 % bootstrap interval of rho over the queries."""
     length_ratio: float = math.nan
@@ -233,7 +234,6 @@ def evaluate(
             progress(len(queries))
     lengths_Q = torch.tensor([lengths[i] for i in kept])
     order = [name for name in ("none", "template_default", "summary", "full", "be", "be_serving") if name in scores]
-    shown = [name for name in ("none", "summary", "be") if name in arms]
     compared = {}
     if checks or answer_tokens:
         full = Arm.of_ids(model, [teacher.chat_ids(query) for query in queries])
@@ -260,12 +260,25 @@ def evaluate(
             return [whole[i][:limit] for i in wanted]
         return arm.prefix.generate([arm.suffixes[i] for i in wanted], limit)
 
-    answers = _samples(
-        teacher,
-        reference,
-        kept[:samples],
-        {name: ids_of(name, arms[name], kept[:samples], RESPONSE_TOKENS) for name in shown} if samples else {},
-    )
+    # A summary's answers are not written to their end; they may get as long as the longest of the full prompt.
+    whole_of = made if answer_tokens >= RESPONSE_TOKENS else {}
+    longest = max((len(ids) for ids in whole_of.get("full", {}).values()), default=RESPONSE_TOKENS)
+
+    def shown(name: str, wanted: Sequence[int]) -> list[str]:
+        """Answers as texts, to their end where that was written."""
+        found = dict(whole_of.get(name, {}))
+        missing = [i for i in wanted if i not in found]
+        if name == "full":
+            found |= {i: reference[i].response for i in missing}
+        elif missing:
+            limit = RESPONSE_TOKENS if found else longest
+            found |= zip(missing, ids_of(name, arms[name], missing, limit), strict=True)
+        return [teacher.text(found[i]) for i in wanted]
+
+    sampled = kept[:samples]
+    beside = ["full", *(name for name in ("none", "summary", "be") if name in arms)]
+    texts = {name: shown(name, sampled) for name in beside}
+    answers = [{"query": queries[i].text, **{name: texts[name][n] for name in beside}} for n, i in enumerate(sampled)]
     compliance = None
     if checks:
         everyone = range(len(queries))
@@ -288,7 +301,7 @@ def evaluate(
         compliance=compliance,
         rho_interval=rho_interval(scores["be"].kl_N, scores["none"].kl_N, lengths_Q),
         length_ratio=_mean_length(answers, "be") / max(_mean_length(answers, "full"), 1.0) if answers else math.nan,
-        signatures={name: signatures([a[name] for a in answers], teacher.prompt) for name in [*shown, "full"]},
+        signatures={name: signatures([a[name] for a in answers], teacher.prompt) for name in beside},
         clauses=[
             clause_effect(
                 part, effects["full"].nll_N, effects[f"without {i}"], everything["be"].of(asked, lengths).nll_N
@@ -302,17 +315,3 @@ def evaluate(
 
 def _mean_length(answers: Sequence[dict[str, str]], arm: str) -> float:
     return sum(len(answer[arm]) for answer in answers) / len(answers)
-
-
-def _samples(
-    teacher: Teacher, reference: Sequence[Example], chosen: Sequence[int], made: dict[str, list[list[int]]]
-) -> list[dict[str, str]]:
-    """Answers (ids, by arm) to the chosen queries side by side, as texts."""
-    return [
-        {
-            "query": reference[i].query.text,
-            "full": teacher.text(reference[i].response),
-            **{name: teacher.text(ids[n]) for name, ids in made.items()},
-        }
-        for n, i in enumerate(chosen)
-    ]

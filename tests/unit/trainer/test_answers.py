@@ -317,6 +317,21 @@ def test_the_prompts_own_embeddings_say_and_end_as_the_prompt_does(model, monkey
     assert found.samples == plain.samples[:2]
 
 
+def test_samples_go_to_the_answers_end_where_that_was_written(model):
+    teacher = Teacher(model, PROMPT)
+    vectors = torch.randn(2, model.hidden_size, generator=torch.Generator().manual_seed(0))
+    short = evaluate(teacher, QUERIES, vectors, samples=7, summary="Be brief.")
+    found = evaluate(teacher, QUERIES, vectors, samples=7, summary="Be brief.", answer_tokens=90, answer_queries=3)
+    pairs = list(zip(found.samples, short.samples, strict=True))
+    assert list(found.samples[0]) == ["query", "full", "none", "summary", "be"]
+    # A random model hardly ever ends: the first three answers are longer now, the others as they were.
+    assert all(whole["full"].startswith(first["full"]) for whole, first in pairs)
+    longer = [len(whole["full"]) > len(first["full"]) for whole, first in pairs]
+    assert any(longer[:3])
+    assert not any(longer[3:])
+    assert all(whole["be"] == first["be"] for whole, first in pairs[3:])
+
+
 def test_figures_of_each_query_add_up(model):
     teacher = Teacher(model, PROMPT)
     vectors = torch.randn(2, model.hidden_size, generator=torch.Generator().manual_seed(0))
