@@ -12,6 +12,7 @@ from be_serve.core.errors import InputError
 from tests.factories import make_token
 from trainer.data.queries import Query
 from trainer.data.teacher import Teacher
+from trainer.evaluation.answers import Facts, Stops, WholeAnswers
 from trainer.evaluation.arms import Scores, rho_interval
 from trainer.evaluation.clauses import Clause, ClauseEffect, clause_effect, prompt_clauses
 from trainer.evaluation.evaluate import Evaluation
@@ -102,6 +103,7 @@ def make_evaluation(kl=0.1, summary=0.5, signature=0.0, full_signature=0.0, clau
             for name, value in (("none", 0.0), ("summary", 0.0), ("be", signature), ("full", full_signature))
         },
         clauses=list(clauses),
+        answers=WholeAnswers(512, answers=20, facts=Facts(12, 11, 1, 10, 9), stops=Stops(20, 20, 19, 19)),
     )
 
 
@@ -129,6 +131,15 @@ def test_the_verdict_names_its_reason(evaluation, status, reason):
     assert found.status == status
     assert (reason is None) == (found.named() == [])
     assert reason is None or reason in str(found)
+
+
+def test_without_whole_answers_nothing_is_deployable():
+    """A mean, however good, says nothing about facts, ends and loops."""
+    evaluation = make_evaluation(kl=0.01, nll=1.0)
+    assert judge(evaluation).status == "deployable"
+    evaluation.answers = WholeAnswers()
+    assert judge(evaluation).status == "lossy"
+    assert "no whole answers were written" in str(judge(evaluation))
 
 
 def make_turns(*figures):
