@@ -137,8 +137,10 @@ def _losses(evaluation: Evaluation) -> list[str]:
         found.append(f"rho {rho:.2f}{told}, above {DEPLOYABLE_RHO}")
     if evaluation.gain_retained < DEPLOYABLE_GAIN:
         found.append(f"gain retained {evaluation.gain_retained:.2f}, below {DEPLOYABLE_GAIN}")
-    if not (evaluation.samples and evaluation.answers.answers):
+    if not evaluation.answers.answers:
         found.append("no whole answers were written: facts, ends and loops are unknown (--answer-tokens)")
+    if not evaluation.samples:
+        found.append("no answers were looked at for failure signatures (--samples)")
     if evaluation.turns:
         first, worst = evaluation.turns[0], max(evaluation.turns[1:], key=lambda turn: turn["be"])
         if worst["be"] - first["be"] > DRIFT_KL and worst["rho"] - first["rho"] > DRIFT_RHO:

@@ -139,7 +139,17 @@ def test_without_whole_answers_nothing_is_deployable():
     assert judge(evaluation).status == "deployable"
     evaluation.answers = WholeAnswers()
     assert judge(evaluation).status == "lossy"
-    assert "no whole answers were written" in str(judge(evaluation))
+    assert judge(evaluation).reasons == [
+        "no whole answers were written: facts, ends and loops are unknown (--answer-tokens)"
+    ]
+
+
+def test_without_samples_nothing_is_deployable():
+    """Whole answers alone do not tell whether they copy or refuse. The reason names the option that was left out."""
+    evaluation = make_evaluation(kl=0.01, nll=1.0)
+    evaluation.samples = []
+    assert judge(evaluation).status == "lossy"
+    assert judge(evaluation).reasons == ["no answers were looked at for failure signatures (--samples)"]
 
 
 def make_turns(*figures):
