@@ -123,10 +123,9 @@ def test_tokens_stand_together_and_are_a_start(here, train, tiny_model_dir):
     )
     together = last_json(be_serve("eval", "a.safetensors", "--with", "b.safetensors", *common))
     assert together["k"] == 2
-    assert (
-        any("no whole answers" in reason for reason in together["verdict"]["reasons"])
-        or together["verdict"]["status"] == "failed"
-    )
+    # Two untrained embeddings move a random model hardly at all.
+    assert together["verdict"]["status"] == "failed"
+    assert "hardly reads the token" in together["verdict"]["reasons"][0]
     settings = ("--queries", "q.jsonl", "--tokens", 2, "--steps", 0, "--init", "file:a.safetensors,b.safetensors")
     trained = last_json(train(*settings, "-o", "both.safetensors", "--with-prompt", "--json"))
     vectors = [Token.load(f"{name}.safetensors") for name in ("a", "b", "both")]
